@@ -1,0 +1,108 @@
+"""The abstraction that every model family fills in: where its parts are, and what one image is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from vtp_plugin.errors import PruningError
+from vtp_plugin.stages import Stage
+
+if TYPE_CHECKING:
+    from vtp_plugin.metrics.flops import Shapes
+    from vtp_plugin.pruning import Pruned
+    from vtp_plugin.surgery.undo import Undo
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The parts of a vision transformer."""
+
+    module: nn.Module  # called once per batch of images
+    embeddings: nn.Module  # pixel values -> [B, prefix + N, D], position embeddings added
+    patch_embedding: nn.Module  # pixel values -> [B, D, rows, columns]
+    blocks: Sequence[nn.Module]  # each with `self_attn` (q_proj, k_proj, head_dim)
+    post_layernorm: nn.Module | None
+    prefix: int  # tokens in front of the patches: 1 for a class token
+    grid: tuple[int, int]
+    patch_size: int
+    projected: int  # block whose output is projected, negative counts from the last
+
+
+class SharedSpace(Protocol):
+    """CLIP's joint space of patches and questions, from the checkpoint that the vision tower comes from."""
+
+    def text(self, questions: Sequence[str]) -> Tensor:
+        """Text embeddings [B, E] fp32, truncated to the text tower's length."""
+
+    def patches(self, normed: Tensor) -> Tensor:
+        """Visual projection of post-layer-normed patches, [B, N, D] -> [B, N, E] fp32."""
+
+    def text_macs(self, questions: Sequence[str]) -> int:
+        """Multiply-accumulates of the text tower for these questions."""
+
+
+class Adapter(ABC):
+    """One model family. Attributes are the model's own parts; methods are facts about the family.
+
+    `stages` maps every stage to "" if the family supports it, else to the reason why not.
+    """
+
+    family: ClassVar[str]
+    models: ClassVar[str]  # what users know it as
+    stages: ClassVar[Mapping[Stage, str]]
+
+    tower: Tower
+    projector: nn.Module
+    language_model: nn.Module
+    decoder_layers: Sequence[nn.Module]
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        self.model, self.processor = model, processor
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether this model is of the family. Must not import the family's package."""
+
+    @abstractmethod
+    def install(self, pruned: Pruned, undo: Undo) -> None:
+        """Wrap the model's entry points, on the instance, so that every call becomes a `Call` of `pruned`."""
+
+    @abstractmethod
+    def shapes(self) -> Shapes:
+        """The sizes that FLOPs are counted from."""
+
+    def shared_space(self, checkpoint: str | None) -> SharedSpace:
+        """CLIP's joint space, from `checkpoint` or the tower's own; PruningError if the tower has none."""
+        raise PruningError(f"{self.family} has no CLIP text encoder that matches its vision tower")
+
+    @property
+    def image_processor(self) -> Any:
+        """What turns a picture into pixel values, or None."""
+        return getattr(self.processor, "image_processor", self.processor)
+
+    @property
+    def tokenizer(self) -> Any:
+        """What turns prompt ids back into text, or None."""
+        return getattr(self.processor, "tokenizer", None)
+
+    def decode(self, ids: Tensor) -> str:
+        """The text of prompt ids without special tokens."""
+        if self.tokenizer is None:
+            raise PruningError("this strategy reads the question: pass the model's processor (processor=...)")
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def find_adapter(
+    model: nn.Module, processor: Any, adapters: Sequence[type[Adapter]], describe: Callable[[], str]
+) -> Adapter:
+    """The adapter of the model; the last registered is asked first."""
+    for cls in reversed(adapters):
+        if cls.matches(model):
+            return cls(model, processor)
+    raise PruningError(f"no adapter knows the model {type(model).__name__}. Supported: {describe()}")

@@ -1,0 +1,96 @@
+"""CLIP: its vision tower's parts, and its joint space of patches and questions. Shared by the LLaVA families."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp_plugin.adapter import Tower
+from vtp_plugin.errors import PruningError
+from vtp_plugin.metrics.flops import of_config
+
+CHECKPOINTS = {  # (width, patch size, image size) of a vision tower -> the checkpoint that it was taken from
+    (768, 32, 224): "openai/clip-vit-base-patch32",
+    (768, 16, 224): "openai/clip-vit-base-patch16",
+    (1024, 14, 224): "openai/clip-vit-large-patch14",
+    (1024, 14, 336): "openai/clip-vit-large-patch14-336",
+}
+
+
+def clip_tower(module: nn.Module, projected: int) -> Tower:
+    """The parts of a CLIPVisionModel. `projected` is the entry of its hidden states that is projected, e.g. -2."""
+    inner = getattr(module, "vision_model", module)  # one level less since transformers 5.6
+    side = inner.config.image_size // inner.config.patch_size
+    return Tower(
+        module=module,
+        embeddings=inner.embeddings,
+        patch_embedding=inner.embeddings.patch_embedding,
+        blocks=inner.encoder.layers,
+        post_layernorm=inner.post_layernorm,
+        prefix=1,
+        grid=(side, side),
+        patch_size=inner.config.patch_size,
+        projected=projected if projected < 0 else projected - 1,
+    )
+
+
+def checkpoint_of(config: Any) -> str:
+    """The published CLIP checkpoint with a tower of this size."""
+    key = (config.hidden_size, config.patch_size, config.image_size)
+    if key not in CHECKPOINTS:
+        raise PruningError(
+            f"no CLIP checkpoint is known for a vision tower of width {key[0]}, patch {key[1]}, image {key[2]}: "
+            f"name the one that it was taken from (atp.clip=PATH)"
+        )
+    return CHECKPOINTS[key]
+
+
+class ClipSpace:
+    """The text tower and both projections of a CLIP checkpoint."""
+
+    def __init__(self, checkpoint: str, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        from transformers import AutoTokenizer, CLIPModel
+        from transformers.utils import logging
+
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            clip = CLIPModel.from_pretrained(checkpoint, dtype=dtype)
+            self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise PruningError(f"cannot load the CLIP text tower from '{checkpoint}': {reason}") from None
+        finally:
+            logging.set_verbosity(verbosity)
+        if clip.visual_projection.in_features != width:
+            raise PruningError(
+                f"the CLIP checkpoint '{checkpoint}' has a vision tower of width {clip.visual_projection.in_features}, "
+                f"the model's has {width}; name the one that it was taken from (atp.clip=PATH)"
+            )
+        self.config = clip.config.text_config
+        self.text_model = clip.text_model.eval().to(device)
+        self.text_projection = clip.text_projection.to(device)
+        self.visual_projection = clip.visual_projection.to(device)
+
+    def text(self, questions: Sequence[str]) -> Tensor:
+        """[B, E] fp32; each distinct question is encoded once."""
+        distinct = sorted(set(questions))
+        tokens = self._tokens(distinct).to(self.text_projection.weight.device)
+        with torch.no_grad():
+            embedded = self.text_projection(self.text_model(**tokens).pooler_output).float()
+        return embedded[[distinct.index(question) for question in questions]]
+
+    def patches(self, normed: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.visual_projection(normed.to(self.visual_projection.weight)).float()
+
+    def text_macs(self, questions: Sequence[str]) -> int:
+        lengths = self._tokens(sorted(set(questions)))["attention_mask"].sum(1).tolist()
+        return sum(of_config(self.config, gated=False).macs(length) for length in lengths)
+
+    def _tokens(self, questions: list[str]) -> Any:
+        length = self.config.max_position_embeddings
+        return self.tokenizer(questions, padding=True, truncation=True, max_length=length, return_tensors="pt")

@@ -1,0 +1,120 @@
+"""LLaVA-1.5 in transformers (`LlavaForConditionalGeneration`): CLIP tower, MLP projector, LLaMA.
+
+One image is one 576-token (24 x 24) block of placeholders; positions are renumbered after a cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vtp_plugin.adapter import Adapter, SharedSpace
+from vtp_plugin.adapters.clip import ClipSpace, checkpoint_of, clip_tower
+from vtp_plugin.metrics.flops import Shapes, of_config
+from vtp_plugin.stages import Stage
+from vtp_plugin.surgery.call import Call, Image
+from vtp_plugin.surgery.prompt import PlaceholderCalls
+from vtp_plugin.surgery.undo import Undo
+
+if TYPE_CHECKING:
+    from vtp_plugin.pruning import Pruned
+
+
+class LlavaHf(Adapter):
+    """transformers' LLaVA-1.5."""
+
+    family = "llava_hf"
+    models = "LLaVA-1.5 (transformers)"
+    stages = dict.fromkeys(Stage, "")
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        super().__init__(model, processor)
+        core = model.model
+        self.core = core
+        self.tower = clip_tower(core.vision_tower, model.config.vision_feature_layer)
+        self.projector = core.multi_modal_projector
+        self.language_model = core.language_model
+        self.decoder_layers = core.language_model.layers
+        self.image_token = model.config.image_token_id
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        config = getattr(model, "config", None)
+        return (
+            type(model).__name__ == "LlavaForConditionalGeneration"
+            and getattr(config.vision_config, "model_type", "") == "clip_vision_model"
+            and isinstance(config.vision_feature_layer, int)
+            and config.vision_feature_select_strategy == "default"
+        )
+
+    def install(self, pruned: Pruned, undo: Undo) -> None:
+        self.pruned = pruned
+        PlaceholderCalls(pruned, self).install(undo)
+
+    # -- one image ------------------------------------------------------------------------------------------------
+
+    def has_images(self, inputs: Mapping[str, Any]) -> bool:
+        return inputs.get("pixel_values") is not None
+
+    def images(self, inputs: Mapping[str, Any]) -> list[Image]:
+        rows, columns = self.tower.grid
+        raster = torch.arange(rows * columns, device=inputs["pixel_values"].device)
+        return [Image(total=len(raster), index=raster) for _ in inputs["pixel_values"]]
+
+    def encode(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Any, list[int]]:
+        pixels = inputs["pixel_values"]
+        chosen = {k: inputs[k] for k in ("vision_feature_layer", "vision_feature_select_strategy") if k in inputs}
+        everything = list(range(len(pixels)))
+        batches = [[i] for i in everything] if self.pruned.one_by_one else [everything]
+        outputs = []
+        for batch in batches:
+            with call.in_tower(batch):
+                outputs.append(self.core.get_image_features(pixels[batch], return_dict=True, **chosen))
+        outputs[0].pooler_output = [rows for output in outputs for rows in output.pooler_output]
+        return outputs[0], [len(rows) for rows in outputs[0].pooler_output]
+
+    @contextmanager
+    def serving(self, features: Any) -> Iterator[None]:
+        if features is None:
+            yield
+            return
+        with Undo() as undo:
+            undo.override(self.core, "get_image_features", _signed(self.core.get_image_features, features))
+            yield
+
+    # -- facts ----------------------------------------------------------------------------------------------------
+
+    def shared_space(self, checkpoint: str | None) -> SharedSpace:
+        vision = self.model.config.vision_config
+        checkpoint = checkpoint or getattr(self.model.config, "mm_vision_tower", None) or checkpoint_of(vision)
+        return ClipSpace(checkpoint, vision.hidden_size, self.pruned_device, self.model.dtype)
+
+    @property
+    def pruned_device(self) -> torch.device:
+        return self.tower.patch_embedding.weight.device
+
+    def shapes(self) -> Shapes:
+        vision, text = self.model.config.vision_config, self.model.config.text_config
+        return Shapes(
+            tower=of_config(vision, gated=False),
+            prefix=self.tower.prefix,
+            patch=3 * vision.patch_size**2 * vision.hidden_size,
+            projector=sum(p.numel() for p in self.projector.parameters() if p.ndim == 2),
+            llm=of_config(text, gated=True),
+            head=text.hidden_size * text.vocab_size,
+        )
+
+
+def _signed(original: Any, features: Any) -> Any:
+    """A stand-in for `get_image_features`; `generate` looks at the signature of what it calls."""
+    from functools import wraps
+
+    @wraps(original)
+    def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        return features
+
+    return get_image_features

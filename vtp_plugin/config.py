@@ -1,0 +1,137 @@
+"""From names, key=value pairs and YAML files to strategies. Everything that a user can misspell is refused here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vtp_plugin.errors import PruningError, unknown
+from vtp_plugin.plugins import get_strategy
+from vtp_plugin.strategy import PruningStrategy
+
+NONE = "none"  # the unpruned model with the same measurements and record
+
+Spec = str | Path | PruningStrategy | Sequence[str | PruningStrategy]
+
+
+def resolve(spec: Spec, args: Mapping[str, Any] | None = None) -> list[PruningStrategy]:
+    """The strategies of `atp`, `vprune+fastv`, `runs/x.yaml`, objects or a list of them, in stage order.
+
+    `args` are hyper-parameters: `alpha`, or `atp.alpha` where several strategies have a field of that name.
+    """
+    if isinstance(spec, PruningStrategy):
+        spec = [spec]
+    if not isinstance(spec, (str, Path)):
+        if all(isinstance(part, str) for part in spec):
+            return resolve("+".join(spec), args)
+        if args:
+            raise PruningError(f"hyper-parameters belong into the strategy objects, got {', '.join(args)} beside them")
+        return _ordered([s for part in spec for s in ([part] if isinstance(part, PruningStrategy) else resolve(part))])
+    settings, source = _read(spec)
+    _distribute(settings, {_key(k): v for k, v in (args or {}).items()})
+    return _ordered([build(name, fields, source) for name, fields in settings.items()])
+
+
+def build(name: str, fields: Mapping[str, Any], source: str = "") -> PruningStrategy:
+    """One strategy from its fields; `source` (a file) goes in front of the message if something is wrong."""
+    cls = get_strategy(name)
+    for field in fields:
+        if field not in cls.fields():
+            raise _located(source, unknown("field", field, cls.fields(), of=f" for strategy '{name}'", listed="Fields"))
+    try:
+        return cls(**fields)
+    except PruningError as error:
+        raise _located(source, error) from None
+
+
+def parse_pairs(text: str) -> dict[str, Any]:
+    """`keep_ratio=0.6,fastv.layer=2` as a dictionary; values as YAML reads them, hyphens in keys allowed."""
+    pairs = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip() or not value.strip():
+            raise PruningError(f"cannot read '{part}' of the pruning arguments. Expected key=value[,key=value...]")
+        pairs[_key(key.strip())] = yaml.safe_load(value)
+    return pairs
+
+
+def describe(strategies: Sequence[PruningStrategy]) -> list[dict[str, Any]]:
+    """Name, stage and full configuration of every strategy, as JSON."""
+    return [{"name": s.name, "stage": s.stage.value, "config": s.config()} for s in strategies]
+
+
+def fingerprint(strategies: Sequence[PruningStrategy], version: str) -> str:
+    """The same text for the same behaviour: every value, defaults included, and the plugin's version."""
+    return json.dumps([version, describe(strategies)], sort_keys=True, default=str)
+
+
+def _read(spec: str | Path) -> tuple[dict[str, dict[str, Any]], str]:
+    """Fields by strategy name, and the file that they come from."""
+    text = str(spec).strip()
+    if text.endswith((".yaml", ".yml")) or isinstance(spec, Path):
+        return _read_file(Path(text)), text
+    names = [name.strip() for name in text.split("+")]
+    if names == [NONE]:
+        return {}, ""
+    for name in names:
+        if name == NONE:
+            raise PruningError(f"'none' cannot be combined with other strategies, got '{text}'")
+        get_strategy(name)
+    if len(set(names)) < len(names):
+        raise PruningError(f"a strategy is named twice in '{text}'")
+    return {name: {} for name in names}, ""
+
+
+def _read_file(path: Path) -> dict[str, dict[str, Any]]:
+    """A YAML file: `strategy: NAME` with its fields beside it, or `strategies:` with a list of such entries."""
+    if not path.is_file():
+        raise PruningError(f"pruning file not found: {path}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise PruningError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+    entries = content.get("strategies", [content]) if isinstance(content, dict) else content
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and "strategy" in e for e in entries):
+        raise PruningError(f"{path}: expected 'strategy: NAME' and its fields, or a list of such entries")
+    return {e["strategy"]: {_key(k): v for k, v in e.items() if k != "strategy"} for e in entries}
+
+
+def _distribute(settings: dict[str, dict[str, Any]], args: Mapping[str, Any]) -> None:
+    """Put every argument where it belongs; a bare key must be a field of exactly one strategy."""
+    for key, value in args.items():
+        name, dot, field = key.rpartition(".")
+        if dot:
+            if name not in settings:
+                raise PruningError(f"'{key}' names no strategy of this run. Strategies: {', '.join(settings) or NONE}")
+            settings[name][field] = value
+            continue
+        owners = [s for s in settings if key in get_strategy(s).fields()]
+        if not owners:
+            fields = {field for s in settings for field in get_strategy(s).fields()}
+            raise unknown("field", key, fields, of=f" for '{'+'.join(settings) or NONE}'", listed="Fields")
+        if len(owners) > 1:
+            options = " or ".join(f"{owner}.{key}" for owner in owners)
+            raise PruningError(f"'{key}' is a field of several strategies; say {options}")
+        settings[owners[0]][key] = value
+
+
+def _ordered(strategies: list[PruningStrategy]) -> list[PruningStrategy]:
+    """In the order in which an image meets them; one that merges comes last in its stage."""
+    ordered = sorted(strategies, key=lambda s: (s.stage.order, s.decoder_layer or 0, s.merges))
+    for first, second in pairwise(ordered):
+        if first.merges and first.stage is second.stage:
+            raise PruningError(f"{first.name} and {second.name} both merge tokens at the {first.stage.value} stage")
+    return ordered
+
+
+def _key(key: str) -> str:
+    return key.replace("-", "_")
+
+
+def _located(source: str, error: PruningError) -> PruningError:
+    return PruningError(f"{source}: {error}") if source else error

@@ -1,0 +1,1 @@
+"""What pruning saves: token counts, FLOPs, time. Listens to calls; never inside a method."""

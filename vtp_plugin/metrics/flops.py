@@ -1,0 +1,73 @@
+"""Theoretical cost of the prefill, from the model's configuration and the real token counts.
+
+Counted in multiply-accumulates (MACs); FLOPs = 2 MACs. Per transformer layer on n tokens of width d:
+    n d (2 d_q + 2 d_kv)      the four projections,
+    2 n^2 d_q                 logits and weighted sum (the full square, causal or not),
+    n d m (2, or 3 if gated)  the MLP,
+which is 4 n d^2 + 2 n^2 d + 3 n d m for a LLaMA layer without grouped queries. Norms, activations, biases, softmax and
+embeddings are left out. The vision tower, the projector, the decoder, the output layer for the last token and, where a
+strategy reads the question through it, CLIP's text tower are counted; the comparison of scores is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """Sizes of a stack of equal layers."""
+
+    layers: int
+    width: int
+    mlp: int
+    gated: bool
+    query_width: int
+    key_value_width: int
+
+    def layer_macs(self, tokens: int) -> int:
+        """One layer on that many tokens."""
+        projections = tokens * self.width * 2 * (self.query_width + self.key_value_width)
+        attention = 2 * tokens**2 * self.query_width
+        return projections + attention + tokens * self.width * self.mlp * (3 if self.gated else 2)
+
+    def macs(self, tokens: int) -> int:
+        """All layers on that many tokens."""
+        return self.layers * self.layer_macs(tokens)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a prefill is made of."""
+
+    tower: Transformer
+    prefix: int  # tokens of the tower in front of the patches
+    patch: int  # MACs to embed one patch
+    projector: int  # MACs to project one token
+    llm: Transformer
+    head: int  # MACs of the output layer for one token
+
+    def tower_macs(self, patches: int, blocks_see: int) -> int:
+        """Embed `patches`, then run the blocks on the `blocks_see` patches that are left and the prefix."""
+        return patches * self.patch + self.tower.macs(blocks_see + self.prefix)
+
+    def prefill_macs(self, images: Sequence[tuple[int, int, int]], lengths: Sequence[int]) -> int:
+        """One sample: per image (patches, patches in the blocks, tokens projected), and the prompt's length per layer."""
+        tower = sum(self.tower_macs(patches, seen) + projected * self.projector for patches, seen, projected in images)
+        return tower + sum(self.llm.layer_macs(length) for length in lengths) + self.head
+
+
+def of_config(config: object, *, gated: bool) -> Transformer:
+    """The sizes in a transformers configuration."""
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    return Transformer(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        mlp=config.intermediate_size,
+        gated=gated,
+        query_width=heads * head,
+        key_value_width=key_value_heads * head,
+    )

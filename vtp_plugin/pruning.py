@@ -1,0 +1,208 @@
+"""`prune(model, ...)`: attach strategies to a model, and the handle that knows what they did."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp_plugin import plugins
+from vtp_plugin.adapter import Adapter, find_adapter
+from vtp_plugin.config import Spec, resolve
+from vtp_plugin.errors import NothingPruned, PruningError
+from vtp_plugin.hookspecs import hookimpl
+from vtp_plugin.metrics.latency import clock, watch
+from vtp_plugin.stages import Stage
+from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.surgery.call import Call, PruningEvent
+from vtp_plugin.surgery.decoder import DecoderCuts
+from vtp_plugin.surgery.undo import Undo
+from vtp_plugin.surgery.vision import VisionCuts
+from vtp_plugin.tokens import Selection, VisualTokens
+
+MARK = "_vtp_pruned"
+EVENTS_KEPT = 10_000
+
+
+def prune(
+    model: nn.Module, strategies: Spec, /, *, processor: Any = None, measure: bool = False, **hyper: Any
+) -> Pruned:
+    """Attach strategies to a model until `detach()` or the end of a `with` block.
+
+    `strategies`: a name ("atp", "vprune+fastv", "none"), a YAML file, a strategy object, or a list of these.
+    `processor`: the model's processor; needed by strategies that look at pixels or read the question.
+    `measure`: time tower, prefill and decode of every call (synchronises the device).
+    `hyper`: hyper-parameters of the named strategies, e.g. keep_ratio=0.6.
+    Raises PruningError, with the model as it was, if the strategies do not fit the model.
+    """
+    chosen = resolve(strategies, hyper)
+    if MARK in vars(model):
+        names = "+".join(s.name for s in vars(model)[MARK].strategies) or "none"
+        raise PruningError(f"the model is already pruned by {names}: detach it first, or name several strategies")
+    families = plugins.adapters()
+    adapter = find_adapter(model, processor, families, lambda: ", ".join(cls.models for cls in families))
+    return Pruned(model, adapter, chosen, measure=measure)
+
+
+class Pruned:
+    """A model with strategies attached. `events` holds the cuts of the last calls, newest last."""
+
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, strategies: Sequence[PruningStrategy], *, measure: bool
+    ) -> None:
+        self.model, self.adapter, self.strategies = model, adapter, list(strategies)
+        self.call: Call | None = None
+        self.events: deque[PruningEvent] = deque(maxlen=EVENTS_KEPT)
+        self.finished: list[Callable[[Call], None]] = []  # called with every call that ended well
+        self.failure: BaseException | None = None  # the first exception inside a call, even if the host swallowed it
+        self._undo = Undo()
+        try:
+            self._attach(measure)
+        except BaseException:
+            self._undo.close()
+            raise
+
+    def _attach(self, measure: bool) -> None:
+        for strategy in self.strategies:
+            if reason := self.adapter.stages[strategy.stage]:
+                raise PruningError(
+                    f"{strategy.name}: {self.adapter.models} has no {strategy.stage.value} stage: {reason}"
+                )
+        vision = VisionCuts(self, self.adapter.tower, self.adapter.projector)
+        decoder = DecoderCuts(self, self.adapter.decoder_layers, [s for s in self.strategies if s.stage is Stage.LLM])
+        vision.prepare()
+        decoder.prepare()
+        vision.install(self._undo)
+        decoder.install(self._undo)
+        self.adapter.install(self, self._undo)
+        if vision.pixels is not None:
+            self._watch_processor(vision)
+        if measure:
+            watch(self, self._undo)
+        object.__setattr__(self.model, MARK, self)
+        self._undo.callback(object.__delattr__, self.model, MARK)
+
+    def _watch_processor(self, vision: VisionCuts) -> None:
+        """Let pixels-stage strategies see images at full precision, as they leave the image processor."""
+        processor = self.adapter.image_processor
+
+        def preprocess(images: Any, *args: Any, **kwargs: Any) -> Any:
+            outputs = original(images, *args, **kwargs)
+            vision.pixels.remember(outputs)
+            plugins.manager().hook.vtp_images_processed(processor=processor, images=images, outputs=outputs)
+            return outputs
+
+        original = self._undo.override(processor, "preprocess", preprocess)
+
+    def detach(self) -> None:
+        """Give the model back as it was, hooks and all; harmless when repeated."""
+        self._undo.close()
+
+    def __enter__(self) -> Pruned:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.detach()
+
+    # -- for the surgery ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def calling(self) -> Iterator[Call]:
+        """One call of the host model; proves at its end that every strategy has cut."""
+        self.call = call = Call()
+        started = clock(self.device)
+        try:
+            yield call
+            self._prove(call)
+        except BaseException as error:
+            self.failure = self.failure or error
+            raise
+        finally:
+            self.call = None
+        call.spend("total", clock(self.device) - started)
+        self.events.extend(call.events)
+        for listener in self.finished:
+            listener(call)
+
+    @contextmanager
+    def judging(self, strategy: PruningStrategy, layer: int | None = None) -> Iterator[Judgement]:
+        """Time the signals and the decision of one cut, and report it."""
+        judgement = Judgement(self.call, strategy, layer)
+        with self.timed("selector") as spent:
+            yield judgement
+        event = judgement.event(spent[0]) if judgement.selection is not None else None
+        if event is not None:
+            self.call.events.append(event)
+            plugins.manager().hook.vtp_tokens_pruned(event=event)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[list[float]]:
+        """Add the wall time of the block to a part of the call; the list holds it afterwards."""
+        spent, started = [0.0], clock(self.device)
+        yield spent
+        spent[0] = clock(self.device) - started
+        self.call.spend(part, spent[0])
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether images have to pass the tower singly, because their token counts may come out unequal."""
+        return any(not s.budgeted for s in self.strategies if s.stage is not Stage.LLM)
+
+    def _prove(self, call: Call) -> None:
+        if not any(image.columns is None or len(image.columns) for image in call.images):
+            return
+        cut = {event.strategy for event in call.events}
+        for strategy in self.strategies:
+            if strategy.name not in cut:
+                raise NothingPruned(
+                    f"{strategy.name}: {len(call.images)} images went through the model, but nothing was cut at its "
+                    f"{strategy.stage.value} stage; the model's parts are not where the adapter "
+                    f"'{self.adapter.family}' expects them"
+                )
+
+
+class Judgement:
+    """One decision of one strategy over images with equally many tokens."""
+
+    def __init__(self, call: Call, strategy: PruningStrategy, layer: int | None) -> None:
+        self.call, self.strategy, self.layer = call, strategy, layer
+        self.selection: Selection | None = None
+
+    def decide(
+        self, tokens: Tensor, images: Sequence[int], grid: tuple[int, int], signals: Mapping[str, Tensor | None]
+    ) -> Selection:
+        """Ask the strategy about tokens [B, N, D] of the given images, and remember what is left of them."""
+        self.images = [self.call.images[number] for number in images]
+        self.numbers, self.before = list(images), [tokens.shape[1]] * len(images)
+        visual = VisualTokens(
+            tokens=tokens,
+            grid=grid,
+            index=torch.stack([image.index for image in self.images]).to(tokens.device),
+            fingerprint=tuple(image.fingerprint for image in self.images),
+            layer=self.layer,
+            **{name: value for name, value in signals.items() if name in self.strategy.needs},
+        )
+        self.selection = self.strategy.decide(visual)
+        for image, columns, index in zip(self.images, self.selection.sources, visual.index, strict=True):
+            image.index = torch.where(columns >= 0, index[columns.clamp(min=0)], -1)
+        return self.selection
+
+    def event(self, seconds: float) -> PruningEvent:
+        kept = [image.index.cpu() for image in self.images]
+        after = [len(index) for index in kept]
+        return PruningEvent(
+            self.strategy.name, self.strategy.stage, self.layer, self.numbers, self.before, after, kept, seconds
+        )
+
+
+@hookimpl(trylast=True)
+def vtp_model_loaded(lm: Any, model: nn.Module, processor: Any, config: list[PruningStrategy]) -> Pruned:
+    return prune(model, config, processor=processor, measure=True)

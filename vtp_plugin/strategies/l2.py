@@ -1,0 +1,47 @@
+"""L2-norm VTP: patch embeddings with a small norm never enter the vision transformer.
+
+Source: the poster "L2-norm Visual Token Pruning" (no paper, no code). Its letters: e_i = the patch convolution's output
+(`tokens`), S_i = ||e_i||_2, r = `keep_ratio`, K = int(r N). The class token and the position embeddings are gathered
+for the survivors by the machinery, not renumbered.
+
+Our reading, where the poster is silent: the norm is taken before the position embedding is added, in fp32; the class
+token is no candidate; K is rounded down; the survivors stay in raster order.
+Switches: `center` removes every patch's mean colour before scoring (a flat but bright patch has a large norm
+otherwise); `positions` scores after the position embedding was added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vtp_plugin.stages import Stage
+from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.tokens import VisualTokens
+
+
+@dataclass(kw_only=True)
+class L2(PruningStrategy):
+    """Keep the patches whose embedding has the largest Euclidean norm, [B, N, D] -> [B, N]."""
+
+    name = "l2"
+    stage = Stage.VIT
+    paper = "L2-norm Visual Token Pruning (poster)"
+    default_keep_ratio = 0.5
+
+    center: bool = False  # score the embedding of the patch minus its mean colour
+    positions: bool = False  # score after adding the position embedding
+
+    def validate(self) -> None:
+        self.check_choice("center", (True, False))
+        self.check_choice("positions", (True, False))
+        self.check("positions", not (self.center and self.positions), "cannot be combined with center")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("centered",) * self.center + ("positioned",) * self.positions
+
+    def score(self, visual: VisualTokens) -> Tensor:
+        scored = visual.centered if self.center else visual.positioned if self.positions else visual.tokens
+        return scored.float().norm(dim=-1)

@@ -1,0 +1,90 @@
+"""VisionZip: the tokens that CLS attends to stay, the rest is merged into a few contextual tokens.
+
+Source: arXiv 2412.04467 (CVPR 2025), section 3.2 and the authors' code, whose details are followed where they differ:
+1. dominant: the CLS token itself and the `dominant - 1` patches with the highest CLS attention, in raster order;
+2. of the remaining P patches every s-th, s = max(1, P // contextual), is a target, the first `contextual` of them;
+3. every other remaining patch joins the target whose key is most similar (cosine);
+4. contextual token = x_target + mean(x of the patches that joined it), a sum, not divided by two.
+Output: [CLS, dominant patches, contextual tokens], `dominant + contextual` tokens in all; positions are renumbered.
+A budget (`keep_tokens`, `keep_ratio`) is split like the paper's settings, 54 + 10 of 64: one part in 6.4 is contextual.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vtp_plugin.stages import Stage
+from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.tokens import Selection, VisualTokens, top_k
+
+
+@dataclass(kw_only=True)
+class VisionZip(PruningStrategy):
+    """Keep `dominant` tokens (CLS included) and merge the others into `contextual` tokens."""
+
+    name = "visionzip"
+    stage = Stage.PROJECTOR
+    paper = "VisionZip: Longer is Better but Not Necessary in VLMs, https://arxiv.org/abs/2412.04467"
+    needs = ("cls", "cls_attention", "keys")
+    merges = True
+
+    dominant: int | None = None  # 54 unless a budget is given
+    contextual: int | None = None  # 10 unless a budget is given
+
+    def __post_init__(self) -> None:
+        counts = (self.dominant, self.contextual)
+        if counts != (None, None):
+            if None in counts:
+                raise self.error("give both dominant and contextual, or keep_tokens or keep_ratio")
+            if self.keep_ratio is not None or self.keep_tokens is not None:
+                raise self.error("give dominant and contextual, or keep_tokens, or keep_ratio; not both kinds")
+            self.check_whole("dominant", 1)
+            self.check_whole("contextual", 0)
+            self.keep_tokens = self.dominant + self.contextual
+        elif self.keep_ratio is None and self.keep_tokens is None:
+            self.dominant, self.contextual, self.keep_tokens = 54, 10, 64
+        super().__post_init__()
+
+    def split(self, n: int) -> tuple[int, int]:
+        """The numbers of dominant (CLS included) and contextual tokens for an image of n patches."""
+        if self.contextual is not None:
+            return self.dominant, self.contextual
+        k = self.count(n)
+        contextual = min(k - 1, max(1, round(k * 10 / 64)))
+        return k - contextual, contextual
+
+    def select(self, visual: VisualTokens) -> Selection:
+        dominant, contextual = self.split(visual.tokens.shape[1])
+        keep = top_k(visual.cls_attention, dominant - 1)  # [B, N]
+        rows, sources = [], []
+        for b, chosen in enumerate(keep):
+            x, keys = visual.tokens[b].float(), normalize(visual.keys[b], dim=-1)
+            rest = (~chosen).nonzero().flatten()  # [P]
+            targets = _targets(rest, contextual)
+            merged = _merge(x, keys, rest, targets)
+            rows.append(torch.cat([visual.cls[b, None].float(), x[chosen], merged]))
+            sources.append(torch.cat([rest.new_tensor([-1]), chosen.nonzero().flatten(), targets]))
+            chosen[targets] = True
+        return Selection(keep, tokens=tuple(rows), source=tuple(sources))
+
+
+def _targets(rest: Tensor, number: int) -> Tensor:
+    """Every s-th of the remaining columns, [P] -> [number]."""
+    if number == 0:
+        return rest[:0]
+    return rest[:: max(1, len(rest) // number)][:number]
+
+
+def _merge(x: Tensor, keys: Tensor, rest: Tensor, targets: Tensor) -> Tensor:
+    """Contextual tokens [M, D] of the targets [M] among the remaining columns [P]."""
+    others = rest[~torch.isin(rest, targets)]
+    if len(targets) == 0 or len(others) == 0:
+        return x[targets]
+    owner = (keys[others] @ keys[targets].T).argmax(dim=-1)  # [P - M]
+    total = torch.zeros_like(x[targets]).index_add_(0, owner, x[others])
+    size = torch.bincount(owner, minlength=len(targets)).clamp(min=1)
+    return x[targets] + total / size[:, None]

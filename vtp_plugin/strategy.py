@@ -1,0 +1,156 @@
+"""The abstraction that every pruning method fills in: hyper-parameters as fields, a score or a selection."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtp_plugin.errors import PruningError
+from vtp_plugin.stages import Stage
+from vtp_plugin.tokens import Selection, VisualTokens, top_k
+
+BUDGET = ("keep_ratio", "keep_tokens")
+
+
+@dataclass(kw_only=True)
+class PruningStrategy(ABC):
+    """One method. Its dataclass fields are its hyper-parameters, its YAML keys and its command line keys.
+
+    A method that ranks tokens implements `score`; one that merges, diversifies or keeps a threshold's number
+    implements `select`. It never learns which model it is in.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]  # citation with a link
+    stage: ClassVar[Stage]
+    needs: ClassVar[Collection[str]] = ()  # the fields of VisualTokens that it reads beside tokens, grid and index
+    budgeted: ClassVar[bool] = True  # False: the number kept follows from the data; keep_ratio does not apply
+    merges: ClassVar[bool] = False  # True: survivors get new values, so no strategy may follow at the same stage
+    default_keep_ratio: ClassVar[float] = 0.5
+
+    keep_ratio: float | None = None  # kept / all, in (0, 1]
+    keep_tokens: int | None = None  # or an absolute number per image
+
+    def __post_init__(self) -> None:
+        if not self.budgeted:
+            self._refuse_budget()
+        elif self.keep_ratio is not None and self.keep_tokens is not None:
+            raise self.error("give keep_ratio or keep_tokens, not both")
+        elif self.keep_ratio is None and self.keep_tokens is None:
+            self.keep_ratio = self.default_keep_ratio
+        if self.keep_ratio is not None:
+            self.check("keep_ratio", 0 < _number(self.keep_ratio) <= 1, "must be in (0, 1]")
+        if self.keep_tokens is not None:
+            self.check("keep_tokens", _whole(self.keep_tokens) and self.keep_tokens >= 1, "must be a whole number >= 1")
+        self.validate()
+
+    # -- what a method implements ---------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Check the hyper-parameters with `self.check`; called once, on construction."""
+
+    def score(self, visual: VisualTokens) -> Tensor:
+        """How much each token matters, [B, N], higher is kept."""
+        raise NotImplementedError(f"{type(self).__name__} implements neither score() nor select()")
+
+    def select(self, visual: VisualTokens) -> Selection:
+        """Which tokens survive. By default the `count(N)` highest scores, ties by lower index, ascending order."""
+        scores = self.score(visual)
+        if not torch.isfinite(scores).all():
+            raise self.error("a score is not finite")
+        return Selection(top_k(scores, self.count(visual.tokens.shape[1])))
+
+    def rounded(self, exact: float) -> int:
+        """How keep_ratio * N becomes a whole number; int() unless the method's source says otherwise."""
+        return int(exact)
+
+    # -- what the machinery asks ----------------------------------------------------------------------------------
+
+    @property
+    def tower_layer(self) -> int | None:
+        """The vision tower's block whose attention, keys and output are wanted; negative counts from the last.
+
+        None: the block whose output is projected.
+        """
+        return None
+
+    @property
+    def clip_checkpoint(self) -> str | None:
+        """The CLIP checkpoint behind `aligned` and `text`; None: the one that the vision tower comes from."""
+        return None
+
+    @property
+    def decoder_layer(self) -> int | None:
+        """llm stage: the first decoder layer (0-based) that does not see the dropped tokens."""
+        return None
+
+    @property
+    def keeps_everything(self) -> bool:
+        """True when the configuration itself asks for no pruning."""
+        return self.budgeted and self.keep_ratio == 1
+
+    def count(self, n: int) -> int:
+        """How many of n tokens survive, at least 1 and at most n."""
+        if self.keep_tokens is not None:
+            return min(self.keep_tokens, n)
+        return max(1, min(n, self.rounded(self.keep_ratio * n + 1e-9)))
+
+    def decide(self, visual: VisualTokens) -> Selection:
+        """`select`, except that a budget of all tokens leaves them untouched, bit for bit."""
+        n = visual.tokens.shape[1]
+        if self.budgeted and self.count(n) == n:
+            return Selection(torch.ones_like(visual.index, dtype=torch.bool))
+        with torch.no_grad():
+            return self.select(visual)
+
+    @classmethod
+    def fields(cls) -> list[str]:
+        """The names of the hyper-parameters."""
+        return [f.name for f in dataclasses.fields(cls) if cls.budgeted or f.name not in BUDGET]
+
+    def config(self) -> dict[str, Any]:
+        """The full configuration, as it is written to the record."""
+        return {name: getattr(self, name) for name in self.fields()}
+
+    # -- errors ---------------------------------------------------------------------------------------------------
+
+    def error(self, message: str) -> PruningError:
+        return PruningError(f"{self.name}: {message}")
+
+    def check(self, field: str, holds: bool, rule: str) -> None:
+        """Refuse the value of a field in one sentence."""
+        if not holds:
+            raise self.error(f"{field} {rule}, got {getattr(self, field)!r}")
+
+    def check_number(self, field: str, low: float = float("-inf"), high: float = float("inf")) -> None:
+        """Refuse a field that is not a number in [low, high]."""
+        self.check(field, low <= _number(getattr(self, field)) <= high, f"must be a number in [{low:g}, {high:g}]")
+
+    def check_whole(self, field: str, low: int = 1) -> None:
+        """Refuse a field that is not a whole number >= low."""
+        value = getattr(self, field)
+        self.check(field, _whole(value) and value >= low, f"must be a whole number >= {low}")
+
+    def check_choice(self, field: str, options: Collection[Any]) -> None:
+        """Refuse a field whose value is not one of the options."""
+        self.check(field, getattr(self, field) in options, f"must be one of {', '.join(map(str, options))}")
+
+    def _refuse_budget(self) -> None:
+        given = [name for name in BUDGET if getattr(self, name) is not None]
+        if given:
+            raise self.error(f"{given[0]} does not apply, its thresholds decide. Fields: {', '.join(self.fields())}")
+
+
+def _number(value: Any) -> float:
+    """The value as a float; nan (which fails every comparison) for anything that is not a number."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else float("nan")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

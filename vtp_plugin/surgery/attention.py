@@ -1,0 +1,40 @@
+"""Single attention rows, recomputed from q and k in fp32, so that no kernel is changed and no N x N map exists."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+
+def heads(module: nn.Module, projection: str, hidden: Tensor) -> Tensor:
+    """The heads of `q_proj` or `k_proj` of an attention module, [B, L, D] -> [B, H, L, d]."""
+    split = getattr(module, projection)(hidden).unflatten(-1, (-1, module.head_dim))
+    norm = getattr(module, projection.replace("proj", "norm"), None)
+    return (norm(split) if norm is not None else split).transpose(1, 2)
+
+
+def scale(module: nn.Module) -> float:
+    """The factor of the logits."""
+    return getattr(module, "scaling", getattr(module, "scale", module.head_dim**-0.5))
+
+
+def row(query: Tensor, keys: Tensor, factor: float, visible: Tensor | None = None) -> Tensor:
+    """Softmax of one query row, mean over heads: [B, H, d], [B, Hkv, L, d], visible [B, L] bool -> [B, L] fp32."""
+    keys = keys.float().repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+    logits = (keys @ query.float()[..., None]).squeeze(-1) * factor  # [B, H, L]
+    if visible is not None:
+        logits = logits.masked_fill(~visible[:, None], float("-inf"))
+    return logits.softmax(-1).mean(1)
+
+
+def rotated(module: nn.Module, query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the rotary embedding of the module's own file, [B, H, L, d] with cos and sin [B, L, d]."""
+    return sys.modules[type(module).__module__].apply_rotary_pos_emb(query, query, cos, sin)[0]
+
+
+def take(tensor: Tensor, columns: Tensor) -> Tensor:
+    """Per row, the given columns of dimension 1: [B or 1, L, ...], [B, K] -> [B, K, ...]."""
+    tensor = tensor.expand(len(columns), *tensor.shape[1:])
+    return tensor[torch.arange(len(columns), device=tensor.device)[:, None], columns]

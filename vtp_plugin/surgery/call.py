@@ -1,0 +1,76 @@
+"""The state of one call of the host model (a `generate` or a `forward`), and what is reported of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtp_plugin.stages import Stage
+
+
+@dataclass
+class Image:
+    """One image on its way through the model."""
+
+    total: int  # patches of the full grid, or tokens that the host would have made of it
+    index: Tensor  # [n] raster positions of the tokens that are left, -1 for one that has none
+    question: str = ""
+    fingerprint: int = 0
+    sample: int = 0  # row of the batch
+    columns: Tensor | None = None  # [n] columns of the prompt that hold the tokens, once it is assembled
+
+
+@dataclass(frozen=True)
+class PruningEvent:
+    """One cut by one strategy, over the images that were judged together."""
+
+    strategy: str
+    stage: Stage
+    layer: int | None  # llm stage: the first decoder layer without the dropped tokens
+    images: list[int]  # numbers of the images within the call
+    before: list[int]  # tokens per image
+    after: list[int]
+    kept: list[Tensor]  # per image, original raster positions of the survivors, -1 for a token without one
+    seconds: float  # for signals and selection, device synchronised
+
+
+@dataclass
+class Call:
+    """Lives from the host's call to its return."""
+
+    images: list[Image] = field(default_factory=list)
+    batch: list[int] = field(default_factory=list)  # the images that are in the tower right now
+    scratch: dict[Any, Tensor] = field(default_factory=dict)  # signals on their way from a hook to a decision
+    valid: Tensor | None = None  # [B, L] bool: columns of the assembled prompt that are not padding
+    cuts: dict[int, Any] = field(default_factory=dict)  # llm stage: what was decided at each decoder layer
+    events: list[PruningEvent] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # wall time by part: tower, selector, prefill, decode
+
+    @contextmanager
+    def in_tower(self, batch: Sequence[int]) -> Iterator[None]:
+        """These images are being encoded."""
+        self.batch = list(batch)
+        try:
+            yield
+        finally:
+            self.batch = []
+            self.scratch.clear()
+
+    def spend(self, part: str, seconds: float) -> None:
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+
+    def place(self, valid: Tensor, columns: Sequence[Tensor], samples: Sequence[int]) -> None:
+        """The prompt was assembled: which columns are real, and where each image's tokens are."""
+        self.valid = valid
+        for image, where, sample in zip(self.images, columns, samples, strict=True):
+            image.columns, image.sample = where, sample
+
+    @property
+    def index(self) -> Tensor:
+        """Raster positions of the images in the tower, [B, N]."""
+        return torch.stack([self.images[i].index for i in self.batch])

@@ -1,0 +1,74 @@
+"""Raw patches: uint8, exactly as the image processor saw them before it normalised them."""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtp_plugin.errors import PruningError
+
+MEMORY = 64  # processed images that are remembered until the model asks for them
+TOLERANCE = 4  # a bf16 value is up to two levels away from the level that it came from
+
+
+class Pixels:
+    """Turns normalised pixel values back into the image processor's uint8 image.
+
+    In fp32 and fp16 the levels are recovered exactly by rounding. bf16 is too coarse for that, so images that were
+    seen leaving the processor (`remember`) are matched to what arrives in the model.
+    """
+
+    def __init__(self, mean: Any, std: Any) -> None:
+        self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+        self.seen: deque[Tensor] = deque(maxlen=MEMORY)
+
+    @classmethod
+    def of(cls, image_processor: Any) -> Pixels:
+        """With the mean and standard deviation of an image processor."""
+        if image_processor is None:
+            raise PruningError("this strategy looks at raw pixels: pass the model's processor (processor=...)")
+        if not getattr(image_processor, "do_normalize", True):
+            return cls([0.0] * 3, [1.0] * 3)
+        return cls(image_processor.image_mean, image_processor.image_std)
+
+    def remember(self, outputs: Any) -> None:
+        """Keep the levels of images that an image processor has just made."""
+        for value in outputs["pixel_values"]:
+            value = torch.as_tensor(value)
+            if value.is_floating_point():
+                self.seen.extend(self.levels(value.flatten(0, -4) if value.ndim > 3 else value[None]))
+
+    def levels(self, values: Tensor) -> Tensor:
+        """Nearest grey levels, [B, 3, H, W] normalised -> uint8."""
+        mean, std = self.mean.to(values.device), self.std.to(values.device)
+        return ((values.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def images(self, values: Tensor) -> Tensor:
+        """The uint8 images behind pixel values [B, 3, H, W]."""
+        levels = self.levels(values)
+        return torch.stack([self._remembered(image) for image in levels]) if values.dtype is torch.bfloat16 else levels
+
+    def _remembered(self, image: Tensor) -> Tensor:
+        """The remembered image nearest to one that was recovered from bf16; the recovered one if none is near."""
+        best, distance = image, float("inf")
+        for other in (seen.to(image.device) for seen in self.seen if seen.shape == image.shape):
+            difference = (other.short() - image.short()).abs()
+            if difference.amax() <= TOLERANCE and (total := difference.sum().item()) < distance:
+                best, distance = other, total
+        return best
+
+
+def patches(images: Tensor, size: int) -> Tensor:
+    """Raster-ordered patches, [B, 3, H, W] -> [B, N, 3, p, p]; a rest at the border is left out."""
+    tiles = images.unfold(2, size, size).unfold(3, size, size)  # [B, 3, rows, cols, p, p]
+    return tiles.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+
+
+def fingerprint(image: Tensor) -> int:
+    """A number that stands for the content of one uint8 image, coarse enough to survive half precision."""
+    small = torch.nn.functional.adaptive_avg_pool2d(image.float(), 8).round().to(torch.uint8)
+    return zlib.crc32(small.cpu().contiguous().numpy().tobytes())

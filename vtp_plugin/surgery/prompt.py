@@ -1,0 +1,262 @@
+"""Prompts that hold one placeholder id per visual token, as in transformers: made shorter, and taken back.
+
+The prompt is rewritten to the number of tokens that are left, the kept features are served in place of the full ones,
+and the host's own `generate` or `forward` runs. All lengths of the host agree (ids = mask = KV cache), so nothing is
+patched while decoding. The caller gets the original prompt ids back.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vtp_plugin.errors import PruningError
+from vtp_plugin.surgery.call import Call, Image
+from vtp_plugin.surgery.question import question_of
+from vtp_plugin.surgery.undo import Undo
+
+if TYPE_CHECKING:
+    from vtp_plugin.pruning import Pruned
+
+PER_TOKEN = {
+    "token_type_ids": 0,
+    "mm_token_type_ids": 0,
+    "labels": -100,
+}  # arguments that follow ids, and their padding
+REFUSED = ("assistant_model", "prompt_lookup_num_tokens")  # they crop the cache, whose layers differ after an llm cut
+
+
+class PlaceholderModel(Protocol):
+    """What an adapter tells about its family."""
+
+    model: nn.Module
+    image_token: int
+
+    def has_images(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether pixels come with these arguments."""
+
+    def images(self, inputs: Mapping[str, Any]) -> list[Image]:
+        """The images of a call, in the order of their placeholders; `total` placeholders each."""
+
+    def encode(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Any, list[int]]:
+        """Run the tower; the host's features object with the kept rows, and how many rows every image has."""
+
+    def serving(self, features: Any) -> AbstractContextManager[None]:
+        """While open, the model answers with these features instead of running its tower."""
+
+    def decode(self, ids: Tensor) -> str:
+        """The text of prompt ids."""
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """A prompt without the placeholders of dropped tokens."""
+
+    columns: Tensor  # [B, L'] long: column of the original prompt, -1 for padding
+
+    @classmethod
+    def of(cls, keep: Tensor, real: Tensor, left: bool) -> Shortened:
+        """Keep columns [B, L] that are wanted and real, padded on the given side to the longest row."""
+        rows = [row.nonzero().flatten() for row in keep & real]
+        columns = keep.new_full((len(rows), max(map(len, rows))), -1, dtype=torch.long)
+        for target, row in zip(columns, rows, strict=True):
+            target[len(target) - len(row) :] = row if left else target[len(target) - len(row) :]
+            target[: len(row)] = target[: len(row)] if left else row
+        return cls(columns)
+
+    @property
+    def valid(self) -> Tensor:
+        """[B, L'] bool: no padding."""
+        return self.columns >= 0
+
+    def take(self, tensor: Tensor, padding: Any) -> Tensor:
+        """The columns of [B, L], with `padding` where there is none."""
+        return torch.where(self.valid, tensor.gather(1, self.columns.clamp(min=0)), padding)
+
+    def put(self, short: Tensor, length: int) -> Tensor:
+        """[B, L', V] back at its original columns, [B, L, V]; zero where a token was dropped."""
+        full = short.new_zeros(len(short), length, short.shape[-1])
+        row, column = self.valid.nonzero(as_tuple=True)
+        full[row, self.columns[row, column]] = short[row, column]
+        return full
+
+
+class PlaceholderCalls:
+    """Wraps `generate` and `forward` of one model instance."""
+
+    def __init__(self, pruned: Pruned, family: PlaceholderModel) -> None:
+        self.pruned, self.family, self.model = pruned, family, family.model
+
+    def install(self, undo: Undo) -> None:
+        self.generate = undo.override(self.model, "generate", self._wrapped(self.model.generate, self._generate))
+        self.forward = undo.override(self.model, "forward", self._wrapped(self.model.forward, self._forward))
+
+    def _wrapped(self, original: Callable, replacement: Callable) -> Callable:
+        """The replacement under the original's signature; calls inside a call pass through."""
+        signature = inspect.signature(original)
+
+        @wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if self.pruned.call is not None:
+                return original(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs).arguments
+            return replacement({**bound, **bound.pop("kwargs", {}), **bound.pop("model_kwargs", {})})
+
+        return wrapper
+
+    def _generate(self, inputs: dict[str, Any]) -> Any:
+        if inputs.get("input_ids") is None:
+            inputs["input_ids"] = inputs.pop("inputs", None)
+        ids = inputs["input_ids"]
+        self._check(inputs, generating=True)
+        with self.pruned.calling() as call, torch.no_grad():
+            shortened, features = self._prepare(call, inputs)
+            if shortened is not None:
+                _shift_lengths(inputs, ids.shape[1] - shortened.columns.shape[1])
+            with self.family.serving(features):
+                output = self.generate(**inputs)
+        return output if shortened is None else _with_prompt(output, ids, shortened.columns.shape[1])
+
+    def _forward(self, inputs: dict[str, Any]) -> Any:
+        ids = inputs.get("input_ids")
+        self._check(inputs, generating=False)
+        with self.pruned.calling() as call:
+            shortened, features = self._prepare(call, inputs)
+            labels = inputs.pop("labels", None)
+            with self.family.serving(features):
+                output = self.forward(**inputs)
+        return self._expanded(output, call, shortened, labels, ids, inputs.get("logits_to_keep", 0))
+
+    def _check(self, inputs: Mapping[str, Any], *, generating: bool) -> None:
+        if not self.family.has_images(inputs):
+            return
+        if inputs.get("input_ids") is None:
+            raise PruningError("pruning needs input_ids: prompts given as inputs_embeds cannot be shortened")
+        cache = inputs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise PruningError("pruning cannot add images behind a past_key_values of the caller")
+        late = [s for s in self.pruned.strategies if s.decoder_layer is not None]
+        refused = [name for name in REFUSED if inputs.get(name) is not None]
+        if generating and late and refused:
+            raise PruningError(
+                f"{late[0].name}: {refused[0]} is not possible when decoder layers cache unequal lengths"
+            )
+
+    def _prepare(self, call: Call, inputs: dict[str, Any]) -> tuple[Shortened | None, Any]:
+        """Encode the images and shorten `inputs` in place; None if the prompt stays as it is."""
+        ids = inputs.get("input_ids")
+        if ids is None or not self.family.has_images(inputs):
+            return None, None
+        real = torch.ones_like(ids, dtype=torch.bool)
+        if inputs.get("attention_mask") is not None:
+            real = inputs["attention_mask"].bool()
+        call.images = self.family.images(inputs)
+        columns = self._placeholders(call, ids)
+        self._read_questions(call, ids, real)
+        features, counts = self.family.encode(call, inputs)
+        keep = torch.ones_like(real)
+        for image, where, count in zip(call.images, columns, counts, strict=True):
+            keep[image.sample, where[count:]] = False
+        if keep.all():
+            call.place(real, columns, [image.sample for image in call.images])
+            return None, features
+        shortened = Shortened.of(keep, real, left=not real[:, 0].all())
+        self._rewrite(inputs, shortened)
+        self._place(call, shortened, columns, counts)
+        return shortened, features
+
+    def _placeholders(self, call: Call, ids: Tensor) -> list[Tensor]:
+        """The columns of every image; sets its sample. The placeholders are handed out in order."""
+        rows, columns = (ids == self.family.image_token).nonzero(as_tuple=True)
+        wanted = [image.total for image in call.images]
+        if sum(wanted) != len(rows):
+            raise PruningError(f"the prompt has {len(rows)} image placeholders, its images make {sum(wanted)} tokens")
+        for image, row in zip(call.images, rows.split(wanted), strict=True):
+            if len(row) and (row != row[0]).any():
+                raise PruningError("the placeholders of one image lie in two prompts of the batch")
+            image.sample = int(row[0])
+        return list(columns.split(wanted))
+
+    def _read_questions(self, call: Call, ids: Tensor, real: Tensor) -> None:
+        if not any("text" in s.needs for s in self.pruned.strategies):
+            return
+        text = real & (ids != self.family.image_token)
+        questions = [question_of(self.family.decode(row[mask])) for row, mask in zip(ids, text, strict=True)]
+        for image in call.images:
+            image.question = questions[image.sample]
+
+    def _rewrite(self, inputs: dict[str, Any], shortened: Shortened) -> None:
+        """Every argument with one entry per prompt column, for the shorter prompt."""
+        ids = inputs["input_ids"]
+        if inputs.get("position_ids") is not None:
+            raise PruningError("pruning cannot shorten a prompt that comes with its own position_ids")
+        inputs["input_ids"] = shortened.take(ids, _padding(self.model))
+        if inputs.get("attention_mask") is not None or not shortened.valid.all():
+            dtype = torch.long if inputs.get("attention_mask") is None else inputs["attention_mask"].dtype
+            inputs["attention_mask"] = shortened.valid.to(dtype)
+        for name, padding in PER_TOKEN.items():
+            if inputs.get(name) is not None:
+                inputs[name] = shortened.take(inputs[name], padding)
+
+    def _place(self, call: Call, shortened: Shortened, columns: Sequence[Tensor], counts: Sequence[int]) -> None:
+        """Tell the call where the images are in the shorter prompt."""
+        places = [
+            torch.isin(shortened.columns[image.sample], where[:count]).nonzero().flatten()
+            for image, where, count in zip(call.images, columns, counts, strict=True)
+        ]
+        call.place(shortened.valid, places, [image.sample for image in call.images])
+
+    def _expanded(
+        self, output: Any, call: Call, shortened: Shortened | None, labels: Tensor | None, ids: Tensor, kept: Any
+    ) -> Any:
+        """The output with logits for every column of the caller's prompt, and the loss over the columns that are left."""
+        seen = shortened
+        if call.cuts:
+            cut = call.cuts[max(call.cuts)]
+            before = shortened.columns if shortened is not None else torch.arange(ids.shape[1], device=ids.device)
+            seen = Shortened(torch.where(cut.valid, before.expand(len(ids), -1).gather(1, cut.columns), -1))
+        if labels is not None:
+            output.loss = self._loss(output.logits, labels, shortened, call)
+        if seen is not None and isinstance(kept, int) and kept == 0:
+            output.logits = seen.put(output.logits, ids.shape[1])
+        return output
+
+    def _loss(self, logits: Tensor, labels: Tensor, shortened: Shortened | None, call: Call) -> Tensor:
+        """The host's loss; `labels` already follow the shorter prompt."""
+        if call.cuts:
+            cut = call.cuts[max(call.cuts)]
+            labels = torch.where(cut.valid, labels.gather(1, cut.columns), PER_TOKEN["labels"])
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return self.model.loss_function(logits=logits, labels=labels, vocab_size=vocabulary)
+
+
+def _with_prompt(output: Any, ids: Tensor, length: int) -> Any:
+    """Generated sequences behind the caller's prompt instead of the shortened one."""
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    prompt = ids.repeat_interleave(len(sequences) // len(ids), dim=0)
+    sequences = torch.cat([prompt, sequences[:, length:]], dim=1)
+    if isinstance(output, Tensor):
+        return sequences
+    output.sequences = sequences
+    return output
+
+
+def _shift_lengths(inputs: dict[str, Any], dropped: int) -> None:
+    """Limits on the total length were meant for the caller's prompt."""
+    for name in ("max_length", "min_length"):
+        if isinstance(inputs.get(name), int):
+            inputs[name] -= dropped
+
+
+def _padding(model: nn.Module) -> int:
+    """An id for padding that is no placeholder."""
+    configs = (getattr(model, "generation_config", None), model.config.get_text_config())
+    found = [config.pad_token_id for config in configs if getattr(config, "pad_token_id", None) is not None]
+    return found[0] if found else 0

@@ -1,0 +1,189 @@
+"""Cuts before, in and behind the vision tower: the pixels, vit and projector stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp_plugin.adapter import SharedSpace, Tower
+from vtp_plugin.stages import Stage
+from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.surgery import attention
+from vtp_plugin.surgery.call import Call
+from vtp_plugin.surgery.pixels import Pixels, fingerprint, patches
+from vtp_plugin.surgery.undo import Undo
+from vtp_plugin.tokens import Selection
+
+if TYPE_CHECKING:
+    from vtp_plugin.pruning import Pruned
+
+ROW_SIGNALS = ("cls_attention", "keys")  # read where a block's attention begins
+OUTPUT_SIGNALS = ("cls", "aligned")  # read where a block ends
+
+
+class VisionCuts:
+    """The hooks on one vision tower and its projector. Images of one pass always have equal numbers of tokens."""
+
+    def __init__(self, pruned: Pruned, tower: Tower, projector: nn.Module) -> None:
+        self.pruned, self.tower, self.projector = pruned, tower, projector
+        self.pixels: Pixels | None = None
+        self.spaces: dict[str | None, SharedSpace] = {}
+
+    def prepare(self) -> None:
+        """Load what the strategies need; raises before anything is attached."""
+        if self._needing("pixels") or self._needing("fingerprint"):
+            self.pixels = Pixels.of(self.pruned.adapter.image_processor)
+        for strategy in self._needing("text"):
+            checkpoint = strategy.clip_checkpoint
+            self.spaces[checkpoint] = self.pruned.adapter.shared_space(checkpoint)
+
+    def install(self, undo: Undo) -> None:
+        if self._at(Stage.PIXELS) or self._at(Stage.VIT) or self._needing("fingerprint"):
+            undo.after(self.tower.embeddings, self._embedded)
+        if self._at(Stage.VIT):
+            undo.after(self.tower.patch_embedding, self._patches_embedded)
+        for layer in {self._layer(s) for s in self._at(Stage.PROJECTOR) if set(s.needs) & set(ROW_SIGNALS)}:
+            undo.before(self.tower.blocks[layer].self_attn, self._row_reader(layer))
+        for layer in {self._layer(s) for s in self._at(Stage.PROJECTOR) if set(s.needs) & set(OUTPUT_SIGNALS)}:
+            undo.after(self.tower.blocks[layer], self._output_reader(layer))
+        if self._at(Stage.PROJECTOR):
+            undo.before(self.projector, self._projecting)
+
+    # -- pixels and vit -------------------------------------------------------------------------------------------
+
+    def _patches_embedded(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        if self._active:
+            self._call.scratch["embedded"] = output.flatten(2).transpose(1, 2)  # [B, N, D]
+
+    def _embedded(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        """Cut [B, prefix + N, D] on its way into the first block."""
+        if not self._active:
+            return None
+        values = args[0] if args else kwargs["pixel_values"]
+        images = self.pixels.images(values) if self.pixels else None
+        self._identify(images)
+        columns = self._every_patch(output)
+        for strategy in self._at(Stage.PIXELS) + self._at(Stage.VIT):
+            columns = self._cut_patches(strategy, columns, values, images, output)
+        if columns.shape[1] + self.tower.prefix == output.shape[1]:
+            return None
+        return torch.cat([output[:, : self.tower.prefix], attention.take(output, columns + self.tower.prefix)], dim=1)
+
+    def _cut_patches(
+        self, strategy: PruningStrategy, columns: Tensor, values: Tensor, images: Tensor | None, output: Tensor
+    ) -> Tensor:
+        """The columns [B, K] of the patches that one more strategy leaves."""
+        with self.pruned.judging(strategy) as cut:
+            signals = {}
+            if strategy.stage is Stage.PIXELS:
+                signals["pixels"] = attention.take(patches(images, self.tower.patch_size), columns)
+                tokens = signals["pixels"].flatten(2)
+            else:
+                tokens = attention.take(self._call.scratch["embedded"], columns)
+                signals["centered"] = self._centered(values, columns) if "centered" in strategy.needs else None
+                signals["positioned"] = attention.take(output, columns + self.tower.prefix)
+            selection = cut.decide(tokens, self._call.batch, self.tower.grid, signals)
+        return columns.gather(1, torch.stack(selection.sources))
+
+    def _centered(self, values: Tensor, columns: Tensor) -> Tensor:
+        """Embeddings of the patches without their mean colour, [B, K, D]."""
+        size = self.tower.patch_size
+        mean = torch.nn.functional.avg_pool2d(values.float(), size)
+        flat = values.float() - mean.repeat_interleave(size, 2).repeat_interleave(size, 3)
+        embedded = self.tower.patch_embedding.forward(flat.to(self.tower.patch_embedding.weight.dtype))
+        return attention.take(embedded.flatten(2).transpose(1, 2), columns)
+
+    def _every_patch(self, output: Tensor) -> Tensor:
+        n = output.shape[1] - self.tower.prefix
+        return torch.arange(n, device=output.device).expand(len(output), n)
+
+    def _identify(self, images: Tensor | None) -> None:
+        if self._needing("fingerprint"):
+            for number, image in zip(self._call.batch, images, strict=True):
+                self._call.images[number].fingerprint = fingerprint(image)
+
+    # -- projector ------------------------------------------------------------------------------------------------
+
+    def _row_reader(self, layer: int) -> Any:
+        """Reads attention signals where block `layer` begins."""
+
+        def read(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not self._active:
+                return
+            hidden = args[0] if args else kwargs["hidden_states"]  # [B, 1 + N, D], normed
+            with torch.no_grad(), self.pruned.timed("selector"):
+                keys = attention.heads(module, "k_proj", hidden)  # [B, H, 1 + N, d]
+                query = attention.heads(module, "q_proj", hidden[:, :1])[:, :, 0]  # [B, H, d]
+                weights = attention.row(query, keys, attention.scale(module))
+            self._call.scratch["cls_attention", layer] = weights[:, self.tower.prefix :]
+            self._call.scratch["keys", layer] = keys.float().mean(1)[:, self.tower.prefix :]
+
+        return read
+
+    def _output_reader(self, layer: int) -> Any:
+        """Keeps the output of block `layer`."""
+
+        def read(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if self._active:
+                self._call.scratch["output", layer] = output[0] if isinstance(output, tuple) else output
+
+        return read
+
+    def _projecting(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], Any] | None:
+        """Cut [B, N, D] on its way into the projector."""
+        if not self._active:
+            return None
+        tokens, *rest = args
+        columns = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
+        for strategy in self._at(Stage.PROJECTOR):
+            selection = self._cut_features(strategy, tokens, columns)
+            if not selection.keeps_all:
+                tokens = torch.stack(selection.apply(tokens))
+                columns = columns.gather(1, torch.stack(selection.sources).clamp(min=0))
+        return (tokens, *rest), kwargs
+
+    def _cut_features(self, strategy: PruningStrategy, tokens: Tensor, columns: Tensor) -> Selection:
+        with self.pruned.judging(strategy) as cut:
+            signals = {name: self._signal(name, strategy, columns) for name in strategy.needs if name != "fingerprint"}
+            return cut.decide(tokens, self._call.batch, self.tower.grid, signals)
+
+    def _signal(self, name: str, strategy: PruningStrategy, columns: Tensor) -> Tensor:
+        """One field of VisualTokens for the tokens that are left."""
+        layer, call = self._layer(strategy), self._call
+        if name in ROW_SIGNALS:
+            return attention.take(call.scratch[name, layer], columns)
+        if name == "cls":
+            return call.scratch["output", self._block(None)][:, 0]
+        space = self.spaces[strategy.clip_checkpoint]
+        if name == "text":
+            return space.text([call.images[i].question for i in call.batch]).to(columns.device)
+        hidden = attention.take(call.scratch["output", layer], columns + self.tower.prefix)
+        return space.patches(self.tower.post_layernorm(hidden))
+
+    # -- small things ---------------------------------------------------------------------------------------------
+
+    @property
+    def _call(self) -> Call:
+        return self.pruned.call
+
+    @property
+    def _active(self) -> bool:
+        return self.pruned.call is not None and bool(self.pruned.call.batch)
+
+    def _at(self, stage: Stage) -> list[PruningStrategy]:
+        return [s for s in self.pruned.strategies if s.stage is stage]
+
+    def _needing(self, signal: str) -> Sequence[PruningStrategy]:
+        return [s for s in self.pruned.strategies if signal in s.needs]
+
+    def _layer(self, strategy: PruningStrategy) -> int:
+        return self._block(strategy.tower_layer)
+
+    def _block(self, layer: int | None) -> int:
+        """A block number counted from the first."""
+        blocks = len(self.tower.blocks)
+        layer = self.tower.projected if layer is None else layer
+        return layer + blocks if layer < 0 else layer

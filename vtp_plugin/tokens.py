@@ -1,0 +1,69 @@
+"""What a strategy sees (VisualTokens), what it answers (Selection), and the top-k that both share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The visual tokens of B images at one stage. A signal that the strategy did not ask for (`needs`) is None.
+
+    B images of one call that have the same number N of tokens are judged together; rows never influence each other.
+    """
+
+    tokens: Tensor  # [B, N, D] patch embeddings, tower features or hidden states, depending on the stage
+    grid: tuple[int, int]  # rows and columns of the full patch grid
+    index: Tensor  # [B, N] long: raster position of every token in that grid, -1 for a token that has none
+    pixels: Tensor | None = None  # [B, N, 3, p, p] uint8: the raw patches
+    centered: Tensor | None = None  # vit stage, [B, N, D]: embeddings of the patches minus their mean colour
+    positioned: Tensor | None = None  # vit stage, [B, N, D]: embeddings with their position embeddings added
+    cls: Tensor | None = None  # [B, D] the tower's CLS feature of the projected layer
+    cls_attention: Tensor | None = None  # [B, N] fp32: attention CLS -> patch, mean over heads, of block `tower_layer`
+    keys: Tensor | None = None  # [B, N, d] fp32: keys of block `tower_layer`, mean over heads, bias included
+    aligned: Tensor | None = None  # [B, N, E] fp32: output of block `tower_layer` in CLIP's shared space
+    text: Tensor | None = None  # [B, E] fp32: CLIP text embedding of the image's question
+    last_query_attention: Tensor | None = None  # [B, N] fp32: attention of the last prompt token, mean over heads
+    fingerprint: tuple[int, ...] | None = None  # one number per image, the same in any batch, order and precision
+    layer: int | None = None  # llm stage: the decoder layer that will not see the dropped tokens any more
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 3 or self.index.shape != self.tokens.shape[:2]:
+            raise ValueError(f"tokens {tuple(self.tokens.shape)} and index {tuple(self.index.shape)} do not fit")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Decided once, then applied to every tensor with a token axis. Rows may keep different numbers of tokens."""
+
+    keep: Tensor  # [B, N] bool: True survives
+    tokens: tuple[Tensor, ...] | None = None  # per image [K, D]: new values, where the method merges or reorders
+    source: tuple[Tensor, ...] | None = None  # per image [K] long: column of each new token, -1 for none (CLS)
+
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        """Per image, the columns of the survivors in their new order."""
+        return self.source if self.source is not None else tuple(row.nonzero().flatten() for row in self.keep)
+
+    @property
+    def counts(self) -> list[int]:
+        return [len(columns) for columns in self.sources]
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.tokens is None and self.source is None and bool(self.keep.all())
+
+    def apply(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """The surviving rows of `tokens` [B, N, D], per image [K, D]; the method's own values where it merges."""
+        if self.tokens is not None:
+            return tuple(row.to(tokens.dtype) for row in self.tokens)
+        return tuple(row[columns] for row, columns in zip(tokens, self.sources, strict=True))
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """A mask [B, N] of the k highest scores of every row; ties go to the lower index."""
+    order = scores.float().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
