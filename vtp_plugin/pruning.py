@@ -76,6 +76,7 @@ class Pruned:
         decoder = DecoderCuts(self, self.adapter.decoder_layers, [s for s in self.strategies if s.stage is Stage.LLM])
         vision.prepare()
         decoder.prepare()
+        self.spaces = vision.spaces
         vision.install(self._undo)
         decoder.install(self._undo)
         self.adapter.install(self, self._undo)
@@ -155,6 +156,11 @@ class Pruned:
     def one_by_one(self) -> bool:
         """Whether images have to pass the tower singly, because their token counts may come out unequal."""
         return any(not s.budgeted for s in self.strategies if s.stage is not Stage.LLM)
+
+    def selector_macs(self, call: Call, sample: int) -> int:
+        """Multiply-accumulates that strategies spend on text towers for one sample."""
+        questions = {image.question for image in call.images if image.sample == sample}
+        return sum(space.text_macs([question]) for space in self.spaces.values() for question in sorted(questions))
 
     def _prove(self, call: Call) -> None:
         if not any(image.columns is None or len(image.columns) for image in call.images):

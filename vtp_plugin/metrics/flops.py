@@ -53,7 +53,7 @@ class Shapes:
         return patches * self.patch + self.tower.macs(blocks_see + self.prefix)
 
     def prefill_macs(self, images: Sequence[tuple[int, int, int]], lengths: Sequence[int]) -> int:
-        """One sample: per image (patches, patches in the blocks, tokens projected), and the prompt's length per layer."""
+        """One sample: per image (patches, patches in the blocks, tokens projected); the prompt's length per layer."""
         tower = sum(self.tower_macs(patches, seen) + projected * self.projector for patches, seen, projected in images)
         return tower + sum(self.llm.layer_macs(length) for length in lengths) + self.head
 

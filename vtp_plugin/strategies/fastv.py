@@ -2,10 +2,10 @@
 
 Source: arXiv 2403.06764 (ECCV 2024), section 4.1 and the authors' inference code:
     phi_i = mean over heads of A^{K-1}[last prompt token, i]   -> `last_query_attention`
-K -> `layer` (0-based: the first layer that does not see the dropped tokens), R -> 1 - `keep_ratio`, kept: round(N (1-R)).
+K -> `layer` (0-based: the first layer that does not see the dropped tokens), R -> 1 - `keep_ratio`.
 The paper's criterion is the attention received from all other tokens; the authors' code uses the last token, as here.
-The survivors keep their original positions. The prompt is cut once, in the prefill; layers before K keep their full
-KV cache. The attention row is recomputed from q and k of layer K-1, so no attention kernel is changed.
+round(N (1-R)) tokens survive and keep their original positions. The prompt is cut once, in the prefill; layers before K
+keep their full KV cache. The attention row is recomputed from q and k of layer K-1, so no attention kernel is changed.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ from vtp_plugin.surgery.undo import Undo
 if TYPE_CHECKING:
     from vtp_plugin.pruning import Pruned
 
+IGNORED = -100  # the label that every loss of transformers leaves out
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -169,6 +171,14 @@ class DecoderCuts:
         if cache is not None and getattr(cache, "is_compileable", False):
             names = "+".join(s.name for group in self.by_layer.values() for s in group)
             raise PruningError(f"{names}: a static cache has one length for all layers; use the default dynamic cache")
+
+
+def narrowed_labels(call: Call, labels: Tensor) -> Tensor:
+    """Labels [B, L] of a whole prompt for the columns that the last layer sees; padding is ignored by the loss."""
+    if not call.cuts:
+        return labels
+    cut = call.cuts[max(call.cuts)]
+    return torch.where(cut.valid, labels.gather(1, cut.columns), IGNORED)
 
 
 def _last_row(module: nn.Module, hidden: Tensor, kwargs: Any, valid: Tensor) -> Tensor:

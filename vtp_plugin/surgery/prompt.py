@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.surgery.call import Call, Image
+from vtp_plugin.surgery.decoder import IGNORED, narrowed_labels
 from vtp_plugin.surgery.question import question_of
 from vtp_plugin.surgery.undo import Undo
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PER_TOKEN = {
     "token_type_ids": 0,
     "mm_token_type_ids": 0,
-    "labels": -100,
+    "labels": IGNORED,
 }  # arguments that follow ids, and their padding
 REFUSED = ("assistant_model", "prompt_lookup_num_tokens")  # they crop the cache, whose layers differ after an llm cut
 
@@ -102,7 +102,6 @@ class PlaceholderCalls:
         """The replacement under the original's signature; calls inside a call pass through."""
         signature = inspect.signature(original)
 
-        @wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             if self.pruned.call is not None:
                 return original(*args, **kwargs)
@@ -216,25 +215,18 @@ class PlaceholderCalls:
     def _expanded(
         self, output: Any, call: Call, shortened: Shortened | None, labels: Tensor | None, ids: Tensor, kept: Any
     ) -> Any:
-        """The output with logits for every column of the caller's prompt, and the loss over the columns that are left."""
+        """The output with logits for every column of the caller's prompt, and the loss over those that are left."""
         seen = shortened
         if call.cuts:
             cut = call.cuts[max(call.cuts)]
             before = shortened.columns if shortened is not None else torch.arange(ids.shape[1], device=ids.device)
             seen = Shortened(torch.where(cut.valid, before.expand(len(ids), -1).gather(1, cut.columns), -1))
         if labels is not None:
-            output.loss = self._loss(output.logits, labels, shortened, call)
+            vocabulary = self.model.config.get_text_config().vocab_size
+            output.loss = self.model.loss_function(output.logits, narrowed_labels(call, labels), vocabulary)
         if seen is not None and isinstance(kept, int) and kept == 0:
             output.logits = seen.put(output.logits, ids.shape[1])
         return output
-
-    def _loss(self, logits: Tensor, labels: Tensor, shortened: Shortened | None, call: Call) -> Tensor:
-        """The host's loss; `labels` already follow the shorter prompt."""
-        if call.cuts:
-            cut = call.cuts[max(call.cuts)]
-            labels = torch.where(cut.valid, labels.gather(1, cut.columns), PER_TOKEN["labels"])
-        vocabulary = self.model.config.get_text_config().vocab_size
-        return self.model.loss_function(logits=logits, labels=labels, vocab_size=vocabulary)
 
 
 def _with_prompt(output: Any, ids: Tensor, length: int) -> Any:

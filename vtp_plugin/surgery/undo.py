@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -15,9 +16,9 @@ class Undo(ExitStack):
     """A stack of changes; `close()` takes them back in reverse order."""
 
     def override(self, owner: Any, name: str, value: Any) -> Any:
-        """Set an attribute on the instance and return what it hid."""
+        """Set an attribute on the instance and return what it hid; a function takes over the signature."""
         hidden, own = getattr(owner, name), vars(owner).get(name, _MISSING)
-        object.__setattr__(owner, name, value)
+        object.__setattr__(owner, name, _signed(hidden, value) if callable(value) else value)
         self.callback(_restore, owner, name, own)
         return hidden
 
@@ -32,6 +33,16 @@ class Undo(ExitStack):
         """
         handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
         self.callback(handle.remove)
+
+
+def _signed(original: Callable, replacement: Callable) -> Callable:
+    """The replacement under the name and signature of the original, which hosts inspect."""
+
+    @wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return replacement(*args, **kwargs)
+
+    return wrapper
 
 
 def _restore(owner: Any, name: str, own: Any) -> None:

@@ -1,0 +1,203 @@
+"""LLaVA-1.5 in the authors' package (`llava-torch`): CLIP tower, MLP projector, LLaMA.
+
+One image is one placeholder id (-200) that `prepare_inputs_labels_for_multimodal` replaces by the image's features; it
+follows the number of rows that `encode_images` returns. Positions are renumbered after a cut. Batches are padded on the
+left while a pruned model runs, because the package's default side is wrong for every row but the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp_plugin.adapter import Adapter, SharedSpace
+from vtp_plugin.adapters.clip import ClipSpace, clip_tower
+from vtp_plugin.errors import PruningError
+from vtp_plugin.metrics.flops import Shapes, of_config
+from vtp_plugin.stages import Stage
+from vtp_plugin.surgery.call import Call, Image
+from vtp_plugin.surgery.decoder import narrowed_labels
+from vtp_plugin.surgery.question import question_of
+from vtp_plugin.surgery.undo import Undo
+
+if TYPE_CHECKING:
+    from vtp_plugin.pruning import Pruned
+
+PLACEHOLDER = -200  # llava.constants.IMAGE_TOKEN_INDEX
+
+
+class Llava(Adapter):
+    """The authors' LLaVA-1.5."""
+
+    family = "llava"
+    models = "LLaVA-1.5 (llava-torch)"
+    stages = dict.fromkeys(Stage, "")
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        super().__init__(model, processor)
+        vision = model.get_vision_tower()
+        self.tower = clip_tower(vision.vision_tower, vision.select_layer)
+        self.projector = model.get_model().mm_projector
+        self.language_model = model.get_model()
+        self.decoder_layers = self.language_model.layers
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return type(model).__name__ == "LlavaLlamaForCausalLM" and hasattr(
+            model, "prepare_inputs_labels_for_multimodal"
+        )
+
+    def install(self, pruned: Pruned, undo: Undo) -> None:
+        self.pruned = pruned
+        model = self.model
+        self.generate = undo.override(model, "generate", self._generate)
+        self.forward = undo.override(model, "forward", self._forward)
+        self.encode = undo.override(model, "encode_images", self._encode)
+        self.merge = undo.override(model, "prepare_inputs_labels_for_multimodal", self._merge)
+
+    @property
+    def image_processor(self) -> Any:
+        """The processor that was given, or the tower's own."""
+        return super().image_processor or self.model.get_vision_tower().image_processor
+
+    # -- the host's entry points ----------------------------------------------------------------------------------
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        if self.pruned.call is not None:
+            return self.generate(*args, **kwargs)
+        if kwargs.get("past_key_values") is not None:
+            raise PruningError("pruning cannot add images behind a past_key_values of the caller")
+        with self.pruned.calling(), self._left_padding():
+            return self.generate(*args, **kwargs)
+
+    def _forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if self.pruned.call is not None or kwargs.get("images") is None:
+            return self.forward(*args, labels=labels, **kwargs)
+        with self.pruned.calling() as call:
+            self.wanted_labels = None
+            output = self.forward(*args, labels=labels, **kwargs)
+            if self.wanted_labels is not None:
+                narrowed = narrowed_labels(call, self.wanted_labels)
+                output.loss = self.model.loss_function(output.logits, narrowed, self.model.config.vocab_size)
+            return output
+
+    def _merge(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        labels: Tensor | None,
+        images: Any,
+        image_sizes: Any = None,
+    ) -> tuple[Any, ...]:
+        """The host's merge of text and features, with pruned features; remembers where they went."""
+        call, rest = self.pruned.call, (position_ids, attention_mask, past_key_values, labels)
+        if call is None or images is None or input_ids.shape[1] == 1:
+            return self.merge(input_ids, *rest, images, image_sizes)
+        images = _plain(images)
+        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        prompts = [row[mask] for row, mask in zip(input_ids, real, strict=True)]
+        self._register(call, prompts, images)
+        merged = list(self.merge(input_ids, *rest, images, image_sizes))
+        self._place(call, prompts, merged[4].shape[1])
+        if merged[5] is not None and any(s.stage is Stage.LLM for s in self.pruned.strategies):
+            self.wanted_labels, merged[5] = merged[5], None  # the logits will be shorter: the loss is ours
+        return tuple(merged)
+
+    def _encode(self, images: Tensor) -> Tensor | list[Tensor]:
+        """Projected features of images [B, 3, H, W]: [B, K, D], or a list where the images keep unequal numbers."""
+        call = self.pruned.call
+        if call is None:
+            return self.encode(images)
+        everything = list(range(len(images)))
+        features: list[Tensor] = []
+        for batch in [[i] for i in everything] if self.pruned.one_by_one else [everything]:
+            with call.in_tower(batch):
+                features.extend(self.encode(images[batch]))
+        self.counts = [len(rows) for rows in features]
+        return torch.stack(features) if len(set(self.counts)) == 1 else features
+
+    # -- one image ------------------------------------------------------------------------------------------------
+
+    def _register(self, call: Call, prompts: Sequence[Tensor], images: Tensor) -> None:
+        """Which prompt every image belongs to; a prompt without placeholder still consumes one, as in the host."""
+        owners = [row for row, ids in enumerate(prompts) for _ in range(max(1, _placeholders(ids)))]
+        if len(owners) != len(images):
+            raise PruningError(f"the prompts ask for {len(owners)} images, {len(images)} were given")
+        questions = self._questions(prompts)
+        raster = torch.arange(self.tower.grid[0] * self.tower.grid[1], device=images.device)
+        call.images = [Image(total=len(raster), index=raster, sample=row, question=questions[row]) for row in owners]
+
+    def _questions(self, prompts: Sequence[Tensor]) -> list[str]:
+        if not any("text" in s.needs for s in self.pruned.strategies):
+            return [""] * len(prompts)
+        return [question_of(self.decode(ids[ids != PLACEHOLDER])) for ids in prompts]
+
+    def _place(self, call: Call, prompts: Sequence[Tensor], length: int) -> None:
+        """The columns of every image in the merged prompts [B, length]."""
+        counts = iter(self.counts)
+        left = getattr(self.model.config, "tokenizer_padding_side", "right") == "left"
+        valid = torch.zeros(len(prompts), length, dtype=torch.bool, device=prompts[0].device)
+        columns: list[Tensor] = []
+        for row, ids in enumerate(prompts):
+            used = [next(counts) for _ in range(max(1, _placeholders(ids)))]
+            sizes = [used.pop(0) if token == PLACEHOLDER else 1 for token in ids.tolist()]
+            ends = list(accumulate(sizes))
+            total = min(ends[-1], length)
+            start = length - total if left else 0
+            valid[row, start : start + total] = True
+            spans = [
+                torch.arange(end - size, min(end, total), device=ids.device) + start
+                for token, size, end in zip(ids.tolist(), sizes, ends, strict=True)
+                if token == PLACEHOLDER
+            ]
+            columns.extend(spans or [valid.new_zeros(0, dtype=torch.long)])
+        call.place(valid, columns, [image.sample for image in call.images])
+
+    @contextmanager
+    def _left_padding(self) -> Iterator[None]:
+        with Undo() as undo:
+            config = self.model.config
+            if not hasattr(config, "tokenizer_padding_side"):
+                config.tokenizer_padding_side = "right"
+                undo.callback(delattr, config, "tokenizer_padding_side")
+            undo.override(config, "tokenizer_padding_side", "left")
+            yield
+
+    # -- facts ----------------------------------------------------------------------------------------------------
+
+    def shared_space(self, checkpoint: str | None) -> SharedSpace:
+        vision = self.model.get_vision_tower()
+        checkpoint = checkpoint or self.model.config.mm_vision_tower
+        return ClipSpace(checkpoint, vision.hidden_size, vision.device, vision.dtype)
+
+    def shapes(self) -> Shapes:
+        vision, text = self.model.get_vision_tower().config, self.model.config
+        return Shapes(
+            tower=of_config(vision, gated=False),
+            prefix=self.tower.prefix,
+            patch=3 * vision.patch_size**2 * vision.hidden_size,
+            projector=sum(p.numel() for p in self.projector.parameters() if p.ndim == 2),
+            llm=of_config(text, gated=True),
+            head=text.hidden_size * text.vocab_size,
+        )
+
+
+def _plain(images: Any) -> Tensor:
+    """Images [B, 3, H, W] from what the package accepts; crops (LLaVA-1.6) are refused."""
+    if isinstance(images, Tensor) and images.ndim == 4:
+        return images
+    crops = [image if image.ndim == 3 else image[0] for image in images]
+    if any(image.ndim == 4 and len(image) > 1 for image in images):
+        raise PruningError("llava: images cut into several crops (image_aspect_ratio=anyres) cannot be pruned yet")
+    return torch.stack(crops)
+
+
+def _placeholders(ids: Tensor) -> int:
+    return int((ids == PLACEHOLDER).sum())

@@ -1,0 +1,407 @@
+"""lmms-eval: `--pruning`, its folding into `model_args`, attaching to the model, and the proof in the results.
+
+The host loads `register` as an entry point while it imports its models, before it parses arguments. From there:
+
+* the evaluation's argument parser gets `--pruning` and `--pruning_args`, which are checked at once and folded into
+  `model_args` as `pruning=NAMES,pruning.FIELD=VALUE`, the one carrier that also serves `--config` files, the server and
+  `simple_evaluate(model_args=...)`;
+* model classes come out of the registry with a constructor that takes these arguments away, builds the host's own
+  class, and attaches the strategies to the instance;
+* for that one run, `evaluate` is wrapped to add `results["pruning"]` and every sample's record, and to fail where the
+  host would have gone on with empty answers.
+
+A run without `pruning` and without `vtp-tiny` takes none of these paths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+
+from vtp_plugin import config, plugins
+from vtp_plugin.errors import PruningError, unknown
+from vtp_plugin.integrations import llava
+from vtp_plugin.pruning import Pruned
+from vtp_plugin.reporting.record import record, samples_of
+from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.surgery.call import Call
+from vtp_plugin.version import __version__
+
+KEY = "pruning"
+TINY = "vtp-tiny"
+TINY_LAYOUTS = {"llava": "llava", "llava_hf": "hf"}
+TASKS = Path(__file__).parent / "tasks"
+CPU_ARGUMENTS = {"llava": {"device": "cpu", "device_map": "auto"}}  # what a class needs beside a CUDA-only default
+CPU_DEFAULT = {"device": "cpu", "device_map": "cpu"}
+
+_failed = False  # a pruned run of this process raised: the host would exit with 0
+
+
+def register() -> list[Any]:
+    """Entry point of the group `lmms_eval.models`: brings no model, extends the host. Never raises."""
+    from lmms_eval.models.registry_v2 import ModelRegistryV2
+
+    if not hasattr(argparse.ArgumentParser.parse_known_args, "_vtp"):
+        _wrap(argparse.ArgumentParser, "parse_known_args", _parsing)
+        _wrap(ModelRegistryV2, "get_model_class", _resolving)
+        _offer_tasks()
+        atexit.register(_exit_code)
+    return []
+
+
+def _wrap(owner: Any, name: str, around: Callable) -> None:
+    """Replace owner.name by a function that calls around(original, *args, **kwargs)."""
+    original = getattr(owner, name)
+
+    @wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    wrapper._vtp = original
+    setattr(owner, name, wrapper)
+
+
+def _exit_code() -> None:
+    """The host exits with 0 after an exception; a pruned run that failed must not."""
+    if _failed:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _offer_tasks() -> None:
+    """Let every TaskManager find our tasks, as if they had been named with --include_path."""
+    from lmms_eval.tasks import TaskManager
+
+    def around(original: Callable, manager: Any, include_path: Any = None, include_defaults: bool = True) -> Any:
+        paths = [include_path] if isinstance(include_path, str) else list(include_path or [])
+        return original(manager, include_path=[*paths, str(TASKS)], include_defaults=include_defaults)
+
+    _wrap(TaskManager, "initialize_tasks", around)
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def _parsing(original: Callable, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+    """Add our options to the evaluation's parser, and check what the user said before anything is loaded."""
+    if not {"--model_args", "--include_path", "--log_samples"} <= set(parser._option_string_actions):
+        return original(parser, *args, **kwargs)
+    if "--pruning" not in parser._option_string_actions:
+        _add_options(parser)
+    namespace, rest = original(parser, *args, **kwargs)
+    try:
+        for settings in _all_settings(namespace):
+            _settings(settings)
+    except PruningError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    host = inspect.currentframe().f_back
+    while host is not None and "cli_evaluate_single" not in host.f_globals:
+        host = host.f_back
+    if host is not None and not hasattr(host.f_globals["cli_evaluate_single"], "_vtp"):
+        _wrap(SimpleModule(host.f_globals), "cli_evaluate_single", _evaluating)
+    return namespace, rest
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("visual token pruning (vtp-plugin)")
+    group.add_argument(
+        "--pruning",
+        type=str,
+        default=None,
+        metavar="NAME[+NAME...]|FILE.yaml",
+        help=f"Strategies to prune visual tokens with: {', '.join(plugins.list_strategies())}, or none",
+    )
+    group.add_argument(
+        "--pruning_args",
+        "--pruning-args",
+        type=str,
+        default=None,
+        metavar="KEY=VALUE,...",
+        help="Their hyper-parameters, e.g. keep_ratio=0.6,alpha=0.5; with several strategies fastv.layer=2",
+    )
+
+
+def _all_settings(namespace: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the command line says, and every entry of its --config file under it."""
+    said = {k: v for k in (KEY, "pruning_args", "model_args") if (v := getattr(namespace, k, None))}
+    path = getattr(namespace, "config", None)
+    if not path or not Path(path).is_file():
+        return [said]
+    entries = yaml.safe_load(Path(path).read_text())
+    entries = entries if isinstance(entries, list) else [entries]
+    return [{**entry, **said} for entry in entries if isinstance(entry, dict)]
+
+
+def _evaluating(original: Callable, args: argparse.Namespace) -> Any:
+    """One configuration of the command line: fold our options into model_args, remember a failure."""
+    global _failed
+    settings = vars(args)
+    try:
+        args.model_args = folded(settings.get("model_args"), settings.get(KEY), settings.get("pruning_args"))
+        return original(args)
+    except Exception:
+        _failed = _failed or f"{KEY}=" in str(args.model_args) or bool(settings.get(KEY))
+        raise
+
+
+class SimpleModule:
+    """Attribute access to a module's globals, also where the module runs as __main__."""
+
+    def __init__(self, variables: dict[str, Any]) -> None:
+        object.__setattr__(self, "__dict__", variables)
+
+
+# -- model_args, the one carrier --------------------------------------------------------------------------------------
+
+
+def folded(model_args: Any, pruning: str | None, pruning_args: Any) -> Any:
+    """`model_args` with our options in them."""
+    if not pruning:
+        if pruning_args:
+            raise PruningError("--pruning_args needs --pruning")
+        return model_args
+    if f"{KEY}=" in str(model_args or ""):
+        raise PruningError("say --pruning or pruning= in --model_args, not both")
+    pairs = config.parse_pairs(pruning_args) if isinstance(pruning_args, str) else dict(pruning_args or {})
+    ours = [f"{KEY}={pruning}", *(f"{KEY}.{key}={yaml_scalar(value)}" for key, value in pairs.items())]
+    return ",".join(filter(None, [model_args, *ours]))
+
+
+def yaml_scalar(value: Any) -> str:
+    """A value as it is written on a command line."""
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+
+
+def _settings(settings: Mapping[str, Any]) -> list[PruningStrategy] | None:
+    """The strategies that a configuration asks for; None if it does not ask for any."""
+    from lmms_eval.utils import simple_parse_args_string
+
+    carrier = folded(settings.get("model_args"), settings.get(KEY), settings.get("pruning_args"))
+    return strategies_of(simple_parse_args_string(carrier) if isinstance(carrier, str) else carrier or {})
+
+
+def strategies_of(arguments: Mapping[str, Any]) -> list[PruningStrategy] | None:
+    """The strategies in parsed model arguments; None if there are none."""
+    hyper = {k.removeprefix(f"{KEY}."): _typed(v) for k, v in arguments.items() if k.startswith(f"{KEY}.")}
+    if KEY not in arguments:
+        if hyper:
+            raise PruningError(f"{KEY}.{next(iter(hyper))} needs {KEY}=NAME")
+        return None
+    return config.resolve(str(arguments[KEY]), hyper)
+
+
+def _typed(value: Any) -> Any:
+    return yaml.safe_load(value) if isinstance(value, str) else value
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+def _resolving(original: Callable, registry: Any, model_name: str, *args: Any, **kwargs: Any) -> type:
+    """The host's model class, with a constructor that understands `pruning` and `vtp-tiny`."""
+    host = original(registry, model_name, *args, **kwargs)
+    model_id = registry.resolve(model_name, *args, **kwargs).model_id
+
+    class Prunable(host):
+        def __new__(cls, **arguments: Any) -> Any:
+            return build(host, model_id, arguments)
+
+        @classmethod
+        def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> Any:
+            from lmms_eval.utils import simple_parse_args_string
+
+            return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+        @classmethod
+        def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> Any:
+            said = {k: v for k, v in (additional_config or {}).items() if v is not None}
+            return build(host, model_id, {**arg_dict, **said})
+
+    Prunable.__name__, Prunable.__qualname__, Prunable.__module__ = host.__name__, host.__qualname__, host.__module__
+    return Prunable
+
+
+def build(host: type, model_id: str, arguments: Mapping[str, Any]) -> Any:
+    """The host's model from its arguments, pruned if they say so."""
+    strategies = strategies_of(arguments)
+    rest = {k: v for k, v in arguments.items() if k != KEY and not k.startswith(f"{KEY}.")}
+    tiny = rest.get("pretrained") == TINY
+    if strategies is None and not tiny:
+        return host(**rest)
+    if tiny:
+        rest["pretrained"] = str(_tiny(model_id))
+    lm = host(**_with_device(host, model_id, rest))
+    if llava.needs_cpu_care(lm.model):
+        llava.run_on_cpu(lm.model)
+    if strategies is not None:
+        Run(lm, attach(lm, strategies), strategies).install()
+    return lm
+
+
+def attach(lm: Any, strategies: list[PruningStrategy]) -> Pruned:
+    """Ask the plugins to attach the strategies to a host's model."""
+    return plugins.manager().hook.vtp_model_loaded(lm=lm, model=lm.model, processor=_processor(lm), config=strategies)
+
+
+def _processor(lm: Any) -> Any:
+    """The host's processor, or its image processor and tokenizer side by side."""
+    names = ("processor", "_processor", "_image_processor")
+    found = [p for name in names if (p := getattr(lm, name, None)) is not None]
+    whole = [p for p in found if hasattr(p, "image_processor")]
+    if whole:
+        return whole[0]
+    return SimpleNamespace(image_processor=found[0] if found else None, tokenizer=getattr(lm, "_tokenizer", None))
+
+
+def _tiny(model_id: str) -> Path:
+    """The embedded model in the layout that this model class reads."""
+    from vtp_plugin.tiny.checkpoint import resolve
+
+    if model_id not in TINY_LAYOUTS:
+        raise unknown("model for vtp-tiny", model_id, TINY_LAYOUTS)
+    return resolve(TINY, TINY_LAYOUTS[model_id])
+
+
+def _with_device(host: type, model_id: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """On a machine without CUDA, the device arguments that the class needs and the user did not give."""
+    from loguru import logger
+
+    if torch.cuda.is_available():
+        return arguments
+    known = inspect.signature(host.__init__).parameters
+    wanted = CPU_ARGUMENTS.get(model_id, CPU_DEFAULT)
+    added = {k: v for k, v in wanted.items() if k in known and k not in arguments}
+    if added:
+        said = ", ".join(f"{k}={v}" for k, v in added.items())
+        logger.warning(f"vtp-plugin: no CUDA device, adding {said} to the arguments of {model_id}")
+    return {**arguments, **added}
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One evaluation of one pruned model: knows the document behind every call, and ends with the proof."""
+
+    def __init__(self, lm: Any, pruned: Pruned, strategies: list[PruningStrategy]) -> None:
+        self.lm, self.pruned, self.strategies = lm, pruned, strategies
+        self.asked: deque[tuple[str, Any]] = deque()  # documents that the host fetched since the last call
+        self.samples: list[dict[str, Any]] = []
+        pruned.finished.append(self._finished)
+
+    def install(self) -> None:
+        """Wrap `evaluate` until it has been called for this model."""
+        self.evaluator = importlib.import_module("lmms_eval.evaluator")
+        self.original = getattr(self.evaluator.evaluate, "_vtp", self.evaluator.evaluate)
+        _wrap(self.evaluator, "evaluate", self._evaluate)
+
+    def _evaluate(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        if self.lm is not (kwargs["lm"] if "lm" in kwargs else args[0]):
+            return original(*args, **kwargs)
+        self.evaluator.evaluate = self.original
+        self._mark_cache(kwargs.get("response_cache"))
+        self.lm.task_dict = Documents(self.lm.task_dict, self.asked)
+        try:
+            results = self.original(*args, **kwargs)
+        finally:
+            self.pruned.detach()
+        everyone = gathered((self.samples, self.pruned.failure and _sentence(self.pruned.failure)))
+        samples = [sample for part, _ in everyone for sample in part]
+        self._check(samples, [failure for _, failure in everyone if failure])
+        if results is not None:
+            results[KEY] = record(self.pruned, samples)
+            _annotate(results.get("samples") or {}, samples)
+        return results
+
+    def _mark_cache(self, cache: Any) -> None:
+        """No answer of another configuration, version or unpruned run may be taken from the response cache."""
+        if cache is not None:
+            mark = cache._model_fingerprint_hash + config.fingerprint(self.strategies, __version__)
+            cache._model_fingerprint_hash = hashlib.sha256(mark.encode()).hexdigest()[:16]
+
+    def _finished(self, call: Call) -> None:
+        reports = samples_of(self.pruned, call)
+        documents = list(dict.fromkeys(self.asked))[-len(reports) :]
+        self.asked.clear()
+        if len(documents) == len(reports):
+            reports = [r | {"task": task, "doc_id": doc} for r, (task, doc) in zip(reports, documents, strict=True)]
+        self.samples.extend(reports)
+
+    def _check(self, samples: list[dict[str, Any]], failures: list[str]) -> None:
+        if failures:
+            raise PruningError(f"{len(failures)} process(es) met an error while generating; the first: {failures[0]}")
+        images = [image for sample in samples for image in sample["images"]]
+        asked = [s for s in self.strategies if not s.keeps_everything]
+        if asked and images and all(image["after"] >= image["before"] for image in images):
+            names = "+".join(s.name for s in asked)
+            raise PruningError(f"{names}: {len(images)} images went in and not one token was cut with {asked}")
+
+
+class Documents(dict):
+    """The host's `task_dict`, noting which documents it is asked for: task -> split -> document number."""
+
+    def __init__(self, tasks: Mapping[str, Any], asked: deque) -> None:
+        super().__init__(tasks)
+        self.asked = asked
+
+    def __getitem__(self, task: str) -> Any:
+        return Noted(super().__getitem__(task), lambda split: Noted(split, None, self.asked, task))
+
+
+class Noted:
+    """An object whose items are passed on, after being noted or wrapped."""
+
+    def __init__(self, inner: Any, wrap: Callable | None, asked: deque | None = None, task: str = "") -> None:
+        self._inner, self._wrap, self._asked, self._task = inner, wrap, asked, task
+
+    def __getitem__(self, key: Any) -> Any:
+        value = self._inner[key]
+        if self._asked is not None:
+            self._asked.append((self._task, key))
+        return self._wrap(value) if self._wrap else value
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __iter__(self) -> Any:
+        return iter(self._inner)
+
+
+def gathered(mine: Any) -> list[Any]:
+    """The same object of every process of a distributed run."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [mine]
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _annotate(logged: Mapping[str, list[dict[str, Any]]], samples: list[dict[str, Any]]) -> None:
+    """Put every sample's report into its line of the sample log."""
+    reports = {(s["task"], s["doc_id"]): s for s in samples if "task" in s}
+    for task, lines in logged.items():
+        for line in lines:
+            if report := reports.get((task, line["doc_id"])):
+                line[KEY] = {k: v for k, v in report.items() if k not in ("task", "doc_id")}
+
+
+def _sentence(error: BaseException) -> str:
+    return str(error) if isinstance(error, PruningError) else f"{type(error).__name__}: {error}"
