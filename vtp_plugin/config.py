@@ -27,7 +27,7 @@ def resolve(spec: Spec, args: Mapping[str, Any] | None = None) -> list[PruningSt
     if isinstance(spec, PruningStrategy):
         spec = [spec]
     if not isinstance(spec, (str, Path)):
-        if all(isinstance(part, str) for part in spec):
+        if spec and all(isinstance(part, str) for part in spec):
             return resolve("+".join(spec), args)
         if args:
             raise PruningError(f"hyper-parameters belong into the strategy objects, got {', '.join(args)} beside them")

@@ -288,7 +288,7 @@ def _with_device(host: type, model_id: str, arguments: dict[str, Any]) -> dict[s
     added = {k: v for k, v in wanted.items() if k in known and k not in arguments}
     if added:
         said = ", ".join(f"{k}={v}" for k, v in added.items())
-        logger.warning(f"vtp-plugin: no CUDA device, adding {said} to the arguments of {model_id}")
+        logger.info(f"vtp-plugin: no CUDA device, adding {said} to the arguments of {model_id}")
     return {**arguments, **added}
 
 

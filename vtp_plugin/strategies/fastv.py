@@ -21,7 +21,7 @@ from vtp_plugin.tokens import VisualTokens
 
 @dataclass(kw_only=True)
 class FastV(PruningStrategy):
-    """Keep the visual tokens with the highest attention of the last prompt token, [B, N]."""
+    """Keep the visual tokens with the highest attention of the last prompt token."""
 
     name = "fastv"
     stage = Stage.LLM

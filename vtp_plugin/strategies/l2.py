@@ -23,7 +23,7 @@ from vtp_plugin.tokens import VisualTokens
 
 @dataclass(kw_only=True)
 class L2(PruningStrategy):
-    """Keep the patches whose embedding has the largest Euclidean norm, [B, N, D] -> [B, N]."""
+    """Keep the patches whose embedding has the largest Euclidean norm."""
 
     name = "l2"
     stage = Stage.VIT

@@ -1,0 +1,49 @@
+"""Draw which patches of a picture survive, one panel per strategy, with the model's answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vtp_plugin import config
+from vtp_plugin.config import parse_pairs
+from vtp_plugin.errors import PruningError
+
+
+def command(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str, typer.Option(help="What to ask about it.")],
+    pruning: Annotated[str, typer.Option(help="Strategies, separated by commas; a+b composes.")] = "atp",
+    pruning_args: Annotated[str, typer.Option(help="key=value,... for a single strategy.")] = "",
+    output: Annotated[Path, typer.Option("-o", "--output", help="The PNG to write.")] = Path("kept.png"),
+    model: Annotated[str, typer.Option(help="vtp-tiny, or a LLaVA checkpoint in transformers' format.")] = "vtp-tiny",
+) -> None:
+    specs = [spec.strip() for spec in pruning.split(",")]
+    arguments = parse_pairs(pruning_args)
+    strategies = {spec: config.resolve(spec, arguments) for spec in specs}
+    picture = _opened(image)
+    from vtp_plugin.reporting.figures import kept_figure
+    from vtp_plugin.reporting.views import view
+    from vtp_plugin.tiny.inference import load
+
+    loaded = load(model)
+    views = [view(*loaded, picture, question, chosen, label) for label, chosen in strategies.items()]
+    kept_figure([views]).savefig(output, dpi=150)
+    console = Console(highlight=False)
+    for seen in views:
+        console.print(f"{seen.label}: {seen.after} of {seen.before} visual tokens, answer: {seen.answer}")
+    console.print(f"written: {output}")
+
+
+def _opened(path: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(path).convert("RGB")
+    except FileNotFoundError:
+        raise PruningError(f"picture not found: {path}") from None
+    except (UnidentifiedImageError, OSError):
+        raise PruningError(f"not a picture that can be read: {path}") from None
