@@ -1,0 +1,162 @@
+"""The embedded model: both layouts are the same model, it answers, and it appears in the cache whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import vtp_plugin
+from vtp_plugin.tiny.checkpoint import FOLDERS, WEIGHTS, resolve
+
+datasets = pytest.importorskip("datasets")
+TASKS = Path(vtp_plugin.__file__).parent / "integrations" / "tasks" / "vtp_scenes"
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VTP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return datasets.Dataset.from_parquet(str(TASKS / "scenes.parquet")).cast_column(
+        "image", datasets.Image(decode=False)
+    )
+
+
+@pytest.fixture(scope="module")
+def hf(cache):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    folder = resolve(layout="hf")
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def picture(row) -> Image.Image:
+    return Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+
+
+def prompt(question: str) -> str:
+    return f"USER: <image>\n{question} ASSISTANT:"
+
+
+def predict(hf, rows, task: str, system: str = "") -> list[str]:
+    """The word that follows each prompt of a task."""
+    model, processor = hf
+    words = []
+    for start in range(0, len(rows), 50):
+        part = [rows[index] for index in range(start, min(start + 50, len(rows)))]
+        texts = [system + prompt(row[f"{task}_question"]) for row in part]
+        inputs = processor(images=list(map(picture, part)), text=texts, padding=True, return_tensors="pt")
+        with torch.inference_mode():
+            logits = model(**inputs, logits_to_keep=1).logits  # [B, 1, V]
+        words += processor.batch_decode(logits.argmax(-1))
+    return words
+
+
+def accuracy(hf, rows, task: str, system: str = "") -> float:
+    pairs = zip(predict(hf, rows, task, system), rows[f"{task}_answer"], strict=True)
+    return sum(word.strip() == answer for word, answer in pairs) / len(rows)
+
+
+def test_the_model_answers(hf, rows):
+    scores = {task: accuracy(hf, rows, task) for task in ("presence", "attribute", "count", "position", "digit")}
+    assert sum(scores.values()) / len(scores) >= 0.90, scores
+    assert scores["presence"] >= 0.95, scores
+
+
+def test_the_model_answers_after_a_system_prompt(hf, rows):
+    assert accuracy(hf, rows.select(range(100)), "presence", SYSTEM) >= 0.90
+
+
+def test_generation_ends_after_the_answer(hf, rows):
+    model, processor = hf
+    inputs = processor(images=picture(rows[0]), text=prompt(rows[0]["digit_question"]), return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs.input_ids.shape[1] :]
+    assert len(ids) == 2
+    assert ids[-1] == model.generation_config.eos_token_id
+
+
+def test_both_layouts_are_the_same_model(hf, rows):
+    pytest.importorskip("llava")
+    from llava.mm_utils import process_images
+    from llava.model.builder import load_pretrained_model
+
+    model, processor = hf
+    folder = resolve(layout="llava")
+    _, other, image_processor, _ = load_pretrained_model(str(folder), None, folder.name, device="cpu")
+    inputs = processor(images=picture(rows[0]), text=prompt("is there a circle"), return_tensors="pt")
+    pixels = process_images([picture(rows[0])], image_processor, other.config)
+    assert torch.equal(pixels, inputs.pixel_values)
+    ids = inputs.input_ids[0]
+    image = ids == model.config.image_token_id
+    first, count = int(image.nonzero()[0]), int(image.sum())
+    ids = torch.cat([ids[:first], torch.tensor([-200]), ids[first + count :]])[None]
+    with torch.inference_mode():
+        ours = model(**inputs).logits
+        theirs = other.float()(input_ids=ids, images=pixels.float()).logits
+    assert count == 144
+    torch.testing.assert_close(theirs, ours[..., : theirs.shape[-1]], atol=1e-3, rtol=1e-3)
+
+
+def test_the_tower_is_a_whole_clip(cache, rows):
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPTextModelWithProjection
+
+    folder = resolve(layout="clip")
+    clip, tokenizer = CLIPModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = tokenizer(["a red circle", "Why is that zebra so naïve?"], padding=True, return_tensors="pt")
+    pixels = CLIPImageProcessor.from_pretrained(folder)(picture(rows[0]), return_tensors="pt").pixel_values
+    with torch.inference_mode():
+        scores = clip(**texts, pixel_values=pixels)
+        alone = CLIPTextModelWithProjection.from_pretrained(folder)(**texts).text_embeds
+    assert tokenizer.unk_token_id not in texts.input_ids[1, 1:10]
+    assert tokenizer.model_max_length == 77
+    torch.testing.assert_close(torch.nn.functional.normalize(alone, dim=-1), scores.text_embeds)
+
+
+def test_resolve_twice_is_one_folder(cache):
+    first = resolve(layout="clip")
+    written = (first / "model.safetensors").stat().st_mtime_ns
+    assert resolve(layout="clip") == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == written
+
+
+def resolve_in(folder: str, layout: str) -> str:
+    os.environ["VTP_CACHE"] = folder
+    return str(resolve(layout=layout))
+
+
+def test_concurrent_processes_agree(tmp_path):
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as workers:
+        found = set(workers.map(resolve_in, [str(tmp_path)] * 2, ["llava"] * 2))
+    assert len(found) == 1
+    folder = Path(found.pop())
+    assert "llava" in folder.name
+    assert (folder / "model.safetensors").exists()
+    assert sorted(path.name for path in folder.parent.iterdir()) == sorted([FOLDERS["clip"], FOLDERS["llava"]])
+
+
+@pytest.mark.parametrize("wrong", [{"name": "vtp-huge"}, {"layout": "gguf"}])
+def test_resolve_says_what_exists(wrong):
+    with pytest.raises(ValueError, match="Available: "):
+        resolve(**wrong)
+
+
+def test_the_package_stays_small():
+    weights = sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file())
+    assert weights <= 12e6
+    assert weights + sum(file.stat().st_size for file in TASKS.rglob("*") if file.is_file()) <= 20e6

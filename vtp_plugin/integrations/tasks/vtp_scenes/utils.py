@@ -1,0 +1,66 @@
+"""The five tasks read the same rows; each takes its own question and answer."""
+
+from functools import partial
+
+Verdict = tuple[bool, bool]  # the truth is yes, the prediction is yes
+
+
+def task_docs(dataset, task):
+    """Keep the picture; the task's columns become `question` and `answer`."""
+    kept = dataset.select_columns(["scene", "image", f"{task}_question", f"{task}_answer"])
+    return kept.rename_columns({f"{task}_question": "question", f"{task}_answer": "answer"})
+
+
+presence_docs = partial(task_docs, task="presence")
+attribute_docs = partial(task_docs, task="attribute")
+count_docs = partial(task_docs, task="count")
+position_docs = partial(task_docs, task="position")
+digit_docs = partial(task_docs, task="digit")
+
+
+def doc_to_visual(doc):
+    return [doc["image"].convert("RGB")]
+
+
+def doc_to_text(doc, lmms_eval_specific_kwargs=None):
+    """The word that is asked for stands last: a post_prompt would move it."""
+    around = lmms_eval_specific_kwargs or {}
+    return f"{around.get('pre_prompt', '')}{doc['question']}{around.get('post_prompt', '')}"
+
+
+def read_answer(results) -> str:
+    return results[0].strip().rstrip(".").lower()
+
+
+def process_results(doc, results):
+    return {"exact_match": float(read_answer(results) == doc["answer"])}
+
+
+def process_presence(doc, results):
+    """POPE's metrics. An answer that is neither yes nor no counts as wrong and as not yes."""
+    answer = read_answer(results)
+    hit, verdict = float(answer == doc["answer"]), (doc["answer"] == "yes", answer == "yes")
+    return {"exact_match": hit, "accuracy": hit} | dict.fromkeys(("f1", "precision", "recall", "yes_ratio"), verdict)
+
+
+def ratio(part, whole) -> float:
+    return part / whole if whole else 0.0
+
+
+def precision(verdicts: list[Verdict]) -> float:
+    return ratio(sum(truth and said for truth, said in verdicts), sum(said for _, said in verdicts))
+
+
+def recall(verdicts: list[Verdict]) -> float:
+    return ratio(sum(truth and said for truth, said in verdicts), sum(truth for truth, _ in verdicts))
+
+
+def f1(verdicts: list[Verdict]) -> float:
+    """The harmonic mean of precision and recall of `yes`."""
+    p, r = precision(verdicts), recall(verdicts)
+    return ratio(2 * p * r, p + r)
+
+
+def yes_ratio(verdicts: list[Verdict]) -> float:
+    """The share of predictions that say yes; the truth's share is one half."""
+    return ratio(sum(said for _, said in verdicts), len(verdicts))

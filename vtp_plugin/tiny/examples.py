@@ -1,0 +1,22 @@
+"""A few of the shipped test scenes, with questions."""
+
+from __future__ import annotations
+
+import io
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+PARQUET = Path(__file__).parents[1] / "integrations" / "tasks" / "vtp_scenes" / "scenes.parquet"
+TASKS = ("attribute", "count", "position", "digit", "presence")
+
+
+def examples(number: int) -> list[tuple[Any, str]]:
+    """The first scenes as PIL images, each with the question of another task."""
+    import pyarrow.parquet
+    from PIL import Image
+
+    rows = pyarrow.parquet.read_table(PARQUET).slice(0, number).to_pylist()
+    pictures = (Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows)
+    asked = (row[f"{task}_question"] for row, task in zip(rows, cycle(TASKS), strict=False))
+    return list(zip(pictures, asked, strict=True))

@@ -1,0 +1,37 @@
+"""Ask a LLaVA in transformers' format one question: the embedded one, or a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vtp_plugin.errors import PruningError
+
+NEW_TOKENS = 16
+
+
+def load(name: str = "vtp-tiny") -> tuple[Any, Any]:
+    """Model and processor, on CUDA where there is one."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    from vtp_plugin.tiny.checkpoint import NAME, resolve
+
+    path = str(resolve(NAME, "hf")) if name == NAME else name
+    cuda = torch.cuda.is_available()
+    try:
+        model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float16 if cuda else torch.float32)
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise PruningError(f"cannot load a LLaVA from '{name}': {str(error).splitlines()[0]}") from None
+    return model.eval().to("cuda" if cuda else "cpu"), processor
+
+
+def answer(model: Any, processor: Any, picture: Any, question: str) -> str:
+    """The model's greedy answer to a question about a PIL image."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=picture, text=text, return_tensors="pt").to(model.device, model.dtype)
+    with torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

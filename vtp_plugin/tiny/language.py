@@ -1,0 +1,140 @@
+"""Stages B and C: the LLaMA learns to answer, first from symbolic scenes, then from the CLIP's features."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from .modeling import LLAMA_WIDTH
+from .prompts import EOS, Layout
+from .questions import Question
+from .scenes import GRID
+from .vision import CLASSES
+
+Metrics = dict[str, float]
+KEY, ANSWER, END = 1, 2, 3  # what a supervised position is asked for
+
+
+class Symbols(nn.Module):
+    """A scene without pictures: each patch is the sum of the embeddings of its labels, its row and its column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels = nn.ModuleList(nn.Embedding(classes, LLAMA_WIDTH) for classes in CLASSES.values())
+        self.row, self.column = nn.Embedding(GRID, LLAMA_WIDTH), nn.Embedding(GRID, LLAMA_WIDTH)
+        for table in self.modules():
+            if isinstance(table, nn.Embedding):
+                nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, labels: Tensor) -> Tensor:  # [B, 4, N] -> [B, N, D]
+        meaning = sum(table(label) for table, label in zip(self.labels, labels.unbind(1), strict=True))
+        position = torch.arange(GRID * GRID, device=labels.device)
+        return meaning + self.row(position // GRID) + self.column(position % GRID)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A batch of images, the same number of questions packed behind each. Text only; the image comes between."""
+
+    prefix: Tensor  # [P] ids before the image, the same for all
+    ids: Tensor  # [B, L] ids behind it
+    segment: Tensor  # [B, L] which question a column belongs to, from 1; 0 is padding
+    position: Tensor  # [B, L] counted from the end of the image, anew for every question
+    target: Tensor  # [B, L] id to predict, -100 where nothing is asked
+    kind: Tensor  # [B, L] KEY, ANSWER or END
+    tasks: tuple[tuple[str, ...], ...]  # [B][Q]
+
+    def to(self, device: str) -> Lesson:
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Lesson(**tensors, tasks=self.tasks)
+
+
+def write_lesson(layout: Layout, questions: Sequence[Sequence[Question]]) -> Lesson:
+    """Pack each image's questions; the answer is asked for at the key word, at the prompt's end, and then `</s>`."""
+    rows = [write_row(layout, asked) for asked in questions]
+    ids, segment, position, target, kind = (
+        nn.utils.rnn.pad_sequence([torch.tensor(row[column]) for row in rows], True, padding)
+        for column, padding in enumerate((0, 0, 0, -100, 0))
+    )
+    tasks = tuple(tuple(question.task for question in asked) for asked in questions)
+    return Lesson(torch.tensor(layout.prefix), ids, segment, position, target, kind, tasks)
+
+
+def write_row(layout: Layout, asked: Sequence[Question]) -> tuple[list[int], ...]:
+    """ids, segment, position, target, kind of one image's questions."""
+    columns: tuple[list[int], ...] = ([], [], [], [], [])
+    for number, question in enumerate(asked, 1):
+        prompt = layout.split(question.text)[1]
+        answer = layout.tokenizer.encode(question.answer, add_special_tokens=False)
+        if len(answer) != 1:
+            raise ValueError(f"answer {question.answer!r} has {len(answer)} tokens, not one")
+        silent = len(prompt) - 2
+        new = (
+            [*prompt, *answer],
+            [number] * (len(prompt) + 1),
+            range(len(prompt) + 1),
+            [-100] * silent + answer * 2 + [EOS],
+            [0] * silent + [KEY, ANSWER, END],
+        )
+        for column, values in zip(columns, new, strict=True):
+            column.extend(values)
+    return columns
+
+
+def attention_mask(lesson: Lesson, before: int) -> Tensor:  # bool [B, 1, T, T], True may look
+    """Causal; a question sees what is before it in common and itself, never another question."""
+    common = lesson.segment.new_zeros(len(lesson.ids), before)
+    segment = torch.cat([common, lesson.segment.masked_fill(lesson.segment == 0, -1)], 1)  # [B, T]
+    same = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)
+    return (same & torch.ones_like(same[0]).tril())[:, None]
+
+
+def read(llama: LlamaForCausalLM, visual: Tensor, lesson: Lesson) -> Tensor:  # -> [B, L, D]
+    """Hidden states behind the image."""
+    embed = llama.get_input_embeddings()
+    prefix = embed(lesson.prefix).expand(len(visual), -1, -1)
+    before = prefix.shape[1] + visual.shape[1]
+    position = torch.arange(before, device=visual.device).expand(len(visual), -1)
+    hidden = llama.model(
+        inputs_embeds=torch.cat([prefix, visual, embed(lesson.ids)], 1),
+        attention_mask=attention_mask(lesson, before),
+        position_ids=torch.cat([position, before + lesson.position], 1),
+        use_cache=False,
+    ).last_hidden_state
+    return hidden[:, before:]
+
+
+def answer_loss(llama: LlamaForCausalLM, visual: Tensor, lesson: Lesson) -> tuple[Tensor, Metrics]:
+    """Cross-entropy where something is asked; the accuracy of the answers at the prompt's end."""
+    hidden = read(llama, visual, lesson)
+    asked = lesson.kind > 0
+    logits, target, kind = llama.lm_head(hidden[asked]), lesson.target[asked], lesson.kind[asked]
+    hits = (logits.argmax(-1) == target).float()
+    return F.cross_entropy(logits, target), {"key": hits[kind == KEY].mean().item(), **by_task(hits, kind, lesson)}
+
+
+def by_task(hits: Tensor, kind: Tensor, lesson: Lesson) -> Metrics:
+    """Accuracy per task, from the hits at all asked positions."""
+    of_task = defaultdict(list)
+    names = [task for row in lesson.tasks for task in row]
+    for name, hit in zip(names, hits[kind == ANSWER].tolist(), strict=True):
+        of_task[name].append(hit)
+    return {name: sum(values) / len(values) for name, values in of_task.items()}
+
+
+@torch.no_grad()
+def examine(llama: LlamaForCausalLM, visual_of: Callable[[slice], Tensor], lessons: Sequence[Lesson]) -> Metrics:
+    """Accuracy per task over all lessons; `visual_of` gives the visual tokens of a slice of the pool."""
+    total, start = defaultdict(list), 0
+    for lesson in lessons:
+        part = slice(start, start + len(lesson.ids))
+        start = part.stop
+        for name, value in answer_loss(llama, visual_of(part), lesson)[1].items():
+            total[name].append(value * len(lesson.ids))
+    return {name: sum(values) / start for name, values in total.items() if name != "key"}
