@@ -95,9 +95,18 @@ def _read_file(path: Path) -> dict[str, dict[str, Any]]:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise PruningError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
-    entries = content.get("strategies", [content]) if isinstance(content, dict) else content
-    if not isinstance(entries, list) or not all(isinstance(e, dict) and "strategy" in e for e in entries):
+    alone = isinstance(content, dict) and "strategies" not in content
+    entries = [content] if alone else content.get("strategies") if isinstance(content, dict) else content
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and type(e.get("strategy")) is str for e in entries
+    ):
         raise PruningError(f"{path}: expected 'strategy: NAME' and its fields, or a list of such entries")
+    if isinstance(content, dict) and not alone and len(content) > 1:
+        beside = next(key for key in content if key != "strategies")
+        raise PruningError(f"{path}: '{beside}' stands beside 'strategies': put it into one of the entries")
+    names = [e["strategy"] for e in entries]
+    if len(set(names)) < len(names):
+        raise PruningError(f"{path}: a strategy is named twice in {', '.join(names)}")
     return {e["strategy"]: {_key(k): v for k, v in e.items() if k != "strategy"} for e in entries}
 
 

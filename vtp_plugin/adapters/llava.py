@@ -72,7 +72,9 @@ class Llava(Adapter):
             return self.generate(*args, **kwargs)
         if kwargs.get("past_key_values") is not None:
             raise PruningError("pruning cannot add images behind a past_key_values of the caller")
-        with self.pruned.calling(), self._left_padding():
+        ids = args[0] if args else kwargs.get("inputs")
+        with self.pruned.calling() as call, self._left_padding():
+            call.rows = 1 if ids is None else len(ids)
             return self.generate(*args, **kwargs)
 
     def _forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
@@ -218,8 +218,9 @@ def _resolving(original: Callable, registry: Any, model_name: str, *args: Any, *
     model_id = registry.resolve(model_name, *args, **kwargs).model_id
 
     class Prunable(host):
-        def __new__(cls, **arguments: Any) -> Any:
-            return build(host, model_id, arguments)
+        def __new__(cls, *positional: Any, **arguments: Any) -> Any:
+            names = list(inspect.signature(host.__init__).parameters)[1:]
+            return build(host, model_id, dict(zip(names, positional, strict=False)) | arguments)
 
         @classmethod
         def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> Any:
@@ -306,22 +307,20 @@ class Run:
 
     def install(self) -> None:
         """Wrap `evaluate` until it has been called for this model."""
-        self.evaluator = importlib.import_module("lmms_eval.evaluator")
-        self.original = getattr(self.evaluator.evaluate, "_vtp", self.evaluator.evaluate)
-        _wrap(self.evaluator, "evaluate", self._evaluate)
+        evaluator = importlib.import_module("lmms_eval.evaluator")
+        if not hasattr(evaluator.evaluate, "_vtp"):
+            _wrap(evaluator, "evaluate", _dispatch)
+        _waiting.append(self)
 
-    def _evaluate(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        if self.lm is not (kwargs["lm"] if "lm" in kwargs else args[0]):
-            return original(*args, **kwargs)
-        self.evaluator.evaluate = self.original
+    def evaluate(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         self._mark_cache(kwargs.get("response_cache"))
         self.lm.task_dict = Documents(self.lm.task_dict, self.asked)
         try:
-            results = self.original(*args, **kwargs)
+            results = original(*args, **kwargs)
         finally:
             self.pruned.detach()
         everyone = gathered((self.samples, self.pruned.failure and _sentence(self.pruned.failure)))
-        samples = [sample for part, _ in everyone for sample in part]
+        samples = _unpadded([sample for part, _ in everyone for sample in part])
         self._check(samples, [failure for _, failure in everyone if failure])
         if results is not None:
             results[KEY] = record(self.pruned, samples)
@@ -336,7 +335,8 @@ class Run:
 
     def _finished(self, call: Call) -> None:
         reports = samples_of(self.pruned, call)
-        documents = list(dict.fromkeys(self.asked))[-len(reports) :]
+        asked = list(self.asked)
+        documents = asked if len(asked) == len(reports) else list(dict.fromkeys(asked))[-len(reports) :]
         self.asked.clear()
         if len(documents) == len(reports):
             reports = [r | {"task": task, "doc_id": doc} for r, (task, doc) in zip(reports, documents, strict=True)]
@@ -350,6 +350,37 @@ class Run:
         if asked and images and all(image["after"] >= image["before"] for image in images):
             names = "+".join(s.name for s in asked)
             raise PruningError(f"{names}: {len(images)} images went in and not one token was cut with {asked}")
+
+
+_waiting: list[Run] = []  # runs whose model was built and not evaluated yet
+
+
+def _dispatch(original: Callable, *args: Any, **kwargs: Any) -> Any:
+    """The host's `evaluate`, for a pruned model within its run."""
+    lm = kwargs["lm"] if "lm" in kwargs else args[0]
+    run = next((run for run in _waiting if run.lm is lm), None)
+    if run is None:
+        return original(*args, **kwargs)
+    _waiting.remove(run)
+    if not _waiting:
+        importlib.import_module("lmms_eval.evaluator").evaluate = original
+    return run.evaluate(original, *args, **kwargs)
+
+
+def _unpadded(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the requests that the host repeats so that all processes have equally many."""
+    counts = Counter((s["task"], s["doc_id"]) for s in samples if "task" in s)
+    least: dict[str, int] = {}
+    for (task, _), count in counts.items():
+        least[task] = min(count, least.get(task, count))
+    seen: Counter = Counter()
+    kept = []
+    for sample in samples:
+        key = sample.get("task"), sample.get("doc_id")
+        seen[key] += 1
+        if key[0] is None or seen[key] <= least[key[0]]:
+            kept.append(sample)
+    return kept
 
 
 class Documents(dict):

@@ -46,6 +46,7 @@ class Call:
     images: list[Image] = field(default_factory=list)
     batch: list[int] = field(default_factory=list)  # the images that are in the tower right now
     scratch: dict[Any, Tensor] = field(default_factory=dict)  # signals on their way from a hook to a decision
+    rows: int = 1  # prompts in the batch
     valid: Tensor | None = None  # [B, L] bool: columns of the assembled prompt that are not padding
     cuts: dict[int, Any] = field(default_factory=dict)  # llm stage: what was decided at each decoder layer
     events: list[PruningEvent] = field(default_factory=list)

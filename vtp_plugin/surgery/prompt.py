@@ -101,12 +101,13 @@ class PlaceholderCalls:
     def _wrapped(self, original: Callable, replacement: Callable) -> Callable:
         """The replacement under the original's signature; calls inside a call pass through."""
         signature = inspect.signature(original)
+        rest = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             if self.pruned.call is not None:
                 return original(*args, **kwargs)
-            bound = signature.bind(*args, **kwargs).arguments
-            return replacement({**bound, **bound.pop("kwargs", {}), **bound.pop("model_kwargs", {})})
+            bound = dict(signature.bind(*args, **kwargs).arguments)
+            return replacement(bound | {k: v for name in rest for k, v in bound.pop(name, {}).items()})
 
         return wrapper
 
@@ -116,6 +117,7 @@ class PlaceholderCalls:
         ids = inputs["input_ids"]
         self._check(inputs, generating=True)
         with self.pruned.calling() as call, torch.no_grad():
+            call.rows = 1 if ids is None else len(ids)
             shortened, features = self._prepare(call, inputs)
             if shortened is not None:
                 _shift_lengths(inputs, ids.shape[1] - shortened.columns.shape[1])

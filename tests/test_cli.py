@@ -1,0 +1,135 @@
+"""The program `vtp`, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from vtp_plugin import plugins
+from vtp_plugin.cli import app, vtp_register_commands
+from vtp_plugin.reporting import comparison, readme
+
+vtp_register_commands(cli=app)
+
+
+def vtp(*arguments: object) -> str:
+    """Run a command in this process; its output."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def program(*arguments: object) -> subprocess.CompletedProcess:
+    """Run the real program."""
+    command = [sys.executable, "-c", "from vtp_plugin.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    noise = np.random.default_rng(0).integers(0, 255, (200, 260, 3), dtype=np.uint8)
+    noise[:, :130] = 90  # half of it is flat
+    Image.fromarray(noise).save(path)
+    return path
+
+
+def test_list_names_every_strategy_and_family() -> None:
+    shown = vtp("list")
+    assert all(name in shown for name in plugins.list_strategies())
+    assert all(cls.family in vtp("list", "--models") for cls in plugins.adapters())
+    assert vtp("list", "--markdown").count("\n| ") == len(plugins.list_strategies()) + 1
+
+
+def test_show_draws_every_panel(picture: Path, tmp_path: Path) -> None:
+    target = tmp_path / "kept.png"
+    said = vtp("show", picture, "--question", "is there a circle", "--pruning", "atp,l2+fastv", "-o", target)
+    assert "atp: 86 of 144" in said
+    assert "l2+fastv: 36 of 144" in said
+    assert Image.open(target).width > 400
+
+
+def test_calibration_reaches_the_share_and_its_yaml_is_usable(picture: Path, tmp_path: Path) -> None:
+    target = tmp_path / "vprune.yaml"
+    said = vtp("calibrate", "vprune", picture, "--target", 0.3, "--size", 168, "-o", target)
+    setting = yaml.safe_load(target.read_text())
+    assert setting["strategy"] == "vprune"
+    share = float(said.split("removes ")[1].split("%")[0])
+    assert 30 <= share < 45  # half of the picture is flat: 37.5 % go at once
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["show", "nowhere.png", "--question", "x"], "picture not found: nowhere.png"),
+        (["show", __file__, "--question", "x"], "not a picture that can be read"),
+        (["show", "nowhere.png", "--question", "x", "--pruning", "visonzip"], "Did you mean 'visionzip'?"),
+        (["calibrate", "vprune", "nowhere", "--target", "0.2"], "not found: nowhere"),
+        (["calibrate", "vprune", ".", "--target", "2"], "--target must be a share between 0 and 1"),
+        (["demo", "--keep-ratio", "7"], "--keep-ratio must be in (0, 1], got 7"),
+        (["demo", "--pruning", "fastvv"], "Did you mean 'fastv'?"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], sentence: str) -> None:
+    result = program(*arguments)
+    assert result.returncode == 2
+    assert sentence in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_empty_folder_and_an_unreachable_share_are_refused(tmp_path: Path, picture: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no pictures" in program("calibrate", "vprune", empty, "--target", 0.2).stderr
+    assert "at most" in program("calibrate", "vprune", picture, "--target", 0.74).stderr
+
+
+@pytest.mark.slow
+def test_demo_ends_with_a_table_and_a_picture(tmp_path: Path) -> None:
+    said = vtp("demo", "--limit", 2, "--pruning", "l2,random", "-o", tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "36.0 of 144" in table
+    assert "unpruned" in said
+    assert Image.open(tmp_path / "kept.png").width > 400
+    results = next((tmp_path / "runs" / "l2").rglob("*_results.json"))
+    assert json.loads(results.read_text())["pruning"]["visual_tokens"]["mean_after"] == 36
+
+
+def _results(accuracy: float, kept: float, prefill: float) -> dict:
+    return {
+        "results": {"vtp_scenes_count": {"exact_match,none": accuracy}, "vtp_scenes": {"alias": "group"}},
+        "pruning": {
+            "visual_tokens": {"mean_before": 144.0, "mean_after": kept},
+            "prefill_flops": {"ratio": kept / 144},
+            "seconds": {"prefill": prefill},
+            "samples": {"total": 10},
+        },
+    }
+
+
+def test_the_comparison_says_who_does_not_beat_random() -> None:
+    runs = {
+        "none": _results(0.9, 144, 2.0),
+        "atp": _results(0.5, 36, 1.0),
+        "l2": _results(0.7, 36, 1.0),
+        "vprune": _results(0.5, 30, 1.0),  # fewer tokens than random: no verdict
+        "random": _results(0.6, 36, 1.0),
+    }
+    table = comparison.table(runs)
+    assert "Not better than random at no fewer tokens: atp." in table.caption
+    assert ("atp", "50.0%", "50.0%", "36.0 of 144", "0.25x", "0.50x") in table.rows
+
+
+def test_the_readme_is_up_to_date() -> None:
+    text = readme.README.read_text()
+    assert readme.filled(text) == text, "run `make readme`"
