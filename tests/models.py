@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +29,8 @@ TEXT = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num
 TEXT |= {"vocab_size": 514, "eos_token_id": 513, "bos_token_id": 512, "pad_token_id": 513, "projection_dim": 24}
 LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 100, "pad_token_id": 0}
 LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": None, "bos_token_id": 1}
+
+KEPT = TemporaryDirectory(prefix="vtp-clip-")  # removed when the interpreter ends
 
 Row = list  # of int and of Tensor [3, SIDE, SIDE] uint8
 
@@ -159,7 +161,7 @@ def randomise(module: nn.Module, seed: int) -> None:
 @cache
 def clip_folder() -> Path:
     """A saved random CLIPModel with tokenizer and image processor."""
-    folder = Path(mkdtemp(prefix="vtp-clip-"))
+    folder = Path(KEPT.name)
     clip = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=24))
     randomise(clip, seed=1)
     clip.save_pretrained(folder)

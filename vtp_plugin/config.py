@@ -56,8 +56,28 @@ def parse_pairs(text: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         if not equals or not key.strip() or not value.strip():
             raise PruningError(f"cannot read '{part}' of the pruning arguments. Expected key=value[,key=value...]")
-        pairs[_key(key.strip())] = yaml.safe_load(value)
+        pairs[_key(key.strip())] = _value(part, value)
     return pairs
+
+
+def _value(part: str, text: str) -> Any:
+    """A value as YAML reads it, and 1e-3 as the number that YAML does not see in it."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise PruningError(
+            f"cannot read '{part}' of the pruning arguments. Expected key=value[,key=value...]"
+        ) from None
+    return _number(value)
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    return value
 
 
 def describe(strategies: Sequence[PruningStrategy]) -> list[dict[str, Any]]:
@@ -97,17 +117,21 @@ def _read_file(path: Path) -> dict[str, dict[str, Any]]:
         raise PruningError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
     alone = isinstance(content, dict) and "strategies" not in content
     entries = [content] if alone else content.get("strategies") if isinstance(content, dict) else content
-    if not isinstance(entries, list) or not all(
-        isinstance(e, dict) and type(e.get("strategy")) is str for e in entries
-    ):
+    if not isinstance(entries, list) or not entries or not all(map(_is_entry, entries)):
         raise PruningError(f"{path}: expected 'strategy: NAME' and its fields, or a list of such entries")
     if isinstance(content, dict) and not alone and len(content) > 1:
         beside = next(key for key in content if key != "strategies")
         raise PruningError(f"{path}: '{beside}' stands beside 'strategies': put it into one of the entries")
     names = [e["strategy"] for e in entries]
+    if entries == [{"strategy": NONE}]:
+        return {}
     if len(set(names)) < len(names):
         raise PruningError(f"{path}: a strategy is named twice in {', '.join(names)}")
     return {e["strategy"]: {_key(k): v for k, v in e.items() if k != "strategy"} for e in entries}
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("strategy"), str) and all(isinstance(k, str) for k in entry)
 
 
 def _distribute(settings: dict[str, dict[str, Any]], args: Mapping[str, Any]) -> None:

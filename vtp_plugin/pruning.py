@@ -20,6 +20,7 @@ from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.call import Call, PruningEvent
 from vtp_plugin.surgery.decoder import DecoderCuts
+from vtp_plugin.surgery.pixels import watch as watch_processor
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.surgery.vision import VisionCuts
 from vtp_plugin.tokens import Selection, VisualTokens
@@ -91,13 +92,11 @@ class Pruned:
         """Let pixels-stage strategies see images at full precision, as they leave the image processor."""
         processor = self.adapter.image_processor
 
-        def preprocess(images: Any, *args: Any, **kwargs: Any) -> Any:
-            outputs = original(images, *args, **kwargs)
+        def listen(images: Any, outputs: Any) -> None:
             vision.pixels.remember(outputs)
             plugins.manager().hook.vtp_images_processed(processor=processor, images=images, outputs=outputs)
-            return outputs
 
-        original = self._undo.override(processor, "preprocess", preprocess)
+        self._undo.callback(watch_processor(processor, listen))
 
     def detach(self) -> None:
         """Give the model back as it was, hooks and all; harmless when repeated."""

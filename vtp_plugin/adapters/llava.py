@@ -70,8 +70,12 @@ class Llava(Adapter):
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         if self.pruned.call is not None:
             return self.generate(*args, **kwargs)
-        if kwargs.get("past_key_values") is not None:
-            raise PruningError("pruning cannot add images behind a past_key_values of the caller")
+        late = [s for s in self.pruned.strategies if s.decoder_layer is not None]
+        refused = [n for n in ("assistant_model", "prompt_lookup_num_tokens") if kwargs.get(n) is not None]
+        if late and refused:
+            raise PruningError(
+                f"{late[0].name}: {refused[0]} is not possible when decoder layers cache unequal lengths"
+            )
         ids = args[0] if args else kwargs.get("inputs")
         with self.pruned.calling() as call, self._left_padding():
             call.rows = 1 if ids is None else len(ids)
@@ -80,6 +84,8 @@ class Llava(Adapter):
     def _forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if self.pruned.call is not None or kwargs.get("images") is None:
             return self.forward(*args, labels=labels, **kwargs)
+        if kwargs.get("inputs_embeds") is not None:
+            raise PruningError("pruning needs input_ids: prompts given as inputs_embeds cannot be shortened")
         with self.pruned.calling() as call:
             self.wanted_labels = None
             output = self.forward(*args, labels=labels, **kwargs)
@@ -105,6 +111,10 @@ class Llava(Adapter):
         images = _plain(images)
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         prompts = [row[mask] for row, mask in zip(input_ids, real, strict=True)]
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise PruningError("pruning cannot add images behind a past_key_values of the caller")
+        if attention_mask is None and self.pruned.one_by_one:
+            rest = (position_ids, real, past_key_values, labels)
         self._register(call, prompts, images)
         merged = list(self.merge(input_ids, *rest, images, image_sizes))
         self._place(call, prompts, merged[4].shape[1])

@@ -33,7 +33,7 @@ def command(
 ) -> None:
     import torch
 
-    from vtp_plugin.metrics import bench
+    from vtp_plugin.integrations import bench
 
     if shape not in bench.SHAPES:
         raise unknown("shape", shape, bench.SHAPES)

@@ -34,7 +34,7 @@ def _sample(pruned: Pruned, call: Call, row: int) -> dict[str, Any]:
     counts = [
         _passage(call, number)
         for number, image in enumerate(call.images)
-        if image.sample == row and (image.columns is None or image.total)
+        if image.sample == row and (image.columns is None or len(image.columns))  # a text-only prompt may consume one
     ]
     lengths = _lengths(pruned, call, row)
     report: dict[str, Any] = {"images": [{"before": c["total"], "after": c["kept"]} for c in counts]}

@@ -6,6 +6,7 @@ order of the samples or the number of processes, and differs from image to image
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -47,4 +48,4 @@ class Random(PruningStrategy):
         return torch.stack(draws).to(device)
 
     def _generator(self, fingerprint: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed * 2**32 + fingerprint)
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {fingerprint}".encode()))

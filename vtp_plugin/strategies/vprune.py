@@ -91,7 +91,7 @@ class VPrune(PruningStrategy):
     def _chi2(self, h: Tensor) -> Tensor:
         """Chi-square distances of the histograms [G, m, 3 bins] -> [G, m, m]."""
         a, b = h[:, :, None], h[:, None]
-        below = a + b if self.chi2_form == "symmetric" else a.expand_as(a - b)
+        below = a + b if self.chi2_form == "symmetric" else b.expand_as(a - b)
         return torch.where(below > 0, (a - b) ** 2 / below.clamp(min=EPS), 0).sum(-1)
 
     def _cosine(self, colours: Tensor) -> Tensor:
@@ -112,7 +112,8 @@ def _groups(index: Tensor, grid: tuple[int, int], g: int) -> Tensor:
 
 def _by_variance(groups: Tensor, pixels: Tensor) -> Tensor:
     """The same groups, patches of the largest pixel variance first, missing ones last."""
-    variance = pixels.float().flatten(1).var(-1, correction=0)  # [N]
+    flat = pixels.long().flatten(1)
+    variance = flat.shape[1] * (flat * flat).sum(-1) - flat.sum(-1) ** 2  # [N], times n^2, exact
     rank = torch.where(groups >= 0, variance[groups.clamp(min=0)], -1)
     return groups.gather(1, rank.sort(dim=1, descending=True, stable=True).indices)
 

@@ -66,6 +66,7 @@ class DecoderCuts:
             call = self._call
             if call is None or layer in call.cuts:
                 return
+            self._check(kwargs.get("past_key_values"))
             hidden = args[0] if args else kwargs["hidden_states"]
             seen = self._seen(call, layer - 1, hidden)
             with torch.no_grad(), self.pruned.timed("selector"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtp_plugin.errors import PruningError
+from vtp_plugin.surgery.undo import Undo
 
 MEMORY = 64  # processed images that are remembered until the model asks for them
 TOLERANCE = 4  # a bf16 value is up to two levels away from the level that it came from
@@ -60,6 +62,37 @@ class Pixels:
             if difference.amax() <= TOLERANCE and (total := difference.sum().item()) < distance:
                 best, distance = other, total
         return best
+
+
+_WATCHED: dict[int, tuple[Undo, list[Callable[[Any, Any], None]]]] = {}  # image processors by identity
+
+
+def watch(processor: Any, listener: Callable[[Any, Any], None]) -> Callable[[], None]:
+    """Call listener(images, outputs) whenever this image processor has run; the answer ends it.
+
+    All listeners of one processor share one wrapper, which goes with the last of them, in whatever order they leave.
+    """
+    if id(processor) not in _WATCHED:
+        undo, listeners = Undo(), []
+
+        def preprocess(images: Any, *args: Any, **kwargs: Any) -> Any:
+            outputs = original(images, *args, **kwargs)
+            for each in list(listeners):
+                each(images, outputs)
+            return outputs
+
+        original = undo.override(processor, "preprocess", preprocess)
+        _WATCHED[id(processor)] = undo, listeners
+    undo, listeners = _WATCHED[id(processor)]
+    listeners.append(listener)
+
+    def end() -> None:
+        listeners.remove(listener)
+        if not listeners:
+            del _WATCHED[id(processor)]
+            undo.close()
+
+    return end
 
 
 def patches(images: Tensor, size: int) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -130,10 +131,11 @@ class PlaceholderCalls:
         self._check(inputs, generating=False)
         with self.pruned.calling() as call:
             shortened, features = self._prepare(call, inputs)
-            labels = inputs.pop("labels", None)
+            labels, named = inputs.pop("labels", None), inputs.pop("return_dict", None)
             with self.family.serving(features):
-                output = self.forward(**inputs)
-        return self._expanded(output, call, shortened, labels, ids, inputs.get("logits_to_keep", 0))
+                output = self.forward(**inputs, return_dict=True)
+        output = self._expanded(output, call, shortened, labels, ids, inputs.get("logits_to_keep", 0))
+        return output.to_tuple() if named is False else output
 
     def _check(self, inputs: Mapping[str, Any], *, generating: bool) -> None:
         if not self.family.has_images(inputs):
@@ -168,7 +170,7 @@ class PlaceholderCalls:
         if keep.all():
             call.place(real, columns, [image.sample for image in call.images])
             return None, features
-        shortened = Shortened.of(keep, real, left=not real[:, 0].all())
+        shortened = Shortened.of(keep, real, left=bool(real[:, -1].all()))
         self._rewrite(inputs, shortened)
         self._place(call, shortened, columns, counts)
         return shortened, features
@@ -244,9 +246,14 @@ def _with_prompt(output: Any, ids: Tensor, length: int) -> Any:
 
 def _shift_lengths(inputs: dict[str, Any], dropped: int) -> None:
     """Limits on the total length were meant for the caller's prompt."""
+    config = inputs.get("generation_config")
     for name in ("max_length", "min_length"):
         if isinstance(inputs.get(name), int):
             inputs[name] -= dropped
+        elif getattr(config, name, None):
+            config = copy(config)
+            setattr(config, name, getattr(config, name) - dropped)
+            inputs["generation_config"] = config
 
 
 def _padding(model: nn.Module) -> int:

@@ -36,6 +36,10 @@ class VisionCuts:
         """Load what the strategies need; raises before anything is attached."""
         if self._needing("pixels") or self._needing("fingerprint"):
             self.pixels = Pixels.of(self.pruned.adapter.image_processor)
+        for strategy in self._at(Stage.PROJECTOR):
+            layer, blocks = strategy.tower_layer, len(self.tower.blocks)
+            if layer is not None and not -blocks <= layer < blocks:
+                raise strategy.error(f"layer must be in {-blocks} ... {blocks - 1} for this model, got {layer}")
         for strategy in self._needing("text"):
             checkpoint = strategy.clip_checkpoint
             self.spaces[checkpoint] = self.pruned.adapter.shared_space(checkpoint)
@@ -47,7 +51,9 @@ class VisionCuts:
             undo.after(self.tower.patch_embedding, self._patches_embedded)
         for layer in {self._layer(s) for s in self._at(Stage.PROJECTOR) if set(s.needs) & set(ROW_SIGNALS)}:
             undo.before(self.tower.blocks[layer].self_attn, self._row_reader(layer))
-        for layer in {self._layer(s) for s in self._at(Stage.PROJECTOR) if set(s.needs) & set(OUTPUT_SIGNALS)}:
+        outputs = {self._layer(s) for s in self._at(Stage.PROJECTOR) if "aligned" in s.needs}
+        outputs |= {self._block(None) for s in self._at(Stage.PROJECTOR) if "cls" in s.needs}
+        for layer in outputs:
             undo.after(self.tower.blocks[layer], self._output_reader(layer))
         if self._at(Stage.PROJECTOR):
             undo.before(self.projector, self._projecting)
