@@ -20,7 +20,7 @@ from vtp_plugin.tokens import Selection
 if TYPE_CHECKING:
     from vtp_plugin.pruning import Pruned
 
-ROW_SIGNALS = ("cls_attention", "keys")  # read where a block's attention begins
+ROW_SIGNALS = ("cls_attention", "keys", "raw_keys", "class_query")  # read where a block's attention begins
 OUTPUT_SIGNALS = ("cls", "aligned")  # read where a block ends
 
 
@@ -120,6 +120,8 @@ class VisionCuts:
                 weights = attention.row(query, keys, attention.scale(module))
             self._call.scratch["cls_attention", layer] = weights[:, self.tower.prefix :]
             self._call.scratch["keys", layer] = keys.float().mean(1)[:, self.tower.prefix :]
+            self._call.scratch["raw_keys", layer] = keys.transpose(1, 2).flatten(2).float()[:, self.tower.prefix :]
+            self._call.scratch["class_query", layer] = query.flatten(1).float()
 
         return read
 
@@ -147,12 +149,18 @@ class VisionCuts:
 
     def _cut_features(self, strategy: PruningStrategy, tokens: Tensor, columns: Tensor) -> Selection:
         with self.pruned.judging(strategy) as cut:
-            signals = {name: self._signal(name, strategy, columns) for name in strategy.needs if name != "fingerprint"}
+            wanted = [name for name in strategy.needs if name not in ("fingerprint", "projected")]
+            signals = {name: self._signal(name, strategy, columns) for name in wanted}
+            if "projected" in strategy.needs:
+                with torch.no_grad():
+                    signals["projected"] = self.projector.forward(tokens)  # without hooks: not yet the host's turn
             return cut.decide(tokens, self._call.batch, self.tower.grid, signals)
 
     def _signal(self, name: str, strategy: PruningStrategy, columns: Tensor) -> Tensor:
         """One field of VisualTokens for the tokens that are left."""
         layer, call = self._layer(strategy), self._call
+        if name == "class_query":
+            return call.scratch[name, layer]
         if name in ROW_SIGNALS:
             return attention.take(call.scratch[name, layer], columns)
         if name == "cls":
