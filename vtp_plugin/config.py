@@ -12,6 +12,7 @@ import yaml
 
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.plugins import get_strategy
+from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 
 NONE = "none"  # the unpruned model with the same measurements and record
@@ -124,7 +125,7 @@ def _ordered(strategies: list[PruningStrategy]) -> list[PruningStrategy]:
     """In the order in which an image meets them; one that merges comes last in its stage."""
     ordered = sorted(strategies, key=lambda s: (s.stage.order, s.decoder_layer or 0, s.merges))
     for first, second in pairwise(ordered):
-        if first.merges and first.stage is second.stage:
+        if first.merges and first.stage is second.stage is not Stage.LLM:  # there new values keep a column
             raise PruningError(f"{first.name} and {second.name} both merge tokens at the {first.stage.value} stage")
     return ordered
 

@@ -183,7 +183,12 @@ class Judgement:
         self.selection: Selection | None = None
 
     def decide(
-        self, tokens: Tensor, images: Sequence[int], grid: tuple[int, int], signals: Mapping[str, Tensor | None]
+        self,
+        tokens: Tensor,
+        images: Sequence[int],
+        grid: tuple[int, int],
+        signals: Mapping[str, Tensor | None],
+        **facts: Any,
     ) -> Selection:
         """Ask the strategy about tokens [B, N, D] of the given images, and remember what is left of them."""
         self.images = [self.call.images[number] for number in images]
@@ -194,6 +199,7 @@ class Judgement:
             index=torch.stack([image.index for image in self.images]).to(tokens.device),
             fingerprint=tuple(image.fingerprint for image in self.images),
             layer=self.layer,
+            **facts,
             **{name: value for name, value in signals.items() if name in self.strategy.needs},
         )
         self.selection = self.strategy.decide(visual)

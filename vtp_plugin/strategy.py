@@ -33,6 +33,7 @@ class PruningStrategy(ABC):
     budgeted: ClassVar[bool] = True  # False: the number kept follows from the data; keep_ratio does not apply
     merges: ClassVar[bool] = False  # True: survivors get new values, so no strategy may follow at the same stage
     default_keep_ratio: ClassVar[float] = 0.5
+    nominal: ClassVar[bool] = False  # True: keep_ratio is the paper's label of a setting, not what is left at the end
 
     keep_ratio: float | None = None  # kept / all, in (0, 1]
     keep_tokens: int | None = None  # or an absolute number per image

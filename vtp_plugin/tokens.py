@@ -30,6 +30,14 @@ class VisualTokens:
     class_query: Tensor | None = None  # [B, d'] fp32: query of CLS in block `tower_layer`, heads side by side, unscaled
     raw_keys: Tensor | None = None  # [B, N, d'] fp32: keys of block `tower_layer`, heads side by side
     last_query_attention: Tensor | None = None  # [B, N] fp32: attention of the last prompt token, mean over heads
+    next_query_attention: Tensor | None = None  # [B, N] fp32: the same in the layer behind the cut, before cutting
+    text_attention: Tensor | None = None  # [B, T, N] fp32: attention of every text token behind the image
+    entry: Tensor | None = None  # [B, M, D]: embeddings of the `entered` tokens, text_entry [B, T, D]: of that text
+    text_entry: Tensor | None = None
+    key_norms: Tensor | None = None  # [B, N] fp32: L1 norms of the keys of the layer before the cut, all heads
+    text_key_norms: Tensor | None = None  # [B, T]
+    normed: Tensor | None = None  # [B, N, D]: tokens after the language model's final norm
+    text_normed: Tensor | None = None  # [B, T, D]
     fingerprint: tuple[int, ...] | None = None  # one number per image, the same in any batch, order and precision
     layer: int | None = None  # llm stage: the decoder layer that will not see the dropped tokens any more
     cut: tuple[int, int] = (0, 1)  # llm stage: which cut of the strategy this is, and of how many
