@@ -171,3 +171,11 @@ def _number(value: Any) -> float:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def layer_numbers(value: Any) -> tuple[int, ...] | None:
+    """Layers as a number, a list or a text such as "8 16 24"; None if they are not ascending whole numbers >= 1."""
+    parts = value.split() if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    numbers = [int(part) if isinstance(part, str) and part.isdigit() else part for part in parts]
+    rising = numbers and all(_whole(n) and n > m for m, n in zip([0, *numbers], numbers, strict=False))
+    return tuple(numbers) if rising else None
