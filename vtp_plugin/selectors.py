@@ -69,12 +69,12 @@ def coverage(similarity: Tensor, weight: Tensor, k: int, demand: Tensor | None =
 
     similarity [B, N, N], weight and demand [B, N]; no demand counts every token once.
     """
-    covered = torch.zeros_like(weight)
+    covered, more = torch.zeros_like(weight), torch.empty_like(similarity)
     rows = torch.arange(len(weight), device=weight.device)
 
     def gain() -> Tensor:
-        more = (similarity - covered[:, None]).clamp_(min=0)  # [B, j, i]
-        total = more.sum(-1) if demand is None else (more * demand[:, None]).sum(-1)
+        torch.sub(similarity, covered[:, None], out=more).clamp_(min=0)  # [B, j, i]
+        total = more.sum(-1) if demand is None else torch.stack([m @ d for m, d in zip(more, demand, strict=True)])
         return weight * total
 
     def pick(best: Tensor) -> None:

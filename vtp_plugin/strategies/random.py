@@ -47,4 +47,5 @@ class Random(PruningStrategy):
         return torch.stack(draws).to(device)
 
     def _generator(self, fingerprint: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed * 2**32 + fingerprint)
+        mixed = (fingerprint + self.seed * 0x9E3779B1) % 2**32  # the generator reads the lower 32 bits only
+        return torch.Generator().manual_seed(mixed)
