@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, one_hot
 
 MINMAX_EPS = 1e-6
 DEPENDENT = 1e-5  # a candidate with less than this share of its own quality left is spanned by the picks
@@ -110,5 +110,5 @@ def determinantal(kernel: Tensor, k: int, spare: Tensor) -> Tensor:
 
 def mean_by_owner(tokens: Tensor, owner: Tensor, number: int) -> Tensor:
     """Mean of the tokens [N, D] of each of `number` owners [N], zero for one that owns none; [number, D]."""
-    total = tokens.new_zeros(number, tokens.shape[1]).index_add_(0, owner, tokens)
-    return total / torch.bincount(owner, minlength=number).clamp(min=1)[:, None]
+    member = one_hot(owner, number).to(tokens.dtype)  # [N, number]; a product, because index_add_ is random on CUDA
+    return member.T @ tokens / member.sum(0).clamp(min=1)[:, None]
