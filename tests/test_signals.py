@@ -106,7 +106,7 @@ def test_signals_of_tower_and_projector(host: Any):
 # -- whole calls ------------------------------------------------------------------------------------------------------
 
 EVERY = ["fastervlm", "hired", "vispruner", "divprune", "cdpruner", "scope", "pooling", "prumerge", "prumerge_plus"]
-EVERY += ["dart", "pixelprune", "pyramiddrop", "sparsevlm", "vtp"]
+EVERY += ["dart", "pixelprune", "pyramiddrop", "sparsevlm", "vtp", "downsample"]
 
 
 def make(host: Any, name: str, **hyper: Any) -> PruningStrategy:

@@ -112,3 +112,9 @@ def mean_by_owner(tokens: Tensor, owner: Tensor, number: int) -> Tensor:
     """Mean of the tokens [N, D] of each of `number` owners [N], zero for one that owns none; [number, D]."""
     member = one_hot(owner, number).to(tokens.dtype)  # [N, number]; a product, because index_add_ is random on CUDA
     return member.T @ tokens / member.sum(0).clamp(min=1)[:, None]
+
+
+def strip_counts(grid: tuple[int, int], k: int) -> list[int]:
+    """k cells in strips over a grid, so that a cell is about as wide as high: cells per strip, differing by one."""
+    strips = min(k, max(1, round((k * grid[0] / grid[1]) ** 0.5)))
+    return [(strip + 1) * k // strips - strip * k // strips for strip in range(strips)]

@@ -55,6 +55,7 @@ class Selection:
     keep: Tensor  # [B, N] bool: True survives
     tokens: tuple[Tensor, ...] | None = None  # per image [K, D]: new values, where the method merges or reorders
     source: tuple[Tensor, ...] | None = None  # per image [K] long: column of each new token, -1 for none (CLS)
+    places: tuple[Tensor, ...] | None = None  # pixels stage, new patches: per image [K, 2], row and column in the grid
 
     @property
     def sources(self) -> tuple[Tensor, ...]:

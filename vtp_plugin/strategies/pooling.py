@@ -9,11 +9,12 @@ and every cell becomes the mean of its tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from vtp_plugin.selectors import mean_by_owner
+from vtp_plugin.selectors import mean_by_owner, strip_counts
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
@@ -40,15 +41,14 @@ class Pooling(PruningStrategy):
 
 def cells(index: Tensor, grid: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:
     """The cell of every token [N] of raster positions `index`, and the token in the middle of every cell [k]."""
-    strips = min(k, max(1, round((k * grid[0] / grid[1]) ** 0.5)))
-    ends = [strip * k // strips for strip in range(strips + 1)]  # cells before each strip
+    counts = strip_counts(grid, k)
+    ends = [0, *accumulate(counts)]  # cells before each strip
     bounds = [end * len(index) // k for end in ends]  # tokens before each strip
     raster = index.argsort(stable=True)
     owner, middle = torch.empty_like(index), index.new_empty(k)
-    for strip in range(strips):
+    for strip, number in enumerate(counts):
         members = raster[bounds[strip] : bounds[strip + 1]]
         members = members[(index[members] % grid[1]).argsort(stable=True)]  # by column, then by row
-        number = ends[strip + 1] - ends[strip]
         edges = [cell * len(members) // number for cell in range(number + 1)]
         for cell in range(number):
             own = members[edges[cell] : edges[cell + 1]]
