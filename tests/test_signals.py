@@ -154,3 +154,24 @@ def test_strategies_of_several_cuts_share_their_layers():
         ("fastv", 1),
     }
     assert all(together.sequences[i].equal(one.sequences[0]) for i, one in enumerate(alone))
+
+
+@pytest.mark.parametrize("name", ["random", "stride"])
+@torch.no_grad()
+def test_controls_may_cut_the_language_model_too(name: str):
+    host, rows = models.tiny("llava_hf", "sdpa"), models.prompts("single")
+    with host.prune([make(host, name, at="llm"), make(host, "downsample")]) as pruned:
+        host.generate(rows, max_new_tokens=2)
+    assert [(event.strategy, event.before, event.after) for event in pruned.events] == [
+        ("downsample", [36], [9]),
+        (name, [9], [4]),
+    ]
+
+
+@torch.no_grad()
+def test_patches_of_a_small_picture_can_be_dropped_like_any_other():
+    host, rows = models.tiny("llava_hf", "sdpa"), models.prompts("batch")
+    with host.prune([make(host, "downsample", keep_tokens=20), make(host, "l2", center=True)]):
+        together = host.generate(rows, max_new_tokens=2)
+        alone = [host.generate([row], max_new_tokens=2) for row in rows]
+    assert all(together.sequences[i].equal(one.sequences[0]) for i, one in enumerate(alone))

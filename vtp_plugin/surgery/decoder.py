@@ -160,7 +160,8 @@ class DecoderCuts:
                 first = image.entering.setdefault(strategy.name, image.columns)
                 with self.pruned.judging(strategy, layer=number) as cut:
                     places = (sample, where, text[sample].nonzero().flatten())
-                    signals = {n: self._signal(n, call, number, hidden, before, first, *places) for n in strategy.needs}
+                    read = (call, number, hidden, before, first, *places)
+                    signals = {n: self._signal(n, *read) for n in strategy.needs if n != "fingerprint"}
                     facts = {"cut": (cuts.index(number), len(cuts)), "entered": len(first)}
                     selection = cut.decide(hidden[sample, where][None], [image_number], self._grid, signals, **facts)
                 columns = selection.sources[0]
