@@ -120,3 +120,9 @@ def test_a_budget_is_optional():
     assert not get_strategy("prumerge")().budgeted
     assert get_strategy("prumerge")(keep_ratio=0.5).budgeted
     assert "keep_ratio" in get_strategy("prumerge").fields()
+
+
+def test_a_tower_without_a_class_token_is_refused():
+    seen = slow.visual(torch.randn(1, 9, 4), raw_keys=torch.randn(1, 9, 4))
+    with pytest.raises(ValueError, match="prumerge: needs a vision tower with a class token"):
+        get_strategy("prumerge")().decide(seen)

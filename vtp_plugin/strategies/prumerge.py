@@ -56,6 +56,8 @@ class PruMerge(PruningStrategy):
         return -1
 
     def select(self, visual: VisualTokens) -> Selection:
+        if visual.class_query is None:
+            raise self.error("needs a vision tower with a class token")
         logits = torch.einsum("bd,bnd->bn", visual.class_query, visual.raw_keys)
         attention = (logits * visual.raw_keys.shape[-1] ** -0.5).softmax(-1)
         rows, sources = zip(

@@ -143,7 +143,8 @@ class VisionCuts:
             self._call.scratch["cls_attention", layer] = weights[:, self.tower.prefix :]
             self._call.scratch["keys", layer] = keys.float().mean(1)[:, self.tower.prefix :]
             self._call.scratch["raw_keys", layer] = keys.transpose(1, 2).flatten(2).float()[:, self.tower.prefix :]
-            self._call.scratch["class_query", layer] = query.flatten(1).float()
+            if self.tower.prefix:
+                self._call.scratch["class_query", layer] = query.flatten(1).float()
 
         return read
 
@@ -182,7 +183,7 @@ class VisionCuts:
         """One field of VisualTokens for the tokens that are left."""
         layer, call = self._layer(strategy), self._call
         if name == "class_query":
-            return call.scratch[name, layer]
+            return call.scratch.get((name, layer))
         if name in ROW_SIGNALS:
             return attention.take(call.scratch[name, layer], columns)
         if name == "cls":
