@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import yaml
 
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.plugins import get_strategy
+from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 
+TOTAL = "keep_ratio"  # without a strategy's name in front, over several strategies: the budget of all together
 NONE = "none"  # the unpruned model with the same measurements and record
 
 Spec = str | Path | PruningStrategy | Sequence[str | PruningStrategy]
@@ -22,7 +25,8 @@ Spec = str | Path | PruningStrategy | Sequence[str | PruningStrategy]
 def resolve(spec: Spec, args: Mapping[str, Any] | None = None) -> list[PruningStrategy]:
     """The strategies of `atp`, `vprune+fastv`, `runs/x.yaml`, objects or a list of them, in stage order.
 
-    `args` are hyper-parameters: `alpha`, or `atp.alpha` where several strategies have a field of that name.
+    `args` are hyper-parameters: `alpha`, or `atp.alpha` where several strategies have a field of that name. A bare
+    `keep_ratio` over several is what all of them leave together; see `_shares`.
     """
     if isinstance(spec, PruningStrategy):
         spec = [spec]
@@ -135,7 +139,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _distribute(settings: dict[str, dict[str, Any]], args: Mapping[str, Any]) -> None:
-    """Put every argument where it belongs; a bare key must be a field of exactly one strategy."""
+    """Put every argument where it belongs; a bare key must be a field of exactly one strategy, or a total budget."""
     for key, value in args.items():
         name, dot, field = key.rpartition(".")
         if dot:
@@ -147,17 +151,43 @@ def _distribute(settings: dict[str, dict[str, Any]], args: Mapping[str, Any]) ->
         if not owners:
             fields = {field for s in settings for field in get_strategy(s).fields()}
             raise unknown("field", key, fields, of=f" for '{'+'.join(settings) or NONE}'", listed="Fields")
+        if len(owners) > 1 and key == TOTAL:
+            for owner, share in _shares(value, owners, settings, args).items():
+                settings[owner][key] = share
+            continue
         if len(owners) > 1:
             options = " or ".join(f"{owner}.{key}" for owner in owners)
             raise PruningError(f"'{key}' is a field of several strategies; say {options}")
         settings[owners[0]][key] = value
 
 
+def _shares(
+    total: Any, owners: Sequence[str], settings: Mapping[str, Mapping[str, Any]], args: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What each strategy keeps of what reaches it, so that all of them together keep `total`.
+
+    Ratios multiply, so each of m strategies gets the m-th root. A ratio given to one of them by name is taken out
+    first; a strategy with its own keep_tokens, or without a budget (V-PRUNE), takes no part.
+    """
+    own = {owner: args[f"{owner}.{TOTAL}"] for owner in owners if f"{owner}.{TOTAL}" in args}
+    counted = [o for o in owners if "keep_tokens" in settings[o] or f"{o}.keep_tokens" in args]
+    sharing = [owner for owner in owners if owner not in own and owner not in counted]
+    if not sharing:
+        raise PruningError(f"'{TOTAL}' is the budget of all strategies together, but each of them has its own already")
+    ratios = [total, *own.values()]
+    if not all(type(ratio) in (int, float) and 0 < ratio <= 1 for ratio in ratios):
+        return dict.fromkeys(sharing, total)  # the strategies say what is wrong with it
+    rest = total / prod(own.values())
+    if rest > 1:
+        raise PruningError(f"{TOTAL}={total:g} for all strategies together, but {', '.join(own)} alone keep less")
+    return dict.fromkeys(sharing, rest ** (1 / len(sharing)))
+
+
 def _ordered(strategies: list[PruningStrategy]) -> list[PruningStrategy]:
     """In the order in which an image meets them; one that merges comes last in its stage."""
     ordered = sorted(strategies, key=lambda s: (s.stage.order, s.decoder_layer or 0, s.merges))
     for first, second in pairwise(ordered):
-        if first.merges and first.stage is second.stage:
+        if first.merges and first.stage is second.stage is not Stage.LLM:  # there new values keep a column
             raise PruningError(f"{first.name} and {second.name} both merge tokens at the {first.stage.value} stage")
     return ordered
 

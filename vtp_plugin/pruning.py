@@ -157,9 +157,18 @@ class Pruned:
         return any(not s.budgeted for s in self.strategies if s.stage is not Stage.LLM)
 
     def selector_macs(self, call: Call, sample: int) -> int:
-        """Multiply-accumulates that strategies spend on text towers for one sample."""
+        """Multiply-accumulates that strategies spend on text towers and on projecting candidates for one sample."""
         questions = {image.question for image in call.images if image.sample == sample}
-        return sum(space.text_macs([question]) for space in self.spaces.values() for question in sorted(questions))
+        text = sum(space.text_macs([question]) for space in self.spaces.values() for question in sorted(questions))
+        projecting = {s.name for s in self.strategies if "projected" in s.needs}
+        candidates = [
+            before
+            for event in call.events
+            if event.strategy in projecting
+            for number, before in zip(event.images, event.before, strict=True)
+            if call.images[number].sample == sample
+        ]
+        return text + sum(candidates) * self.adapter.shapes().projector
 
     def _prove(self, call: Call) -> None:
         if not any(image.columns is None or len(image.columns) for image in call.images):
@@ -182,7 +191,12 @@ class Judgement:
         self.selection: Selection | None = None
 
     def decide(
-        self, tokens: Tensor, images: Sequence[int], grid: tuple[int, int], signals: Mapping[str, Tensor | None]
+        self,
+        tokens: Tensor,
+        images: Sequence[int],
+        grid: tuple[int, int],
+        signals: Mapping[str, Tensor | None],
+        **facts: Any,
     ) -> Selection:
         """Ask the strategy about tokens [B, N, D] of the given images, and remember what is left of them."""
         self.images = [self.call.images[number] for number in images]
@@ -193,6 +207,7 @@ class Judgement:
             index=torch.stack([image.index for image in self.images]).to(tokens.device),
             fingerprint=tuple(image.fingerprint for image in self.images),
             layer=self.layer,
+            **facts,
             **{name: value for name, value in signals.items() if name in self.strategy.needs},
         )
         self.selection = self.strategy.decide(visual)

@@ -33,9 +33,11 @@ class PruningStrategy(ABC):
     budgeted: ClassVar[bool] = True  # False: the number kept follows from the data; keep_ratio does not apply
     merges: ClassVar[bool] = False  # True: survivors get new values, so no strategy may follow at the same stage
     default_keep_ratio: ClassVar[float] = 0.5
+    nominal: ClassVar[bool] = False  # True: keep_ratio is the paper's label of a setting, not what is left at the end
 
     keep_ratio: float | None = None  # kept / all, in (0, 1]
     keep_tokens: int | None = None  # or an absolute number per image
+    invert: bool = False  # the control: keep the lowest scores instead; only for methods that rank
 
     def __post_init__(self) -> None:
         if not self.budgeted:
@@ -48,6 +50,8 @@ class PruningStrategy(ABC):
             self.check("keep_ratio", 0 < _number(self.keep_ratio) <= 1, "must be in (0, 1]")
         if self.keep_tokens is not None:
             self.check("keep_tokens", _whole(self.keep_tokens) and self.keep_tokens >= 1, "must be a whole number >= 1")
+        self.check_choice("invert", (True, False))
+        self.check("invert", self.ranks() or not self.invert, "needs a method that ranks all tokens by one score")
         self.validate()
 
     # -- what a method implements ---------------------------------------------------------------------------------
@@ -64,7 +68,7 @@ class PruningStrategy(ABC):
         scores = self.score(visual)
         if not torch.isfinite(scores).all():
             raise self.error("a score is not finite")
-        return Selection(top_k(scores, self.count(visual.tokens.shape[1])))
+        return Selection(top_k(-scores if self.invert else scores, self.wanted(visual)))
 
     def rounded(self, exact: float) -> int:
         """How keep_ratio * N becomes a whole number; int() unless the method's source says otherwise."""
@@ -90,6 +94,10 @@ class PruningStrategy(ABC):
         """llm stage: the first decoder layer (0-based) that does not see the dropped tokens."""
         return None
 
+    def cut_layers(self, depth: int) -> tuple[int, ...]:
+        """llm stage: the same for every cut, ascending, in a model of `depth` layers; one cut by default."""
+        return () if self.decoder_layer is None else (self.decoder_layer,)
+
     @property
     def keeps_everything(self) -> bool:
         """True when the configuration itself asks for no pruning."""
@@ -101,10 +109,13 @@ class PruningStrategy(ABC):
             return min(self.keep_tokens, n)
         return max(1, min(n, self.rounded(self.keep_ratio * n + 1e-9)))
 
+    def wanted(self, visual: VisualTokens) -> int:
+        """How many tokens survive this cut; strategies that cut at several layers look at `visual.cut`."""
+        return self.count(visual.tokens.shape[1])
+
     def decide(self, visual: VisualTokens) -> Selection:
         """`select`, except that a budget of all tokens leaves them untouched, bit for bit."""
-        n = visual.tokens.shape[1]
-        if self.budgeted and self.count(n) == n:
+        if self.budgeted and self.wanted(visual) == visual.tokens.shape[1]:
             return Selection(torch.ones_like(visual.index, dtype=torch.bool))
         with torch.no_grad():
             return self.select(visual)
@@ -112,7 +123,13 @@ class PruningStrategy(ABC):
     @classmethod
     def fields(cls) -> list[str]:
         """The names of the hyper-parameters."""
-        return [f.name for f in dataclasses.fields(cls) if cls.budgeted or f.name not in BUDGET]
+        hidden = (() if cls.budgeted else BUDGET) + (() if cls.ranks() else ("invert",))
+        return [f.name for f in dataclasses.fields(cls) if f.name not in hidden]
+
+    @classmethod
+    def ranks(cls) -> bool:
+        """Whether the method is a top-k of its scores, so that `invert` makes sense."""
+        return cls.select is PruningStrategy.select
 
     def config(self) -> dict[str, Any]:
         """The full configuration, as it is written to the record."""
@@ -154,3 +171,11 @@ def _number(value: Any) -> float:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def layer_numbers(value: Any) -> tuple[int, ...] | None:
+    """Layers as a number, a list or a text such as "8 16 24"; None if they are not ascending whole numbers >= 1."""
+    parts = value.split() if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    numbers = [int(part) if isinstance(part, str) and part.isdigit() else part for part in parts]
+    rising = numbers and all(_whole(n) and n > m for m, n in zip([0, *numbers], numbers, strict=False))
+    return tuple(numbers) if rising else None

@@ -26,9 +26,22 @@ class VisualTokens:
     keys: Tensor | None = None  # [B, N, d] fp32: keys of block `tower_layer`, mean over heads, bias included
     aligned: Tensor | None = None  # [B, N, E] fp32: output of block `tower_layer` in CLIP's shared space
     text: Tensor | None = None  # [B, E] fp32: CLIP text embedding of the image's question
+    projected: Tensor | None = None  # [B, N, L]: what the projector makes of the tokens
+    class_query: Tensor | None = None  # [B, d'] fp32: query of CLS in block `tower_layer`, heads side by side, unscaled
+    raw_keys: Tensor | None = None  # [B, N, d'] fp32: keys of block `tower_layer`, heads side by side
     last_query_attention: Tensor | None = None  # [B, N] fp32: attention of the last prompt token, mean over heads
+    next_query_attention: Tensor | None = None  # [B, N] fp32: the same in the layer behind the cut, before cutting
+    text_attention: Tensor | None = None  # [B, T, N] fp32: attention of every text token behind the image
+    entry: Tensor | None = None  # [B, M, D]: embeddings of the `entered` tokens, text_entry [B, T, D]: of that text
+    text_entry: Tensor | None = None
+    key_norms: Tensor | None = None  # [B, N] fp32: L1 norms of the keys of the layer before the cut, all heads
+    text_key_norms: Tensor | None = None  # [B, T]
+    normed: Tensor | None = None  # [B, N, D]: tokens after the language model's final norm
+    text_normed: Tensor | None = None  # [B, T, D]
     fingerprint: tuple[int, ...] | None = None  # one number per image, the same in any batch, order and precision
     layer: int | None = None  # llm stage: the decoder layer that will not see the dropped tokens any more
+    cut: tuple[int, int] = (0, 1)  # llm stage: which cut of the strategy this is, and of how many
+    entered: int | None = None  # llm stage: tokens of the image at the strategy's first cut; None: this is the first
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3 or self.index.shape != self.tokens.shape[:2]:
@@ -42,6 +55,7 @@ class Selection:
     keep: Tensor  # [B, N] bool: True survives
     tokens: tuple[Tensor, ...] | None = None  # per image [K, D]: new values, where the method merges or reorders
     source: tuple[Tensor, ...] | None = None  # per image [K] long: column of each new token, -1 for none (CLS)
+    places: tuple[Tensor, ...] | None = None  # pixels stage, new patches: per image [K, 2], row and column in the grid
 
     @property
     def sources(self) -> tuple[Tensor, ...]:

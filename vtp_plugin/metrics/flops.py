@@ -6,7 +6,8 @@ Counted in multiply-accumulates (MACs); FLOPs = 2 MACs. Per transformer layer on
     n d m (2, or 3 if gated)  the MLP,
 which is 4 n d^2 + 2 n^2 d + 3 n d m for a LLaMA layer without grouped queries. Norms, activations, biases, softmax and
 embeddings are left out. The vision tower, the projector, the decoder, the output layer for the last token and, where a
-strategy reads the question through it, CLIP's text tower are counted; the comparison of scores is not.
+strategy reads the question through it, CLIP's text tower are counted, and the projector once more for strategies that
+judge projected tokens; the comparison of scores is not.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from vtp_plugin.selectors import minmax
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.tokens import VisualTokens
@@ -78,5 +79,4 @@ class ATP(PruningStrategy):
         values = values.float()
         if self.normalization == "zscore":
             return (values - values.mean(-1, keepdim=True)) / (values.std(-1, keepdim=True, correction=0) + EPS)
-        low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-        return (values - low) / (high - low + EPS)
+        return minmax(values)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vtp_plugin.selectors import mean_by_owner
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.tokens import Selection, VisualTokens, top_k
@@ -85,6 +86,4 @@ def _merge(x: Tensor, keys: Tensor, rest: Tensor, targets: Tensor) -> Tensor:
     if len(targets) == 0 or len(others) == 0:
         return x[targets]
     owner = (keys[others] @ keys[targets].T).argmax(dim=-1)  # [P - M]
-    total = torch.zeros_like(x[targets]).index_add_(0, owner, x[others])
-    size = torch.bincount(owner, minlength=len(targets)).clamp(min=1)
-    return x[targets] + total / size[:, None]
+    return x[targets] + mean_by_owner(x[others], owner, len(targets))

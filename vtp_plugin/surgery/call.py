@@ -23,6 +23,7 @@ class Image:
     fingerprint: int = 0
     sample: int = 0  # row of the batch
     columns: Tensor | None = None  # [n] columns of the prompt that hold the tokens, once it is assembled
+    entering: dict[str, Tensor] = field(default_factory=dict)  # llm stage: the columns that a strategy saw first
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Call:
 
     images: list[Image] = field(default_factory=list)
     batch: list[int] = field(default_factory=list)  # the images that are in the tower right now
-    scratch: dict[Any, Tensor] = field(default_factory=dict)  # signals on their way from a hook to a decision
+    scratch: dict[Any, Any] = field(default_factory=dict)  # signals on their way from a hook to a decision
     rows: int = 1  # prompts in the batch
     valid: Tensor | None = None  # [B, L] bool: columns of the assembled prompt that are not padding
     cuts: dict[int, Any] = field(default_factory=dict)  # llm stage: what was decided at each decoder layer

@@ -18,12 +18,15 @@ from vtp_plugin.errors import PruningError
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
 from vtp_plugin.surgery.call import Call
+from vtp_plugin.surgery.reading import Reading
 from vtp_plugin.surgery.undo import Undo
 
 if TYPE_CHECKING:
     from vtp_plugin.pruning import Pruned
 
 IGNORED = -100  # the label that every loss of transformers leaves out
+LAYER_SIGNALS = ("last_query_attention", "text_attention", "key_norms", "text_key_norms")  # of the layer before a cut
+ENTRY_SIGNALS = ("entry", "text_entry")  # of the first layer
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Cut:
     columns: Tensor  # [B, K] ascending
     valid: Tensor  # [B, K] bool: False for padding, and for columns kept only to make the rows equally long
     length: int  # columns of the whole prompt
+    merged: tuple[tuple[slice, Tensor, Tensor], ...] = ()  # rows, columns [M] of the prompt, their new values [M, D]
 
 
 class DecoderCuts:
@@ -42,7 +46,8 @@ class DecoderCuts:
         self.pruned, self.layers = pruned, layers
         self.by_layer: dict[int, list[PruningStrategy]] = {}
         for strategy in strategies:
-            self.by_layer.setdefault(strategy.decoder_layer, []).append(strategy)
+            for layer in strategy.cut_layers(len(layers)):
+                self.by_layer.setdefault(layer, []).append(strategy)
 
     def prepare(self) -> None:
         """Check that the model has the layers; raises before anything is attached."""
@@ -52,15 +57,22 @@ class DecoderCuts:
 
     def install(self, undo: Undo) -> None:
         for layer, strategies in self.by_layer.items():
-            if any("last_query_attention" in s.needs for s in strategies):
-                undo.after(self.layers[layer - 1].self_attn, self._row_reader(layer))
+            if any(set(s.needs) & set(LAYER_SIGNALS) for s in strategies):
+                undo.after(self.layers[layer - 1].self_attn, self._layer_reader(layer))
+        if any(set(s.needs) & set(ENTRY_SIGNALS) for group in self.by_layer.values() for s in group):
+            undo.before(self.layers[0], self._entering)
         for number in range(min(self.by_layer, default=len(self.layers)), len(self.layers)):
             undo.before(self.layers[number], self._layer_hook(number))
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
-    def _row_reader(self, layer: int) -> Callable:
-        """Recomputes the last prompt token's attention row of the layer before the cut."""
+    def _entering(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Keeps the embeddings of the prompt."""
+        if self._call is not None and "entry" not in self._call.scratch:
+            self._call.scratch["entry"] = args[0] if args else kwargs["hidden_states"]
+
+    def _layer_reader(self, layer: int) -> Callable:
+        """Reads the layer before the cut, and the last prompt token's attention row of it."""
 
         def read(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             call = self._call
@@ -70,7 +82,10 @@ class DecoderCuts:
             hidden = args[0] if args else kwargs["hidden_states"]
             seen = self._seen(call, layer - 1, hidden)
             with torch.no_grad(), self.pruned.timed("selector"):
-                call.scratch["last_query", layer] = _last_row(module, hidden, kwargs, seen.valid)
+                reading = Reading.of(module, hidden, kwargs, seen.valid)
+                call.scratch["reading", layer] = reading
+                if any("last_query_attention" in s.needs for s in self.by_layer[layer]):
+                    call.scratch["last_query", layer] = reading.last_row()
 
         return read
 
@@ -86,7 +101,7 @@ class DecoderCuts:
                 mask = self._mask(kwargs, self._seen(call, number, hidden), None, hidden.shape[1], past)
                 return args, {**kwargs, "attention_mask": mask}
             if number in self.by_layer:
-                hidden = self._cut(call, number, hidden, kwargs["position_embeddings"][0].shape[1])
+                hidden = self._cut(call, number, hidden, kwargs["position_embeddings"])
             return self._narrowed(hidden, args, kwargs, self._seen(call, number, hidden))
 
         return enter
@@ -110,34 +125,98 @@ class DecoderCuts:
 
     # -- deciding -------------------------------------------------------------------------------------------------
 
-    def _cut(self, call: Call, number: int, hidden: Tensor, total: int) -> Tensor:
+    def _cut(self, call: Call, number: int, hidden: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
         """Hidden states [B, L, D] without the dropped columns; decides if this is the first pass."""
         before = self._seen(call, number - 1, hidden)
         if number not in call.cuts:
+            if any("next_query_attention" in s.needs for s in self.by_layer[number]):
+                call.scratch["next_query", number] = self._next_row(number, hidden, tables, before)
             call.cuts[number] = self._decide(call, number, hidden, before)
         after = call.cuts[number]
         where = torch.searchsorted(before.columns.contiguous(), after.columns.contiguous())
-        return attention.take(hidden, _with_new(where, before.columns.shape[1], hidden.shape[1]))
+        hidden = attention.take(hidden, _with_new(where, before.columns.shape[1], hidden.shape[1]))
+        for rows, columns, values in after.merged:
+            hidden[rows, torch.searchsorted(after.columns[rows.start].contiguous(), columns)] = values.to(hidden.dtype)
+        return hidden
+
+    def _next_row(self, number: int, hidden: Tensor, tables: tuple[Tensor, ...], before: Cut) -> Tensor:
+        """The last prompt token's attention row of the layer behind the cut, as if nothing were cut."""
+        layer = self.layers[number]
+        with torch.no_grad(), self.pruned.timed("selector"):
+            narrowed = {"position_embeddings": tuple(attention.take(table, before.columns) for table in tables)}
+            normed = layer.input_layernorm.forward(hidden)
+            return Reading.of(layer.self_attn, normed, narrowed, before.valid).last_row()
 
     def _decide(self, call: Call, number: int, hidden: Tensor, before: Cut) -> Cut:
         rows = len(hidden) // len(call.valid)  # beams and returned sequences repeat a sample
-        keep = before.valid.clone()
+        keep, merged = before.valid.clone(), []
+        text = self._text(call, before, rows)
         for strategy in self.by_layer[number]:
+            cuts = strategy.cut_layers(len(self.layers))
             for image_number, image in enumerate(call.images):
                 if image.columns is None or len(image.columns) == 0:
                     continue
                 sample = image.sample * rows
                 where = torch.searchsorted(before.columns[sample].contiguous(), image.columns)
+                first = image.entering.setdefault(strategy.name, image.columns)
                 with self.pruned.judging(strategy, layer=number) as cut:
-                    weights = call.scratch.get(("last_query", number))
-                    signals = {"last_query_attention": None if weights is None else weights[sample, where][None]}
-                    selection = cut.decide(hidden[sample, where][None], [image_number], self._grid, signals)
+                    places = (sample, where, text[sample].nonzero().flatten())
+                    read = (call, number, hidden, before, first, *places)
+                    signals = {n: self._signal(n, *read) for n in strategy.needs if n != "fingerprint"}
+                    facts = {"cut": (cuts.index(number), len(cuts)), "entered": len(first)}
+                    selection = cut.decide(hidden[sample, where][None], [image_number], self._grid, signals, **facts)
                 columns = selection.sources[0]
+                if selection.tokens is not None:
+                    merged.append((slice(sample, sample + rows), image.columns[columns], selection.tokens[0]))
                 keep[sample : sample + rows, where] = False
                 keep[sample : sample + rows, where[columns]] = True
                 image.columns = image.columns[columns]
-        call.scratch.pop(("last_query", number), None)
-        return _equalised(before, keep)
+        for signal in ("reading", "last_query", "next_query"):
+            call.scratch.pop((signal, number), None)
+        return _equalised(before, keep, merged)
+
+    def _text(self, call: Call, before: Cut, rows: int) -> Tensor:
+        """The columns behind the first image that belong to no image, [B, L] bool; at least the last real one."""
+        text, column = before.valid.clone(), torch.arange(before.valid.shape[1], device=before.valid.device)
+        last = (before.valid * (column + 1)).argmax(1)
+        for image in call.images:
+            if image.columns is None or len(image.columns) == 0:
+                continue
+            sample = slice(image.sample * rows, (image.sample + 1) * rows)
+            where = torch.searchsorted(before.columns[sample.start].contiguous(), image.columns)
+            text[sample, where] = False
+            text[sample] &= column > where.min()
+        text[torch.arange(len(text), device=text.device), last] |= ~text.any(1)
+        return text
+
+    def _signal(
+        self,
+        name: str,
+        call: Call,
+        number: int,
+        hidden: Tensor,
+        before: Cut,
+        first: Tensor,
+        sample: int,
+        where: Tensor,
+        text: Tensor,
+    ) -> Tensor | None:
+        """One field of VisualTokens for the image at the columns `where` [N]; `text` [T] are those of the question."""
+        reading = call.scratch.get(("reading", number))
+        norm = self.pruned.adapter.language_model.norm.forward
+        read: dict[str, Callable[[], Tensor]] = {
+            "last_query_attention": lambda: call.scratch["last_query", number][sample, where],
+            "next_query_attention": lambda: call.scratch["next_query", number][sample, where],
+            "text_attention": lambda: reading.rows(sample, text)[:, where],
+            "key_norms": lambda: reading.norms(sample)[where],
+            "text_key_norms": lambda: reading.norms(sample)[text],
+            "normed": lambda: norm(hidden[sample, where]),
+            "text_normed": lambda: norm(hidden[sample, text]),
+            "entry": lambda: call.scratch["entry"][sample, first],
+            "text_entry": lambda: call.scratch["entry"][sample, before.columns[sample, text]],
+        }
+        with torch.no_grad():
+            return read[name]()[None] if name in read else None
 
     def _seen(self, call: Call, number: int, hidden: Tensor) -> Cut:
         """What layer `number` sees of the prompt."""
@@ -182,30 +261,15 @@ def narrowed_labels(call: Call, labels: Tensor) -> Tensor:
     return torch.where(cut.valid, labels.gather(1, cut.columns), IGNORED)
 
 
-def _last_row(module: nn.Module, hidden: Tensor, kwargs: Any, valid: Tensor) -> Tensor:
-    """Attention of the last real column, mean over heads: hidden [B, L, D], valid [B, L] -> [B, L] fp32."""
-    length = hidden.shape[1]
-    last = (valid * torch.arange(1, length + 1, device=valid.device)).argmax(1, keepdim=True)  # [B, 1]
-    cos, sin = (table[:, :length] for table in kwargs["position_embeddings"])
-    query = attention.heads(module, "q_proj", attention.take(hidden, last))  # [B, H, 1, d]
-    query = attention.rotated(module, query, attention.take(cos, last), attention.take(sin, last))
-    keys = _cached_keys(module, kwargs.get("past_key_values"))
-    if keys is None:
-        keys = attention.rotated(module, attention.heads(module, "k_proj", hidden), cos, sin)
-    return attention.row(query[:, :, 0], keys, attention.scale(module), valid)
-
-
-def _cached_keys(module: nn.Module, cache: Any) -> Tensor | None:
-    """The rotated keys that the layer has just stored, [B, Hkv, L, d]."""
-    return None if cache is None else cache.layers[module.layer_idx].keys
-
-
-def _equalised(before: Cut, keep: Tensor) -> Cut:
+def _equalised(before: Cut, keep: Tensor, merged: Sequence[tuple[slice, Tensor, Tensor]]) -> Cut:
     """The kept columns; shorter rows are filled up with columns that nobody will attend to."""
     longest = int(keep.sum(1).max())
     spare = torch.where(keep, 2, (~before.valid).int())  # kept first, then padding, then dropped columns
     chosen = spare.sort(dim=1, descending=True, stable=True).indices[:, :longest].sort(dim=1).values
-    return Cut(before.columns.gather(1, chosen), keep.gather(1, chosen), before.length)
+    columns = before.columns.gather(1, chosen)
+    kept = [(rows, where, torch.isin(where, columns[rows.start]), values) for rows, where, values in merged]
+    left = tuple((rows, where[mask], values[mask]) for rows, where, mask, values in kept)
+    return Cut(columns, keep.gather(1, chosen), before.length, left)
 
 
 def _with_new(columns: Tensor, length: int, total: int) -> Tensor:

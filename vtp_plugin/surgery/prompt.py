@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vtp_plugin.errors import PruningError
+from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.decoder import IGNORED, narrowed_labels
 from vtp_plugin.surgery.question import question_of
@@ -145,7 +146,7 @@ class PlaceholderCalls:
         cache = inputs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             raise PruningError("pruning cannot add images behind a past_key_values of the caller")
-        late = [s for s in self.pruned.strategies if s.decoder_layer is not None]
+        late = [s for s in self.pruned.strategies if s.stage is Stage.LLM]
         refused = [name for name in REFUSED if inputs.get(name) is not None]
         if generating and late and refused:
             raise PruningError(

@@ -20,7 +20,7 @@ from vtp_plugin.tokens import Selection
 if TYPE_CHECKING:
     from vtp_plugin.pruning import Pruned
 
-ROW_SIGNALS = ("cls_attention", "keys")  # read where a block's attention begins
+ROW_SIGNALS = ("cls_attention", "keys", "raw_keys", "class_query")  # read where a block's attention begins
 OUTPUT_SIGNALS = ("cls", "aligned")  # read where a block ends
 
 
@@ -71,17 +71,24 @@ class VisionCuts:
         values = args[0] if args else kwargs["pixel_values"]
         images = self.pixels.images(values) if self.pixels else None
         self._identify(images)
-        columns = self._every_patch(output)
+        columns, made = self._every_patch(output), False
         for strategy in self._at(Stage.PIXELS) + self._at(Stage.VIT):
-            columns = self._cut_patches(strategy, columns, values, images, output)
+            selection = self._cut_patches(strategy, columns, values, images, output)
+            if selection.places is not None:
+                values, output = self._remade(selection, values, output)
+                columns, made = self._every_patch(output), True
+            else:
+                columns = columns.gather(1, torch.stack(selection.sources))
+        if made and columns.shape[1] + self.tower.prefix == output.shape[1]:
+            return output
         if columns.shape[1] + self.tower.prefix == output.shape[1]:
             return None
         return torch.cat([output[:, : self.tower.prefix], attention.take(output, columns + self.tower.prefix)], dim=1)
 
     def _cut_patches(
         self, strategy: PruningStrategy, columns: Tensor, values: Tensor, images: Tensor | None, output: Tensor
-    ) -> Tensor:
-        """The columns [B, K] of the patches that one more strategy leaves."""
+    ) -> Selection:
+        """What one more strategy leaves of the patches in `columns` [B, N]."""
         with self.pruned.judging(strategy) as cut:
             signals = {}
             if strategy.stage is Stage.PIXELS:
@@ -91,8 +98,23 @@ class VisionCuts:
                 tokens = attention.take(self._call.scratch["embedded"], columns)
                 signals["centered"] = self._centered(values, columns) if "centered" in strategy.needs else None
                 signals["positioned"] = attention.take(output, columns + self.tower.prefix)
-            selection = cut.decide(tokens, self._call.batch, self.tower.grid, signals)
-        return columns.gather(1, torch.stack(selection.sources))
+            return cut.decide(tokens, self._call.batch, self.tower.grid, signals)
+
+    def _remade(self, selection: Selection, values: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixel values (one row of patches) and embeddings [B, prefix + K, D] of new patches at new places."""
+        size, embed = self.tower.patch_size, self.tower.patch_embedding
+        mean, std = self.pixels.mean.to(values.device), self.pixels.std.to(values.device)
+        tiles = torch.stack(selection.tokens).unflatten(2, (3, size, size)).permute(0, 2, 3, 1, 4).flatten(3)
+        row = ((tiles.float() / 255 - mean) / std).to(embed.weight.dtype)  # [B, 3, p, K p]
+        nothing = torch.zeros_like(values[:1], dtype=embed.weight.dtype)
+        blank = embed.forward(nothing).flatten(2).transpose(1, 2)  # a bias, if the family has one
+        table = (self.tower.embeddings.forward(nothing)[:, self.tower.prefix :] - blank)[0].float()
+        where = torch.stack([interpolated(table, self.tower.grid, places) for places in selection.places])
+        embedded = embed.forward(row).flatten(2).transpose(1, 2)
+        if "embedded" in self._call.scratch:
+            self._call.scratch["embedded"] = embedded
+        new = (embedded.float() + where).to(output.dtype)
+        return row, torch.cat([output[:, : self.tower.prefix], new], dim=1)
 
     def _centered(self, values: Tensor, columns: Tensor) -> Tensor:
         """Embeddings of the patches without their mean colour, [B, K, D]."""
@@ -126,6 +148,9 @@ class VisionCuts:
                 weights = attention.row(query, keys, attention.scale(module))
             self._call.scratch["cls_attention", layer] = weights[:, self.tower.prefix :]
             self._call.scratch["keys", layer] = keys.float().mean(1)[:, self.tower.prefix :]
+            self._call.scratch["raw_keys", layer] = keys.transpose(1, 2).flatten(2).float()[:, self.tower.prefix :]
+            if self.tower.prefix:
+                self._call.scratch["class_query", layer] = query.flatten(1).float()
 
         return read
 
@@ -153,12 +178,18 @@ class VisionCuts:
 
     def _cut_features(self, strategy: PruningStrategy, tokens: Tensor, columns: Tensor) -> Selection:
         with self.pruned.judging(strategy) as cut:
-            signals = {name: self._signal(name, strategy, columns) for name in strategy.needs if name != "fingerprint"}
+            wanted = [name for name in strategy.needs if name not in ("fingerprint", "projected")]
+            signals = {name: self._signal(name, strategy, columns) for name in wanted}
+            if "projected" in strategy.needs:
+                with torch.no_grad():
+                    signals["projected"] = self.projector.forward(tokens)  # without hooks: not yet the host's turn
             return cut.decide(tokens, self._call.batch, self.tower.grid, signals)
 
     def _signal(self, name: str, strategy: PruningStrategy, columns: Tensor) -> Tensor:
         """One field of VisualTokens for the tokens that are left."""
         layer, call = self._layer(strategy), self._call
+        if name == "class_query":
+            return call.scratch.get((name, layer))
         if name in ROW_SIGNALS:
             return attention.take(call.scratch[name, layer], columns)
         if name == "cls":
@@ -193,3 +224,16 @@ class VisionCuts:
         blocks = len(self.tower.blocks)
         layer = self.tower.projected if layer is None else layer
         return layer + blocks if layer < 0 else layer
+
+
+def interpolated(table: Tensor, grid: tuple[int, int], places: Tensor) -> Tensor:
+    """Bilinear interpolation of position embeddings [N, D] at places [K, 2] (row, column) of the grid, [K, D]."""
+    sides = torch.tensor(grid, device=places.device)
+    places = places.clamp(min=0).minimum(sides - 1.0)
+    low = places.floor().long()
+    high, share = (low + 1).minimum(sides - 1), places - low
+    total = torch.zeros(len(places), table.shape[1], device=table.device)
+    for rows, down in ((low[:, 0], 1 - share[:, 0]), (high[:, 0], share[:, 0])):
+        for cols, across in ((low[:, 1], 1 - share[:, 1]), (high[:, 1], share[:, 1])):
+            total += (down * across)[:, None] * table[rows * grid[1] + cols]
+    return total

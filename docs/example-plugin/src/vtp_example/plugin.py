@@ -1,0 +1,36 @@
+"""Center: the patches near the middle of the picture stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vtp_plugin import PruningStrategy, Stage, VisualTokens, hookimpl
+
+
+@dataclass(kw_only=True)
+class Center(PruningStrategy):
+    """Keep the patches nearest to the centre of the grid."""
+
+    name = "center"
+    stage = Stage.PROJECTOR
+    paper = "an example"
+    default_keep_ratio = 0.25
+
+    height: float = 0.5  # where the centre is, as a share of the rows from the top
+
+    def validate(self) -> None:
+        self.check_number("height", 0, 1)
+
+    def score(self, visual: VisualTokens) -> Tensor:
+        rows, columns = visual.grid
+        down = visual.index // columns - self.height * (rows - 1)  # [B, N]
+        across = visual.index % columns - (columns - 1) / 2
+        return -(down**2 + across**2)
+
+
+@hookimpl
+def vtp_register_strategies(register: Callable[[type], None]) -> None:
+    register(Center)

@@ -1,0 +1,46 @@
+"""SCOPE against its restatement, token by token."""
+
+from __future__ import annotations
+
+import pytest
+import slow
+import torch
+from torch import Tensor
+
+from vtp_plugin import get_strategy
+
+
+def restated(x: Tensor, attention: list[float], k: int, alpha: float) -> list[int]:
+    similarity = slow.cosines(x)
+    n = len(similarity)
+    covered, picks = [0.0] * n, []
+    while len(picks) < k:
+        gain = [
+            attention[j] ** alpha * sum(max(0.0, similarity[i][j] - covered[i]) for i in range(n)) for j in range(n)
+        ]
+        picks.append(slow.argmax([j for j in range(n) if j not in picks], lambda j: gain[j]))  # noqa: B023
+        covered = [max(c, similarity[i][picks[-1]]) for i, c in enumerate(covered)]
+    return sorted(picks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 1), (25, 6), (25, 12)])
+def test_as_described(n: int, k: int, alpha: float, dtype: torch.dtype):
+    seen = slow.visual(slow.tokens("random", n, dtype=dtype), cls_attention=slow.attention(2, n))
+    kept = slow.columns(get_strategy("scope")(keep_tokens=k, alpha=alpha).decide(seen))
+    rows = zip(seen.tokens, seen.cls_attention.double(), strict=True)
+    assert kept == [restated(x, a.tolist(), k, alpha) for x, a in rows]
+
+
+@pytest.mark.parametrize("kind", ["duplicates", "constant"])
+@pytest.mark.parametrize("k", [1, 5, 20, 39])
+def test_exactly_k_when_everything_is_covered(kind: str, k: int):
+    seen = slow.visual(slow.tokens(kind, 40), cls_attention=slow.attention(2, 40))
+    slow.check_exact(get_strategy("scope")(keep_tokens=k).decide(seen), 40, k)
+
+
+def test_the_heads_sum_would_choose_the_same():
+    x, a = torch.randn(1, 30, 6), slow.attention(1, 30)
+    one, other = (get_strategy("scope")(keep_tokens=8).decide(slow.visual(x, cls_attention=s * a)) for s in (1, 16))
+    assert one.keep.equal(other.keep)

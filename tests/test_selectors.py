@@ -1,0 +1,125 @@
+"""The pieces that several methods share: every greedy pick is the best one that was left."""
+
+from __future__ import annotations
+
+import pytest
+import slow
+import torch
+from torch import Tensor
+
+from vtp_plugin import selectors
+
+CLOSE = 1e-5
+
+
+def follows(picks: list[int], gains: list[dict[int, float]]) -> None:
+    """Every pick was untaken and as good as any other, up to rounding."""
+    assert len(set(picks)) == len(picks)
+    for pick, gain in zip(picks, gains, strict=True):
+        assert gain[pick] >= max(gain.values()) - CLOSE
+
+
+def diversity_gains(similarity: slow.Matrix, picks: list[int]) -> list[dict[int, float]]:
+    n, gains = len(similarity), []
+    for t in range(len(picks)):
+        others = [j for j in range(n) if j not in picks[:t]]
+        rivals = picks[:t] or range(n)
+        distance = {j: [1 - similarity[i][j] for i in rivals if i != j] for j in others}
+        gains.append({j: min(d) if d else 0.0 for j, d in distance.items()})
+    return gains
+
+
+def coverage_gains(
+    similarity: slow.Matrix, weight: list[float], demand: list[float], picks: list[int]
+) -> list[dict[int, float]]:
+    n, gains = len(similarity), []
+    for t in range(len(picks)):
+        covered = [max([similarity[i][s] for s in picks[:t]] + [0.0]) for i in range(n)]
+        more = {
+            j: sum(demand[i] * max(0.0, similarity[i][j] - covered[i]) for i in range(n))
+            for j in range(n)
+            if j not in picks[:t]
+        }
+        gains.append({j: weight[j] * gain for j, gain in more.items()})
+    return gains
+
+
+def determinant(kernel: Tensor, picks: list[int]) -> float:
+    return float(torch.linalg.det(kernel[picks][:, picks]))
+
+
+def determinant_gains(kernel: Tensor, picks: list[int]) -> list[dict[int, float]]:
+    """The determinant after each pick, over the determinant before."""
+    gains, before = [], 1.0
+    for t in range(len(picks)):
+        after = {j: determinant(kernel.double(), [*picks[:t], j]) for j in range(len(kernel)) if j not in picks[:t]}
+        gains.append({j: value / before for j, value in after.items()})
+        before = after[picks[t]]
+    return gains
+
+
+@pytest.mark.parametrize("kind", slow.INPUTS)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 1), (17, 6), (17, 17)])
+def test_farthest_points(kind: str, n: int, k: int):
+    x = slow.tokens(kind, n)
+    picks = selectors.farthest_points(selectors.cosines(x), k)
+    for row, chosen in zip(x, picks.tolist(), strict=True):
+        follows(chosen, diversity_gains(slow.cosines(row), chosen))
+
+
+@pytest.mark.parametrize("demanded", [False, True])
+@pytest.mark.parametrize("kind", slow.INPUTS)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 1), (17, 6), (17, 17)])
+def test_coverage(kind: str, n: int, k: int, demanded: bool):
+    x, weight, demand = slow.tokens(kind, n), torch.rand(2, n), torch.rand(2, n) if demanded else None
+    picks = selectors.coverage(selectors.cosines(x), weight, k, demand)
+    for b, chosen in enumerate(picks.tolist()):
+        wanted = [1.0] * n if demand is None else demand[b].tolist()
+        follows(chosen, coverage_gains(slow.cosines(x[b]), weight[b].tolist(), wanted, chosen))
+
+
+@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 6), (2, 1, 6), (17, 5, 6), (12, 12, 20)])
+def test_determinantal(n: int, k: int, d: int):
+    r = torch.rand(2, n) + 0.2
+    kernel = r[:, :, None] * selectors.cosines(slow.tokens("random", n, d)) * r[:, None]
+    picks = selectors.determinantal(kernel, k, spare=r)
+    for one, chosen in zip(kernel, picks.tolist(), strict=True):
+        follows(chosen, determinant_gains(one, chosen))
+
+
+def test_determinantal_of_an_identity_takes_the_largest_qualities():
+    r = torch.rand(1, 9)
+    picks = selectors.determinantal(torch.diag_embed(r**2), 5, spare=r)
+    assert picks[0].tolist() == slow.ranked(r[0].tolist())[:5]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_determinantal_beyond_the_rank_goes_on_by_the_spare_score(scale: float):
+    x, spare = slow.tokens("duplicates", 20, d=8, b=1), torch.rand(1, 20)
+    picks = selectors.determinantal(scale * selectors.cosines(x), 20, spare)[0].tolist()
+    assert sorted(picks) == list(range(20))
+    assert len({i % 5 for i in picks[:5]}) == 5  # first one of every direction
+    left = [spare[0, i].item() for i in picks[5:]]
+    assert left == sorted(left, reverse=True)
+
+
+def test_a_batch_is_its_images_alone():
+    x, w = torch.randn(3, 60, 16), torch.rand(3, 60)
+    together, kernel = selectors.cosines(x), None
+    assert together.equal(torch.cat([selectors.cosines(one[None]) for one in x]))
+    kernel = w[:, :, None] * together * w[:, None]
+    for select in (
+        lambda s: selectors.farthest_points(together[s], 20),
+        lambda s: selectors.coverage(together[s], w[s], 20, w[s]),
+        lambda s: selectors.determinantal(kernel[s], 20, w[s]),
+    ):
+        assert select(slice(0, 3)).equal(torch.cat([select(slice(i, i + 1)) for i in range(3)]))
+
+
+def test_zero_vectors_resemble_nothing():
+    assert selectors.cosines(torch.zeros(1, 3, 4)).abs().max() == 0
+
+
+def test_mean_by_owner_leaves_zero_where_nobody_came():
+    means = selectors.mean_by_owner(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([2, 2, 0]), 4)
+    assert means.tolist() == [[5.0], [0.0], [2.0], [0.0]]

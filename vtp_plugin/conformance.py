@@ -1,0 +1,398 @@
+"""Does a strategy keep its promises? Checks on synthetic tokens that need no model, for built-ins and strangers alike.
+
+Every check is a function of a strategy class that returns a remark, or raises `Broken` with what failed and why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtp_plugin.errors import PruningError
+from vtp_plugin.stages import Stage
+from vtp_plugin.strategy import BUDGET, PruningStrategy
+from vtp_plugin.tokens import Selection, VisualTokens
+
+SIZES = (1, 2, 7, 36, 144)
+KINDS = ("random", "equal", "zero", "repeated", "large")
+DEPTH, PATCH, WORDS, BASE = 32, 4, 5, ("tokens", "grid", "index", "layer", "cut", "entered")
+VALUES = (True, False, 0, 1, 2, 3, 5, 8, 64, -1, -2, 0.0, 0.1, 0.5, 0.9, 1.0, 3.0, 40.0, "1 2 3", "2 5 9", "other")
+PREFILL = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # multiply-accumulates per token of a LLaVA-1.5-7B, attention aside
+
+
+class Broken(Exception):
+    """A promise that is not kept; the message says how it was seen."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One check on one strategy."""
+
+    name: str
+    passed: bool
+    remark: str
+
+
+def conforms(cls: type[PruningStrategy]) -> Iterator[Outcome]:
+    """Every check on the strategy, one after the other."""
+    for check in CHECKS:
+        try:
+            yield Outcome(check.__doc__, True, check(cls) or "")
+        except Broken as broken:
+            yield Outcome(check.__doc__, False, str(broken))
+        except Exception as error:
+            yield Outcome(check.__doc__, False, f"{type(error).__name__}: {error}")
+
+
+# -- synthetic tokens -------------------------------------------------------------------------------------------------
+
+
+def sample(
+    strategy: PruningStrategy, n: int, *, kind: str = "random", b: int = 2, d: int = 16, seed: int = 0
+) -> VisualTokens:
+    """Tokens with the signals that the strategy needs, fp32 as far as signals are fp32 in a model."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return _of_kind(kind, torch.randn(shape, generator=draw))
+
+    def row(*shape: int) -> Tensor:
+        return torch.softmax(normal(*shape, 1)[..., 0] * 2, -1) * 0.9
+
+    pixels = _pixels(kind, b, n, draw) if strategy.stage is Stage.PIXELS else None
+    fields: dict[str, Callable[[], Any]] = {
+        "pixels": lambda: pixels,
+        "centered": lambda: normal(b, n, d),
+        "positioned": lambda: normal(b, n, d),
+        "cls": lambda: torch.randn(b, d, generator=draw),
+        "cls_attention": lambda: row(b, n),
+        "keys": lambda: normal(b, n, d),
+        "aligned": lambda: normal(b, n, d),
+        "text": lambda: torch.randn(b, d, generator=draw),
+        "projected": lambda: normal(b, n, d),
+        "class_query": lambda: torch.randn(b, d, generator=draw) * 2,
+        "raw_keys": lambda: normal(b, n, d),
+        "last_query_attention": lambda: row(b, n),
+        "next_query_attention": lambda: row(b, n),
+        "text_attention": lambda: row(b, WORDS, n),
+        "entry": lambda: normal(b, n, d),
+        "text_entry": lambda: torch.randn(b, WORDS, d, generator=draw),
+        "key_norms": lambda: normal(b, n, d).abs().sum(-1),
+        "text_key_norms": lambda: torch.rand(b, WORDS, generator=draw),
+        "normed": lambda: normal(b, n, d),
+        "text_normed": lambda: torch.randn(b, WORDS, d, generator=draw),
+        "fingerprint": lambda: tuple(range(7, 7 + b)),
+    }
+    unknown = [name for name in strategy.needs if name not in fields]
+    if unknown:
+        raise Broken(f"needs names no signal: '{unknown[0]}'. Signals: {', '.join(sorted(fields))}")
+    return VisualTokens(
+        tokens=normal(b, n, d) if pixels is None else pixels.flatten(2),
+        grid=_grid(n),
+        index=torch.arange(n).expand(b, n),
+        **{name: fields[name]() for name in fields if name in strategy.needs},
+    )
+
+
+def _of_kind(kind: str, x: Tensor) -> Tensor:
+    """[..., N, D] with all tokens equal, zero, repeated, or too large for squares in half precision."""
+    if kind == "equal":
+        return x[..., :1, :].expand_as(x).clone()
+    if kind == "zero":
+        return torch.zeros_like(x)
+    if kind == "repeated":
+        return x[..., torch.arange(x.shape[-2]) % min(4, x.shape[-2]), :]
+    return x * 1000 if kind == "large" else x
+
+
+def _pixels(kind: str, b: int, n: int, draw: torch.Generator) -> Tensor:
+    """Patches with flat, close and noisy neighbours."""
+    levels = torch.randint(0, 2, (b, n, 1, 1, 1), generator=draw) * 96 + 30  # just below the edge of a bin
+    spread = torch.tensor([0, 1, 3, 12, 60])[torch.randint(0, 5, (b, n, 1, 1, 1), generator=draw)]
+    noise = (torch.rand(b, n, 3, PATCH, PATCH, generator=draw) * spread).long()
+    pixels = (levels + noise).clamp(0, 255).to(torch.uint8)
+    return pixels[:, :1].expand_as(pixels).clone() if kind == "equal" else pixels * (kind != "zero")
+
+
+def _grid(n: int) -> tuple[int, int]:
+    rows = next(r for r in range(int(n**0.5), 0, -1) if n % r == 0)
+    return rows, n // rows
+
+
+def run(strategy: PruningStrategy, seen: VisualTokens) -> list[Selection]:
+    """Every cut of the strategy on these tokens, each on what the one before left."""
+    layers = strategy.cut_layers(DEPTH) if strategy.stage is Stage.LLM else (None,)
+    n, selections = seen.tokens.shape[1], []
+    for number, layer in enumerate(layers):
+        seen = dataclasses.replace(seen, layer=layer, cut=(number, len(layers)), entered=n)
+        selections.append(strategy.decide(seen))
+        if number + 1 < len(layers):
+            seen = _left(seen, selections[-1])
+    return selections
+
+
+def _left(seen: VisualTokens, selection: Selection) -> VisualTokens:
+    """The tokens after a cut, with their signals."""
+    n, columns = seen.tokens.shape[1], torch.stack(selection.sources)
+
+    def taken(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or name == "entry" or name.startswith("text_entry"):
+            return value
+        if name == "text_attention":
+            return value.gather(2, columns[:, None].expand(-1, value.shape[1], -1))
+        per_token = value.ndim >= 2 and value.shape[1] == n and not name.startswith("text")
+        return torch.stack([row[own] for row, own in zip(value, columns, strict=True)]) if per_token else value
+
+    fields = {name: taken(name, value) for name, value in vars(seen).items()}
+    return VisualTokens(**{**fields, "tokens": torch.stack(selection.apply(seen.tokens))})
+
+
+def _same(ours: list[Selection], theirs: list[Selection]) -> bool:
+    """Same columns and, up to rounding, same values."""
+    for one, other in zip(ours, theirs, strict=True):
+        if any(not a.equal(b) for a, b in zip(one.sources, other.sources, strict=True)):
+            return False
+        pairs = zip(one.tokens or (), other.tokens or (), strict=True)
+        if any(not torch.allclose(a.float(), b.float(), atol=1e-4, rtol=1e-4) for a, b in pairs):
+            return False
+    return True
+
+
+def _make(cls: type[PruningStrategy], k: int | None = None) -> PruningStrategy:
+    return cls() if k is None or not _budgeted(cls) else cls(keep_tokens=k)
+
+
+def _budgeted(cls: type[PruningStrategy]) -> bool:
+    return "keep_tokens" in cls.fields()
+
+
+def _budgets(cls: type[PruningStrategy], n: int) -> list[int | None]:
+    return sorted({1, max(1, n // 4), max(1, n - 1), n}) if _budgeted(cls) else [None]
+
+
+# -- the checks -------------------------------------------------------------------------------------------------------
+
+
+def _defaults(cls: type[PruningStrategy]) -> str:
+    """has a name, a source and defaults that construct"""
+    strategy = cls()
+    for field in ("name", "paper", "stage"):
+        if not getattr(strategy, field, None):
+            raise Broken(f"the class says no {field}")
+    if not (cls.__doc__ or "").strip() or cls.__doc__.startswith(f"{cls.__name__}("):
+        raise Broken("the class has no docstring: its first line is what `vtp list` shows")
+    return f"{strategy.stage.value} stage, needs {', '.join(strategy.needs) or 'nothing but the tokens'}"
+
+
+def _budget(cls: type[PruningStrategy]) -> str:
+    """keeps exactly what was asked for, no token twice"""
+    for n in SIZES:
+        for k in _budgets(cls, n):
+            for kind in KINDS:
+                strategy = _make(cls, k)
+                selections = run(strategy, sample(strategy, n, kind=kind))
+                _check_kept(strategy, selections, n, f"{kind} tokens, N = {n}" + (f", K = {k}" if k else ""))
+    if not _budgeted(cls):
+        return "no budget: its thresholds decide"
+    return "keep_ratio is the paper's label, the number left differs" if cls.nominal else ""
+
+
+def _check_kept(strategy: PruningStrategy, selections: list[Selection], n: int, where: str) -> None:
+    for selection in selections:
+        for columns in selection.sources:
+            real = columns[columns >= 0]
+            if len(real.unique()) < len(real) or len(columns) > n or len(columns) == 0:
+                raise Broken(f"{where}: columns {columns.tolist()[:20]} repeat a token, or are none or too many")
+        if selection.tokens is not None and [len(rows) for rows in selection.tokens] != selection.counts:
+            raise Broken(f"{where}: new values for {[len(r) for r in selection.tokens]} of {selection.counts} tokens")
+        if any(not torch.isfinite(rows.float()).all() for rows in selection.tokens or ()):
+            raise Broken(f"{where}: a new value is not finite")
+    if strategy.budgeted and not strategy.nominal and set(selections[-1].counts) != {strategy.count(n)}:
+        raise Broken(f"{where}: asked for {strategy.count(n)}, kept {selections[-1].counts}")
+
+
+def _everything(cls: type[PruningStrategy]) -> str:
+    """keep_ratio=1 touches nothing"""
+    if not _budgeted(cls):
+        return "no budget"
+    strategy = cls(keep_ratio=1.0)
+    if not all(selection.keeps_all for selection in run(strategy, sample(strategy, 36))):
+        raise Broken("with keep_ratio=1 a token is dropped, moved or changed")
+    return ""
+
+
+def _determinism(cls: type[PruningStrategy]) -> str:
+    """answers the same twice, whatever torch's random numbers do"""
+    strategy = _make(cls, 9)
+    state = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(1)
+        first = run(strategy, sample(strategy, 36))
+        torch.manual_seed(2)
+        again = run(_make(cls, 9), sample(strategy, 36))
+    finally:
+        torch.random.set_rng_state(state)
+    if not _same(first, again):
+        raise Broken("two calls on the same tokens choose differently: seed a generator from `fingerprint`")
+    return ""
+
+
+def _precision(cls: type[PruningStrategy]) -> str:
+    """judges half-precision tokens as their fp32 copies"""
+    strategy = _make(cls, 9)
+    for dtype in (torch.float16, torch.bfloat16):
+        for kind in ("random", "equal", "large"):
+            seen = sample(strategy, 36, kind=kind)
+            if not seen.tokens.is_floating_point():
+                return "integer pixels"
+            half = dataclasses.replace(seen, tokens=seen.tokens.to(dtype))
+            single = dataclasses.replace(seen, tokens=half.tokens.float())
+            if not _same(run(strategy, half), run(strategy, single)):
+                raise Broken(f"{kind} tokens in {dtype} are judged otherwise than the same values in fp32")
+    return ""
+
+
+def _batch(cls: type[PruningStrategy]) -> str:
+    """judges an image in a batch as alone"""
+    strategy = _make(cls, 9)
+    seen = sample(strategy, 36, b=3)
+    try:
+        together = run(strategy, seen)
+    except RuntimeError as error:  # rows that keep unequal numbers at several cuts
+        raise Broken(f"a batch of three images: {error}") from None
+    for number in range(3):
+        alone = run(strategy, _row(seen, number))
+        if not _same(alone, [_row_of(selection, number) for selection in together]):
+            raise Broken(f"image {number} of three is judged otherwise than alone")
+    return ""
+
+
+def _row(seen: VisualTokens, b: int) -> VisualTokens:
+    def one(value: Any) -> Any:
+        return value[b : b + 1] if isinstance(value, Tensor) else value
+
+    fields = {name: one(value) for name, value in vars(seen).items()}
+    if seen.fingerprint is not None:
+        fields["fingerprint"] = seen.fingerprint[b : b + 1]
+    return VisualTokens(**fields)
+
+
+def _row_of(selection: Selection, b: int) -> Selection:
+    tokens, source = ((part[b],) if part is not None else None for part in (selection.tokens, selection.source))
+    return Selection(selection.keep[b : b + 1], tokens, source)
+
+
+def _permutation(cls: type[PruningStrategy]) -> str:
+    """says whether the order of the tokens matters"""
+    strategy = _make(cls, 9)
+    seen, order = sample(strategy, 36, b=1), torch.randperm(36, generator=torch.Generator().manual_seed(3))
+    moved = _left(seen, Selection(torch.ones(1, 36, dtype=torch.bool), source=(order,)))
+    if strategy.ranks() and "fingerprint" not in strategy.needs:
+        if not torch.allclose(strategy.score(moved), strategy.score(seen)[:, order]):
+            raise Broken("a score must follow its token, but other tokens get it when they move")
+        return "it does not, ties aside"
+    before, after = (
+        {int(v.index[0, c]) for c in run(strategy, v)[0].sources[0].tolist() if c >= 0} for v in (seen, moved)
+    )
+    return "it does not" if before == after else "it does"
+
+
+def _finite(cls: type[PruningStrategy]) -> str:
+    """scores are finite on degenerate tokens"""
+    strategy = _make(cls, 1)
+    if not strategy.ranks():
+        return "no score"
+    for n in SIZES:
+        for kind in KINDS:
+            scores = strategy.score(dataclasses.replace(seen := sample(strategy, n, kind=kind), tokens=seen.tokens))
+            if scores.shape != seen.index.shape or not torch.isfinite(scores).all():
+                raise Broken(f"{kind} tokens, N = {n}: scores {tuple(scores.shape)} must be [B, N] and finite")
+    return ""
+
+
+def _parameters(cls: type[PruningStrategy]) -> str:
+    """every parameter changes something"""
+    fields = [field for field in cls.fields() if field not in BUDGET]
+    bases = [{}, *({field: value} for field in fields for value in (*_options(cls, field), 0.1, 5))]
+    idle = [field for field in fields if not any(_matters(cls, base, field) for base in bases if field not in base)]
+    if idle:
+        raise Broken(f"no value of {', '.join(idle)} changes a choice, a value, or where and what it reads")
+    return ", ".join(fields)
+
+
+def _options(cls: type[PruningStrategy], field: str) -> list[Any]:
+    """The values of a field that is a choice, as its own error message lists them."""
+    try:
+        cls(**{field: "no such choice"})
+    except PruningError as error:
+        _, found, listed = str(error).partition("must be one of ")
+        named = listed.split(", got")[0].split(", ") if found else []
+        return [{"True": True, "False": False}.get(name, name) for name in named]
+    return []
+
+
+def _matters(cls: type[PruningStrategy], base: dict[str, Any], field: str) -> bool:
+    for budget in [{"keep_tokens": 20}, {}] if _budgeted(cls) else [{}]:
+        seen = []
+        for changed in ({}, *({field: value} for value in (*_options(cls, field), *VALUES))):
+            try:
+                seen.append(_behaviour(cls(**base, **budget, **changed)))
+            except (PruningError, TypeError):
+                continue
+            if seen[-1] != seen[0]:
+                return True
+    return False
+
+
+def _behaviour(strategy: PruningStrategy) -> Any:
+    """Everything that a model would notice of a configuration."""
+    where = (strategy.stage, sorted(strategy.needs), strategy.tower_layer, strategy.clip_checkpoint)
+    kept = [
+        ([own.tolist() for own in s.sources], [round(float(v.float().sum()), 3) for v in s.tokens or ()])
+        for kind in ("random", "repeated")
+        for s in run(strategy, sample(strategy, 64, kind=kind, b=1))
+    ]
+    return where, strategy.cut_layers(DEPTH), kept
+
+
+def _cost(cls: type[PruningStrategy]) -> str:
+    """costs little beside the prefill of a LLaVA-1.5-7B"""
+    speed, parts = _macs_per_second(), []
+    for n in (576, 2880):
+        strategy = cls(keep_ratio=1 / 9) if _budgeted(cls) else cls()
+        seen = sample(strategy, n, b=1, d=1024)
+        started = time.perf_counter()
+        run(strategy, seen)
+        seconds = time.perf_counter() - started
+        share = seconds / ((PREFILL + 64 * n * 4096) * n / speed)
+        parts.append(f"{n} tokens: {seconds * 1e3:.0f} ms, {share:.1%} of it")
+    return "; ".join(parts) + " (this machine, fp32, 1/9 kept)"
+
+
+def _macs_per_second() -> float:
+    a, b = torch.randn(576, 4096), torch.randn(4096, 4096)
+    a @ b
+    started = time.perf_counter()
+    for _ in range(3):
+        a @ b
+    return 3 * 576 * 4096**2 / (time.perf_counter() - started)
+
+
+CHECKS: tuple[Callable[[type[PruningStrategy]], str], ...] = (
+    _defaults,
+    _budget,
+    _everything,
+    _determinism,
+    _precision,
+    _batch,
+    _permutation,
+    _finite,
+    _parameters,
+    _cost,
+)

@@ -1,0 +1,120 @@
+"""What several methods share: similarities, normalised scores, greedy selection, merging. All fp32, all deterministic.
+
+Greedy selections return the picks of every image in the order in which they were made, [B, K], never one twice; ties
+go to the lower index. Similarities are computed image by image, so that a batch gives the bits of its images alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+MINMAX_EPS = 1e-6
+DEPENDENT = 1e-5  # a candidate with less than this share of its own quality left is spanned by the picks
+
+
+def minmax(values: Tensor) -> Tensor:
+    """Scaled to [0, 1] per image, [B, N]; 0 where all values are equal."""
+    values = values.float()
+    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    return (values - low) / (high - low + MINMAX_EPS)
+
+
+def cosines(tokens: Tensor) -> Tensor:
+    """Cosine of every pair, [B, N, D] -> [B, N, N]; 0 for a zero vector."""
+    unit = normalize(tokens.float(), dim=-1)
+    return torch.stack([one @ one.T for one in unit])
+
+
+def mask(picks: Tensor, n: int) -> Tensor:
+    """Picks [B, K] as a mask [B, n]."""
+    return torch.zeros(len(picks), n, dtype=torch.bool, device=picks.device).scatter_(1, picks, True)
+
+
+def greedy(gain: Callable[[], Tensor], pick: Callable[[Tensor], None], taken: Tensor, k: int) -> Tensor:
+    """k times the untaken candidate of the largest gain() [B, N]; pick(its index [B]) tells the method. -> [B, k]
+
+    `taken` [B, N] bool is what nobody may pick; it is updated in place.
+    """
+    picks = []
+    for _ in range(k):
+        best = gain().masked_fill(taken, float("-inf")).argmax(-1)
+        taken[torch.arange(len(best), device=best.device), best] = True
+        pick(best)
+        picks.append(best)
+    return torch.stack(picks, dim=1)
+
+
+def farthest_points(similarity: Tensor, k: int) -> Tensor:
+    """Max-min diversity over 1 - similarity [B, N, N]; the first pick has the farthest nearest neighbour."""
+    distance = 1 - similarity
+    itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
+    nearest = distance.masked_fill(itself, float("inf")).amin(-1)  # [B, N]: to the nearest other one
+    first = nearest.argmax(-1)
+    taken, rows = mask(first[:, None], nearest.shape[1]), torch.arange(len(first), device=first.device)
+    state = distance[rows, first]  # [B, N]: to the nearest pick
+
+    def pick(best: Tensor) -> None:
+        torch.minimum(state, distance[rows, best], out=state)
+
+    rest = greedy(lambda: state, pick, taken, k - 1) if k > 1 else first[:, None][:, :0]
+    return torch.cat([first[:, None], rest], dim=1)
+
+
+def coverage(similarity: Tensor, weight: Tensor, k: int, demand: Tensor | None = None) -> Tensor:
+    """Weighted facility location: gain_j = weight_j sum_i demand_i max(0, sim_ij - covered_i), covered_i from 0.
+
+    similarity [B, N, N], weight and demand [B, N]; no demand counts every token once.
+    """
+    covered, more = torch.zeros_like(weight), torch.empty_like(similarity)
+    rows = torch.arange(len(weight), device=weight.device)
+
+    def gain() -> Tensor:
+        torch.sub(similarity, covered[:, None], out=more).clamp_(min=0)  # [B, j, i]
+        total = more.sum(-1) if demand is None else torch.stack([m @ d for m, d in zip(more, demand, strict=True)])
+        return weight * total
+
+    def pick(best: Tensor) -> None:
+        torch.maximum(covered, similarity[rows, best], out=covered)
+
+    return greedy(gain, pick, torch.zeros_like(weight, dtype=torch.bool), k)
+
+
+def determinantal(kernel: Tensor, k: int, spare: Tensor) -> Tensor:
+    """Greedy MAP of a determinantal point process with kernel [B, N, N], by the Cholesky recursion.
+
+    Once no candidate is independent of the picks (k > rank), the rest is picked by the highest `spare` [B, N].
+    """
+    quality = kernel.diagonal(dim1=1, dim2=2)
+    left = quality.clone()  # [B, N]: what the picks do not span yet
+    factor = kernel.new_zeros(len(kernel), k, kernel.shape[1])
+    rows, step = torch.arange(len(kernel), device=kernel.device), iter(range(k))
+    taken = torch.zeros_like(left, dtype=torch.bool)
+    last = spare - spare.amax(-1, keepdim=True) - 1  # below every real gain
+
+    def independent() -> Tensor:
+        return (left > DEPENDENT * quality) & (left > 0)
+
+    def pick(best: Tensor) -> None:
+        t = next(step)
+        spanned = torch.einsum("bt,btn->bn", factor[rows, :t, best], factor[:, :t])
+        row = (kernel[rows, best] - spanned) / left[rows, best].clamp(min=1e-30).sqrt()[:, None]
+        factor[:, t] = torch.where(independent()[rows, best, None], row, 0)
+        left.sub_(factor[:, t] ** 2)
+
+    return greedy(lambda: torch.where(independent(), left, last), pick, taken, k)
+
+
+def mean_by_owner(tokens: Tensor, owner: Tensor, number: int) -> Tensor:
+    """Mean of the tokens [N, D] of each of `number` owners [N], zero for one that owns none; [number, D]."""
+    member = one_hot(owner, number).to(tokens.dtype)  # [N, number]; a product, because index_add_ is random on CUDA
+    return member.T @ tokens / member.sum(0).clamp(min=1)[:, None]
+
+
+def strip_counts(grid: tuple[int, int], k: int) -> list[int]:
+    """k cells in strips over a grid, so that a cell is about as wide as high: cells per strip, differing by one."""
+    strips = min(k, max(1, round((k * grid[0] / grid[1]) ** 0.5)))
+    return [(strip + 1) * k // strips - strip * k // strips for strip in range(strips)]

@@ -1,0 +1,39 @@
+"""SCOPE: salience times coverage, greedily.
+
+Source: arXiv 2510.24214 (NeurIPS 2025): w_i = (CLS attention of the projected block)^alpha, alpha -> `alpha`; repeat K
+times: gain_j = w_j sum_i max(0, cos(x_i, x_j) - cur_i), take the largest, cur_i <- max(cur_i, cos(x_i, x_j*)), cur = 0
+at first, over the features before the projector. Ascending order, no CLS token, no merging, positions renumbered.
+
+Our reading: the attention is the mean over heads, a constant factor of the paper's sum that no argmax sees; fp32; the
+budget is per image (the released code divides it by the number of images of the batch). K = int(r N).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vtp_plugin.selectors import cosines, coverage, mask
+from vtp_plugin.stages import Stage
+from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.tokens import Selection, VisualTokens
+
+
+@dataclass(kw_only=True)
+class SCOPE(PruningStrategy):
+    """Keep salient tokens that cover what the kept ones do not."""
+
+    name = "scope"
+    stage = Stage.PROJECTOR
+    paper = "SCOPE: Saliency-Coverage Oriented Token Pruning, https://arxiv.org/abs/2510.24214"
+    needs = ("cls_attention",)
+    default_keep_ratio = 64 / 576
+
+    alpha: float = 1.0  # exponent of the attention; 0 is coverage alone
+
+    def validate(self) -> None:
+        self.check_number("alpha", 0)
+
+    def select(self, visual: VisualTokens) -> Selection:
+        weight = visual.cls_attention.float() ** self.alpha
+        picks = coverage(cosines(visual.tokens), weight, self.wanted(visual))
+        return Selection(mask(picks, visual.tokens.shape[1]))

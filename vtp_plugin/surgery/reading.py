@@ -1,0 +1,61 @@
+"""What the attention of one decoder layer worked on: enough to recompute single rows of it, one kernel untouched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp_plugin.surgery import attention
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One layer in a pass over the whole prompt."""
+
+    module: nn.Module  # the layer's attention
+    hidden: Tensor  # [B, L, D] what it was called with, normed
+    cos: Tensor  # [B or 1, L, d] rotary tables
+    sin: Tensor
+    keys: Tensor  # [B, Hkv, L, d] rotated
+    valid: Tensor  # [B, L] bool: columns that are not padding
+
+    @classmethod
+    def of(cls, module: nn.Module, hidden: Tensor, kwargs: Any, valid: Tensor) -> Reading:
+        cos, sin = (table[:, : hidden.shape[1]] for table in kwargs["position_embeddings"])
+        keys = _cached_keys(module, kwargs.get("past_key_values"))
+        if keys is None:
+            keys = attention.rotated(module, attention.heads(module, "k_proj", hidden), cos, sin)
+        return cls(module, hidden, cos, sin, keys, valid)
+
+    def last_row(self) -> Tensor:
+        """Attention of the last real column, mean over heads, [B, L] fp32."""
+        length = self.hidden.shape[1]
+        last = (self.valid * torch.arange(1, length + 1, device=self.valid.device)).argmax(1, keepdim=True)  # [B, 1]
+        query = self._queries(slice(None), last)  # [B, H, 1, d]
+        return attention.row(query[:, :, 0], self.keys, attention.scale(self.module), self.valid)
+
+    def rows(self, sample: int, columns: Tensor) -> Tensor:
+        """Attention of some columns [T] of one sample, mean over heads, [T, L] fp32."""
+        one = slice(sample, sample + 1)
+        queries = self._queries(one, columns[None])[0].transpose(0, 1)  # [T, H, d]
+        keys = self.keys[one].expand(len(columns), *self.keys.shape[1:])
+        before = torch.arange(self.hidden.shape[1], device=columns.device) <= columns[:, None]  # [T, L]
+        return attention.row(queries, keys, attention.scale(self.module), self.valid[one] & before)
+
+    def norms(self, sample: int) -> Tensor:
+        """L1 norm of every column's key, heads side by side, [L] fp32."""
+        return self.keys[sample].float().abs().sum((0, 2))
+
+    def _queries(self, samples: slice, columns: Tensor) -> Tensor:
+        """Rotated queries of columns [B, T] -> [B, H, T, d]."""
+        cos, sin = (table.expand(len(self.hidden), -1, -1)[samples] for table in (self.cos, self.sin))
+        query = attention.heads(self.module, "q_proj", attention.take(self.hidden[samples], columns))
+        return attention.rotated(self.module, query, attention.take(cos, columns), attention.take(sin, columns))
+
+
+def _cached_keys(module: nn.Module, cache: Any) -> Tensor | None:
+    """The rotated keys that the layer has just stored, [B, Hkv, L, d]."""
+    return None if cache is None else cache.layers[module.layer_idx].keys
