@@ -16,6 +16,7 @@ from vtp_plugin.stages import Stage
 from vtp_plugin.tokens import Selection, VisualTokens, top_k
 
 BUDGET = ("keep_ratio", "keep_tokens")
+UNITS = ("per_image", "per_tile", "total")  # what a budget is counted over; total: all images of one prompt
 
 
 @dataclass(kw_only=True)
@@ -35,7 +36,8 @@ class PruningStrategy(ABC):
     default_keep_ratio: ClassVar[float] = 0.5
 
     keep_ratio: float | None = None  # kept / all, in (0, 1]
-    keep_tokens: int | None = None  # or an absolute number per image
+    keep_tokens: int | None = None  # or an absolute number
+    budget: str = "per_image"  # what either counts over: per_image, per_tile or total (all images of one prompt)
 
     def __post_init__(self) -> None:
         if not self.budgeted:
@@ -48,6 +50,7 @@ class PruningStrategy(ABC):
             self.check("keep_ratio", 0 < _number(self.keep_ratio) <= 1, "must be in (0, 1]")
         if self.keep_tokens is not None:
             self.check("keep_tokens", _whole(self.keep_tokens) and self.keep_tokens >= 1, "must be a whole number >= 1")
+        self.check_choice("budget", UNITS)
         self.validate()
 
     # -- what a method implements ---------------------------------------------------------------------------------
@@ -112,7 +115,7 @@ class PruningStrategy(ABC):
     @classmethod
     def fields(cls) -> list[str]:
         """The names of the hyper-parameters."""
-        return [f.name for f in dataclasses.fields(cls) if cls.budgeted or f.name not in BUDGET]
+        return [f.name for f in dataclasses.fields(cls) if cls.budgeted or f.name not in (*BUDGET, "budget")]
 
     def config(self) -> dict[str, Any]:
         """The full configuration, as it is written to the record."""

@@ -47,8 +47,10 @@ class DecoderCuts:
     def prepare(self) -> None:
         """Check that the model has the layers; raises before anything is attached."""
         for layer, strategies in self.by_layer.items():
-            if not 1 <= layer < len(self.layers):
-                raise strategies[0].error(f"layer must be in 1 ... {len(self.layers) - 1} for this model, got {layer}")
+            first = self.pruned.adapter.first_cut
+            if not first <= layer < len(self.layers):
+                last = len(self.layers) - 1
+                raise strategies[0].error(f"layer must be in {first} ... {last} for this model, got {layer}")
 
     def install(self, undo: Undo) -> None:
         for layer, strategies in self.by_layer.items():
@@ -130,7 +132,8 @@ class DecoderCuts:
                 with self.pruned.judging(strategy, layer=number) as cut:
                     weights = call.scratch.get(("last_query", number))
                     signals = {"last_query_attention": None if weights is None else weights[sample, where][None]}
-                    selection = cut.decide(hidden[sample, where][None], [image_number], self._grid, signals)
+                    grid = image.grid or self._grid
+                    selection = cut.decide(hidden[sample, where][None], [image_number], grid, signals)
                 columns = selection.sources[0]
                 keep[sample : sample + rows, where] = False
                 keep[sample : sample + rows, where[columns]] = True

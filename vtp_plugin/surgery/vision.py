@@ -45,12 +45,15 @@ class VisionCuts:
             undo.after(self.tower.embeddings, self._embedded)
         if self._at(Stage.VIT):
             undo.after(self.tower.patch_embedding, self._patches_embedded)
-        for layer in {self._layer(s) for s in self._at(Stage.PROJECTOR) if set(s.needs) & set(ROW_SIGNALS)}:
-            undo.before(self.tower.blocks[layer].self_attn, self._row_reader(layer))
-        for layer in {self._layer(s) for s in self._at(Stage.PROJECTOR) if set(s.needs) & set(OUTPUT_SIGNALS)}:
-            undo.after(self.tower.blocks[layer], self._output_reader(layer))
+        self._install_readers(undo)
         if self._at(Stage.PROJECTOR):
             undo.before(self.projector, self._projecting)
+
+    def _install_readers(self, undo: Undo) -> None:
+        for layer in {self._layer(s) for s in self._at(Stage.PROJECTOR) if set(s.needs) & set(ROW_SIGNALS)}:
+            undo.before(getattr(self.tower.blocks[layer], self.tower.attention), self._row_reader(layer))
+        for layer in {self._layer(s) for s in self._at(Stage.PROJECTOR) if set(s.needs) & set(OUTPUT_SIGNALS)}:
+            undo.after(self.tower.blocks[layer], self._output_reader(layer))
 
     # -- pixels and vit -------------------------------------------------------------------------------------------
 
@@ -116,8 +119,11 @@ class VisionCuts:
             hidden = args[0] if args else kwargs["hidden_states"]  # [B, 1 + N, D], normed
             with torch.no_grad(), self.pruned.timed("selector"):
                 keys = attention.heads(module, "k_proj", hidden)  # [B, H, 1 + N, d]
-                query = attention.heads(module, "q_proj", hidden[:, :1])[:, :, 0]  # [B, H, d]
-                weights = attention.row(query, keys, attention.scale(module))
+                if self.tower.prefix:
+                    query = attention.heads(module, "q_proj", hidden[:, :1])[:, :, 0]  # [B, H, d]
+                    weights = attention.row(query, keys, attention.scale(module))
+                else:  # no class token: the attention that a patch receives from all of them
+                    weights = attention.received(attention.heads(module, "q_proj", hidden), keys, attention.scale(module))
             self._call.scratch["cls_attention", layer] = weights[:, self.tower.prefix :]
             self._call.scratch["keys", layer] = keys.float().mean(1)[:, self.tower.prefix :]
 
@@ -150,12 +156,14 @@ class VisionCuts:
             signals = {name: self._signal(name, strategy, columns) for name in strategy.needs if name != "fingerprint"}
             return cut.decide(tokens, self._call.batch, self.tower.grid, signals)
 
-    def _signal(self, name: str, strategy: PruningStrategy, columns: Tensor) -> Tensor:
+    def _signal(self, name: str, strategy: PruningStrategy, columns: Tensor) -> Tensor | None:
         """One field of VisualTokens for the tokens that are left."""
         layer, call = self._layer(strategy), self._call
         if name in ROW_SIGNALS:
             return attention.take(call.scratch[name, layer], columns)
         if name == "cls":
+            if not self.tower.prefix:
+                return None
             return call.scratch["output", self._block(None)][:, 0]
         space = self.spaces[strategy.clip_checkpoint]
         if name == "text":
