@@ -61,6 +61,7 @@ def pixels(*shape: int, seed: int) -> Tensor:
     """Normalised grey levels, exactly recoverable, with flat areas that repeat."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randint(0, 256, (*shape[:-2], shape[-2] // 4, shape[-1] // 4), generator=generator)
+    coarse[..., : coarse.shape[-2] // 2, :] = coarse[..., :1, :1]  # the upper half repeats itself
     levels = coarse.repeat_interleave(4, -1).repeat_interleave(4, -2)
     return (levels / 255 - 0.5) / 0.25
 
@@ -218,12 +219,133 @@ def _qwen_batch(prompts: list[Prompt]) -> dict[str, Any]:
     return inputs | {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
 
 
+# -- LLaVA-OneVision --------------------------------------------------------------------------------------------------
+
+
+def _llava_onevision(attention: str) -> nn.Module:
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**VISION, patch_size=4, image_size=16, vision_use_head=False),
+        text_config=Qwen2Config(**TEXT),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-1,
+    )
+    return _model(LlavaOnevisionForConditionalGeneration, config, attention)
+
+
+def _onevision_video(seed: int) -> Prompt:
+    values = pixels(1, 3, 3, 16, 16, seed=seed)  # three frames of 2 x 2 pooled rows, and a newline
+    return Prompt(_text([[VIDEO] * (3 * 4 + 1)], seed), {"pixel_values_videos": values})
+
+
+# -- InternVL, Gemma 3, Mistral 3, Idefics3 ---------------------------------------------------------------------------
+
+
+def _internvl(attention: str) -> nn.Module:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config
+    from transformers.models.internvl import InternVLVisionConfig
+
+    vision = InternVLVisionConfig(**VISION, patch_size=[4, 4], image_size=[16, 16])
+    config = InternVLConfig(vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_id=IMAGE)
+    return _model(InternVLForConditionalGeneration, config, attention)
+
+
+def _internvl_sample(seed: int, images: int) -> Prompt:
+    tiles = [1 + (seed + n) % 3 for n in range(images)]
+    values = pixels(sum(tiles), 3, 16, 16, seed=seed)
+    return Prompt(_text([[IMAGE] * (4 * n) for n in tiles], seed), {"pixel_values": values})
+
+
+def _gemma3(attention: str) -> nn.Module:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
+
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(**VISION, patch_size=4, image_size=32, vision_use_head=False),
+        text_config=Gemma3TextConfig(
+            **TEXT, head_dim=8, sliding_window=256, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"] * 2
+        ),
+        mm_tokens_per_image=16,
+        image_token_id=IMAGE,
+    )
+    return _model(Gemma3ForConditionalGeneration, config, attention)
+
+
+def _gemma3_sample(seed: int, images: int) -> Prompt:
+    return Prompt(_text([[IMAGE] * 16] * images, seed), {"pixel_values": pixels(images, 3, 32, 32, seed=seed)})
+
+
+def _gemma3_batch(prompts: list[Prompt]) -> dict[str, Any]:
+    inputs = stacked(prompts)
+    return inputs | {"token_type_ids": (inputs["input_ids"] == IMAGE).int()}
+
+
+MISTRAL_SIZES = [(16, 24), (24, 16), (16, 16)]
+BREAK = 192
+
+
+def _mistral3(attention: str) -> nn.Module:
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
+
+    config = Mistral3Config(
+        vision_config=PixtralVisionConfig(**VISION, head_dim=8, patch_size=4, image_size=32),
+        text_config=MistralConfig(**TEXT, head_dim=8, sliding_window=None),
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+    )
+    return _model(Mistral3ForConditionalGeneration, config, attention)
+
+
+def _mistral3_sample(seed: int, images: int) -> Prompt:
+    sizes = [MISTRAL_SIZES[(seed + n) % len(MISTRAL_SIZES)] for n in range(images)]
+    values = torch.zeros(images, 3, 24, 24)
+    for number, (height, width) in enumerate(sizes):
+        values[number, :, :height, :width] = pixels(3, height, width, seed=seed * 10 + number)
+    blocks = [([IMAGE] * (width // 8) + [BREAK]) * (height // 8) for height, width in sizes]
+    return Prompt(_text(blocks, seed), {"pixel_values": values, "image_sizes": torch.tensor(sizes)})
+
+
+def _idefics3(attention: str) -> nn.Module:
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig
+
+    vision = VISION | dict(patch_size=4, image_size=16)
+    config = Idefics3Config(
+        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD
+    )
+    return _model(Idefics3ForConditionalGeneration, config, attention)
+
+
+def _smolvlm(attention: str) -> nn.Module:
+    from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    vision = VISION | dict(patch_size=4, image_size=16)
+    config = SmolVLMConfig(
+        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD
+    )
+    return _model(SmolVLMForConditionalGeneration, config, attention)
+
+
+def _idefics3_sample(seed: int, images: int) -> Prompt:
+    values = torch.zeros(1, 3, 3, 16, 16)  # up to three tiles, the rest is padding
+    values[0, :images] = pixels(images, 3, 16, 16, seed=seed)
+    return Prompt(_text([[IMAGE] * 4] * images, seed), {"pixel_values": values})
+
+
 FAMILIES = {
     family.name: family
     for family in (
         Family("llava_next", _llava_next, _next_sample, stacked),
+        Family("llava_onevision", _llava_onevision, _next_sample, stacked, video=_onevision_video),
         Family("qwen2_vl", _qwen2_vl, _qwen_sample, _qwen_batch, video=_qwen_video),
         Family("qwen2_5_vl", _qwen2_5_vl, _qwen_sample, _qwen_batch, video=_qwen_video),
         Family("qwen3_vl", _qwen3_vl, _qwen_sample, _qwen_batch, video=_qwen3_video),
+        Family("internvl", _internvl, _internvl_sample, stacked),
+        Family("gemma3", _gemma3, _gemma3_sample, _gemma3_batch),
+        Family("mistral3", _mistral3, _mistral3_sample, stacked, stages=STAGES[2:]),
+        Family("idefics3", _idefics3, _idefics3_sample, stacked, stages=STAGES[2:]),
+        Family("smolvlm", _smolvlm, _idefics3_sample, stacked, stages=STAGES[2:]),
     )
 }

@@ -86,6 +86,7 @@ class DecoderCuts:
             if cache is not None and (past := cache.get_seq_length(number)) > 0:
                 mask = self._mask(kwargs, self._seen(call, number, hidden), None, hidden.shape[1], past)
                 return args, {**kwargs, "attention_mask": mask}
+            self._check_window(module, kwargs["position_embeddings"][0].shape[1])
             if number in self.by_layer:
                 hidden = self._cut(call, number, hidden, kwargs["position_embeddings"][0].shape[1])
             return self._narrowed(hidden, args, kwargs, self._seen(call, number, hidden))
@@ -170,10 +171,21 @@ class DecoderCuts:
         flash = "flash" in self.pruned.adapter.language_model.config._attn_implementation
         return _made_mask(cut, count, past + count, flash)
 
+    def _check_window(self, layer: nn.Module, length: int) -> None:
+        window = getattr(layer.self_attn, "sliding_window", None)
+        if window is not None and window < length:
+            raise PruningError(
+                f"{self._names}: a prompt of {length} tokens is longer than the model's sliding window ({window}), "
+                f"whose cache holds no whole prompt"
+            )
+
+    @property
+    def _names(self) -> str:
+        return "+".join(s.name for group in self.by_layer.values() for s in group)
+
     def _check(self, cache: Any) -> None:
         if cache is not None and getattr(cache, "is_compileable", False):
-            names = "+".join(s.name for group in self.by_layer.values() for s in group)
-            raise PruningError(f"{names}: a static cache has one length for all layers; use the default dynamic cache")
+            raise PruningError(f"{self._names}: a static cache has one length for all layers; use the default dynamic cache")
 
 
 def narrowed_labels(call: Call, labels: Tensor) -> Tensor:

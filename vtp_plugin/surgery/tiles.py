@@ -54,7 +54,7 @@ class Part:
     source: Tensor  # [k] long: row among those that the host makes, -1 for a merged one that is none of them
     tokens: Tensor  # [k, D]
     features: Tensor  # [k, D']
-    tile: Tensor  # [n] long: tile of every row that the host makes
+    tile: Tensor  # [n]: tile of every row that the host makes, no whole number where it is made of several
     fixed: Tensor  # [m] long: rows that are always kept
 
     def become(self, pieces: Sequence[Sequence[Tensor]]) -> None:
@@ -223,9 +223,11 @@ class TileCuts(VisionCuts):
             newline = alive.isnan()
             broken = ~newline & (alive > WHOLE) & (alive < 1 - WHOLE)
             if broken.any():
-                raise PruningError("tokens cannot be dropped inside the tower where the host interpolates its output")
+                raise PruningError(
+                    f"{self._early[0].name}: the model interpolates the tower's output of this {self.kind}, so no patch "
+                    f"can be dropped before: use a strategy of the projector or llm stage"
+                )
             source = (~newline & (alive > 0.5)).nonzero().flatten()
-            tile = tile.nan_to_num().round().long()
             parts.append(Part(number, source, seen[source], rows[source], tile, newline.nonzero().flatten()))
         return parts
 
@@ -255,6 +257,8 @@ class TileCuts(VisionCuts):
             return [[one] for one in everything if len(one[1])]
         if strategy.budget == "per_tile":
             tiles = [(part, part.tile[part.source]) for part in parts]
+            if any((of != of.round()).any() for _, of in tiles):
+                raise strategy.error(f"budget=per_tile needs whole tiles, the model interpolates across those of this {self.kind}")
             return [[(part, (of == tile).nonzero().flatten())] for part, of in tiles for tile in of.unique()]
         samples = [self._call.images[part.number].sample for part in parts]
         return [[one for one, s in zip(everything, samples, strict=True) if s == sample] for sample in set(samples)]
