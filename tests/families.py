@@ -43,6 +43,7 @@ class Prompt:
 
     ids: list[int]
     images: dict[str, Tensor] = field(default_factory=dict)
+    totals: list[int] = field(default_factory=list)  # placeholders of every image
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Family:
     sample: Callable[[int, int], Prompt]  # seed, number of images -> one prompt
     batch: Callable[[list[Prompt]], dict[str, Any]]
     stages: tuple[str, ...] = STAGES
+    video_stages: tuple[str, ...] = STAGES
+    mrope: bool = False
     video: Callable[[int], Prompt] | None = None
 
 
@@ -131,7 +134,9 @@ def _next_sample(seed: int, images: int) -> Prompt:
     for number, count in enumerate(tiles):
         values[number, :count] = pixels(count, 3, 16, 16, seed=seed * 10 + number)
     blocks = [[IMAGE] * _next_rows(size) for size in sizes]
-    return Prompt(_text(blocks, seed), {"pixel_values": values, "image_sizes": torch.tensor(sizes)})
+    return Prompt(
+        _text(blocks, seed), {"pixel_values": values, "image_sizes": torch.tensor(sizes)}, list(map(len, blocks))
+    )
 
 
 def _next_rows(size: tuple[int, int]) -> int:
@@ -189,14 +194,15 @@ def _qwen_sample(seed: int, images: int) -> Prompt:
     grids = [QWEN_GRIDS[(seed + n) % len(QWEN_GRIDS)] for n in range(images)]
     values = [_patches(grid, seed * 10 + n) for n, grid in enumerate(grids)]
     blocks = [[IMAGE] * (t * h * w // 4) for t, h, w in grids]
-    return Prompt(_text(blocks, seed), {"pixel_values": torch.cat(values), "image_grid_thw": torch.tensor(grids)})
+    images = {"pixel_values": torch.cat(values), "image_grid_thw": torch.tensor(grids)}
+    return Prompt(_text(blocks, seed), images, list(map(len, blocks)))
 
 
 def _qwen_video(seed: int) -> Prompt:
     grid = (3, 4, 8)
     values = _patches(grid, seed)
     ids = _text([[VIDEO] * (3 * 4 * 8 // 4)], seed)
-    return Prompt(ids, {"pixel_values_videos": values, "video_grid_thw": torch.tensor([grid])})
+    return Prompt(ids, {"pixel_values_videos": values, "video_grid_thw": torch.tensor([grid])}, [24])
 
 
 def _qwen3_video(seed: int) -> Prompt:
@@ -223,7 +229,12 @@ def _qwen_batch(prompts: list[Prompt]) -> dict[str, Any]:
 
 
 def _llava_onevision(attention: str) -> nn.Module:
-    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
 
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**VISION, patch_size=4, image_size=16, vision_use_head=False),
@@ -238,7 +249,7 @@ def _llava_onevision(attention: str) -> nn.Module:
 
 def _onevision_video(seed: int) -> Prompt:
     values = pixels(1, 3, 3, 16, 16, seed=seed)  # three frames of 2 x 2 pooled rows, and a newline
-    return Prompt(_text([[VIDEO] * (3 * 4 + 1)], seed), {"pixel_values_videos": values})
+    return Prompt(_text([[VIDEO] * (3 * 4 + 1)], seed), {"pixel_values_videos": values}, [13])
 
 
 # -- InternVL, Gemma 3, Mistral 3, Idefics3 ---------------------------------------------------------------------------
@@ -256,7 +267,7 @@ def _internvl(attention: str) -> nn.Module:
 def _internvl_sample(seed: int, images: int) -> Prompt:
     tiles = [1 + (seed + n) % 3 for n in range(images)]
     values = pixels(sum(tiles), 3, 16, 16, seed=seed)
-    return Prompt(_text([[IMAGE] * (4 * n) for n in tiles], seed), {"pixel_values": values})
+    return Prompt(_text([[IMAGE] * (4 * n) for n in tiles], seed), {"pixel_values": values}, [4 * n for n in tiles])
 
 
 def _gemma3(attention: str) -> nn.Module:
@@ -265,7 +276,11 @@ def _gemma3(attention: str) -> nn.Module:
     config = Gemma3Config(
         vision_config=SiglipVisionConfig(**VISION, patch_size=4, image_size=32, vision_use_head=False),
         text_config=Gemma3TextConfig(
-            **TEXT, head_dim=8, sliding_window=256, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"] * 2
+            **TEXT,
+            head_dim=8,
+            sliding_window=256,
+            query_pre_attn_scalar=8,
+            layer_types=["sliding_attention", "full_attention"] * 2,
         ),
         mm_tokens_per_image=16,
         image_token_id=IMAGE,
@@ -274,7 +289,8 @@ def _gemma3(attention: str) -> nn.Module:
 
 
 def _gemma3_sample(seed: int, images: int) -> Prompt:
-    return Prompt(_text([[IMAGE] * 16] * images, seed), {"pixel_values": pixels(images, 3, 32, 32, seed=seed)})
+    values = pixels(images, 3, 32, 32, seed=seed)
+    return Prompt(_text([[IMAGE] * 16] * images, seed), {"pixel_values": values}, [16] * images)
 
 
 def _gemma3_batch(prompts: list[Prompt]) -> dict[str, Any]:
@@ -305,7 +321,8 @@ def _mistral3_sample(seed: int, images: int) -> Prompt:
     for number, (height, width) in enumerate(sizes):
         values[number, :, :height, :width] = pixels(3, height, width, seed=seed * 10 + number)
     blocks = [([IMAGE] * (width // 8) + [BREAK]) * (height // 8) for height, width in sizes]
-    return Prompt(_text(blocks, seed), {"pixel_values": values, "image_sizes": torch.tensor(sizes)})
+    totals = [block.count(IMAGE) for block in blocks]
+    return Prompt(_text(blocks, seed), {"pixel_values": values, "image_sizes": torch.tensor(sizes)}, totals)
 
 
 def _idefics3(attention: str) -> nn.Module:
@@ -331,17 +348,19 @@ def _smolvlm(attention: str) -> nn.Module:
 def _idefics3_sample(seed: int, images: int) -> Prompt:
     values = torch.zeros(1, 3, 3, 16, 16)  # up to three tiles, the rest is padding
     values[0, :images] = pixels(images, 3, 16, 16, seed=seed)
-    return Prompt(_text([[IMAGE] * 4] * images, seed), {"pixel_values": values})
+    return Prompt(_text([[IMAGE] * 4] * images, seed), {"pixel_values": values}, [4] * images)
 
 
 FAMILIES = {
     family.name: family
     for family in (
         Family("llava_next", _llava_next, _next_sample, stacked),
-        Family("llava_onevision", _llava_onevision, _next_sample, stacked, video=_onevision_video),
-        Family("qwen2_vl", _qwen2_vl, _qwen_sample, _qwen_batch, video=_qwen_video),
-        Family("qwen2_5_vl", _qwen2_5_vl, _qwen_sample, _qwen_batch, video=_qwen_video),
-        Family("qwen3_vl", _qwen3_vl, _qwen_sample, _qwen_batch, video=_qwen3_video),
+        Family(
+            "llava_onevision", _llava_onevision, _next_sample, stacked, video=_onevision_video, video_stages=STAGES[2:]
+        ),
+        Family("qwen2_vl", _qwen2_vl, _qwen_sample, _qwen_batch, video=_qwen_video, mrope=True),
+        Family("qwen2_5_vl", _qwen2_5_vl, _qwen_sample, _qwen_batch, video=_qwen_video, mrope=True),
+        Family("qwen3_vl", _qwen3_vl, _qwen_sample, _qwen_batch, video=_qwen3_video, mrope=True),
         Family("internvl", _internvl, _internvl_sample, stacked),
         Family("gemma3", _gemma3, _gemma3_sample, _gemma3_batch),
         Family("mistral3", _mistral3, _mistral3_sample, stacked, stages=STAGES[2:]),

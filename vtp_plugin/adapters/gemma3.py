@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from vtp_plugin.adapters.rows import RowsAdapter, flat_tower
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
-from vtp_plugin.surgery.prompt import Rows
 
 
 class Gemma3(RowsAdapter):
@@ -61,6 +60,5 @@ class Gemma3(RowsAdapter):
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         return list(output.pooler_output)
 
-    def join(self, output: Any, kind: str, rows: Sequence[Tensor], left: Sequence[Rows]) -> Any:
-        output.pooler_output = torch.cat(list(rows))
-        return output
+    def pack(self, rows: Sequence[Tensor], kind: str) -> Tensor:
+        return torch.cat(list(rows))

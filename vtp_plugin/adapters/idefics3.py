@@ -49,7 +49,9 @@ class Idefics3(RowsAdapter):
         tiles = sum(self._tiles(inputs))
         totals = runs(inputs["input_ids"], self.image_token)
         if totals != [rows] * tiles:
-            raise PruningError(f"the prompt has {sum(totals)} image placeholders, its images make {tiles * rows} tokens")
+            raise PruningError(
+                f"the prompt has {sum(totals)} image placeholders, its images make {tiles * rows} tokens"
+            )
         side = self.tower.grid[1] // self.scale
         index = torch.arange(rows, device=values.device)
         return [

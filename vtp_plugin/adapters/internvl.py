@@ -19,7 +19,6 @@ from vtp_plugin.adapters.rows import RowsAdapter, runs
 from vtp_plugin.errors import PruningError
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
-from vtp_plugin.surgery.prompt import Rows
 
 
 class InternVL(RowsAdapter):
@@ -97,6 +96,5 @@ class InternVL(RowsAdapter):
     def _by_image(self, rows: Tensor, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         return rows.flatten(0, 1).split(runs(inputs["input_ids"], self.image_token))
 
-    def join(self, output: Any, kind: str, rows: Sequence[Tensor], left: Sequence[Rows]) -> Any:
-        output.pooler_output = torch.cat(list(rows))
-        return output
+    def pack(self, rows: Sequence[Tensor], kind: str) -> Tensor:
+        return torch.cat(list(rows))

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from vtp_plugin.adapters.rows import RowsAdapter, flat_tower
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
-from vtp_plugin.surgery.prompt import Rows
 
 
 class LlavaOnevision(RowsAdapter):
@@ -77,9 +76,8 @@ class LlavaOnevision(RowsAdapter):
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         return list(output.pooler_output)
 
-    def join(self, output: Any, kind: str, rows: Sequence[Tensor], left: Sequence[Rows]) -> Any:
-        output.pooler_output = torch.cat(list(rows))[None] if kind == "video" else rows
-        return output
+    def pack(self, rows: Sequence[Tensor], kind: str) -> Any:
+        return torch.cat(list(rows))[None] if kind == "video" else list(rows)
 
     def _packed(self, maps: Tensor, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         """Channels [T, N, C] through the host's packing, newline rows nan."""

@@ -202,7 +202,9 @@ class PackedCuts(TileCuts):
     # -- deciding -------------------------------------------------------------------------------------------------
 
     def _decided(self, values: Tensor, images: Tensor | None, kwargs: Mapping[str, Any]) -> list[Tensor]:
-        units = [torch.arange(b - a, device=values.device) for a, b in zip(self.offsets, self.offsets[1:], strict=False)]
+        units = [
+            torch.arange(b - a, device=values.device) for a, b in zip(self.offsets, self.offsets[1:], strict=False)
+        ]
         maps = {"embedded": self._embedded_units(values)} if self._at(Stage.VIT) else {}
         for strategy in self._early:
             with self.pruned.judging(strategy) as cut:
@@ -224,7 +226,9 @@ class PackedCuts(TileCuts):
         self, strategy: PruningStrategy, image: int, where: Tensor, values: Tensor, images: Any, maps: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if strategy.stage is Stage.PIXELS:
-            pixels = self._unit_pixels(images.unflatten(0, (-1, self._unit))[where], bool(self.grid[image, 0] > 1))[None]
+            pixels = self._unit_pixels(images.unflatten(0, (-1, self._unit))[where], bool(self.grid[image, 0] > 1))[
+                None
+            ]
             return pixels.flatten(2), {"pixels": pixels}
         if "centered" in strategy.needs:
             maps.setdefault("centered", self._embedded_units(self._without_colour(values)))

@@ -50,8 +50,12 @@ class RowsAdapter(Adapter):
 
     def join(self, output: Any, kind: str, rows: Sequence[Tensor], left: Sequence[Rows]) -> Any:
         """The host's features object with these rows instead."""
-        output.pooler_output = rows
+        output.pooler_output = self.pack(rows, kind)
         return output
+
+    def pack(self, rows: Sequence[Tensor], kind: str) -> Any:
+        """Rows of images as the host wants them."""
+        return list(rows)
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         """Channels of the tower's tokens as the host arranges features; see `surgery.tiles.Arranging`."""
@@ -64,6 +68,7 @@ class RowsAdapter(Adapter):
 
     def encode(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Any, list[Rows]]:
         features, left = {}, []
+        self.served: dict[str, tuple[list[Tensor], list[int]]] = {}
         for kind, name in VALUES.items():
             if inputs.get(name) is None:
                 continue
@@ -76,6 +81,7 @@ class RowsAdapter(Adapter):
                 output = function(**chosen, return_dict=True)
                 pairs = self.cuts.rows(self.split(output, kind, inputs), kind, inputs)
             rows = [rows for rows, _ in pairs]
+            self.served[kind] = rows, [call.images[number].sample for number in numbers]
             features[kind] = self.join(output, kind, rows, [kept for _, kept in pairs])
             left += [kept for _, kept in pairs]
         return features, left
@@ -85,7 +91,26 @@ class RowsAdapter(Adapter):
         with Undo() as undo:
             for kind, output in (features or {}).items():
                 undo.override(self.core, f"get_{kind}_features", _answering(output))
+            if features and hasattr(self.model, "_expand_multimodal_outputs"):
+                undo.override(self.model, "_expand_multimodal_outputs", self._expanded)
             yield
+
+    def _expanded(self, input_ids: Tensor, outputs: Any, expand_size: int = 1, **kwargs: Any) -> Any:
+        """Features for beams and returned sequences: the images of a sample, as often as the sample is repeated.
+
+        The host cannot tell samples apart where images keep unequal numbers of rows.
+        """
+        for kind, (rows, samples) in self.served.items():
+            order = [
+                image
+                for sample in dict.fromkeys(samples)
+                for image in [n for n, s in enumerate(samples) if s == sample] * expand_size
+            ]
+            outputs[kind].pooler_output = self.pack([rows[image] for image in order], kind)
+            levels = getattr(outputs[kind], "deepstack_features", None)
+            if levels is not None:
+                outputs[kind].deepstack_features = [[level[image] for image in order] for level in levels]
+        return outputs
 
     # -- facts ----------------------------------------------------------------------------------------------------
 

@@ -185,7 +185,9 @@ class DecoderCuts:
 
     def _check(self, cache: Any) -> None:
         if cache is not None and getattr(cache, "is_compileable", False):
-            raise PruningError(f"{self._names}: a static cache has one length for all layers; use the default dynamic cache")
+            raise PruningError(
+                f"{self._names}: a static cache has one length for all layers; use the default dynamic cache"
+            )
 
 
 def narrowed_labels(call: Call, labels: Tensor) -> Tensor:

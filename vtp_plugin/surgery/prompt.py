@@ -237,9 +237,7 @@ class PlaceholderCalls:
             if inputs.get(name) is not None:
                 inputs[name] = shortened.take(inputs[name], padding)
 
-    def _place(
-        self, call: Call, shortened: Shortened, columns: Sequence[Tensor], left: Sequence[Rows]
-    ) -> Shortened:
+    def _place(self, call: Call, shortened: Shortened, columns: Sequence[Tensor], left: Sequence[Rows]) -> Shortened:
         """Tell the call where the images are in the shorter prompt; the prompt with every token's own position."""
         origin, places = shortened.columns.clone(), []
         for image, where, rows in zip(call.images, columns, left, strict=True):

@@ -258,7 +258,9 @@ class TileCuts(VisionCuts):
         if strategy.budget == "per_tile":
             tiles = [(part, part.tile[part.source]) for part in parts]
             if any((of != of.round()).any() for _, of in tiles):
-                raise strategy.error(f"budget=per_tile needs whole tiles, the model interpolates across those of this {self.kind}")
+                raise strategy.error(
+                    f"budget=per_tile needs whole tiles, the model interpolates across those of this {self.kind}"
+                )
             return [[(part, (of == tile).nonzero().flatten())] for part, of in tiles for tile in of.unique()]
         samples = [self._call.images[part.number].sample for part in parts]
         return [[one for one, s in zip(everything, samples, strict=True) if s == sample] for sample in set(samples)]
@@ -391,4 +393,3 @@ def _rows_of(arguments: Any, group: list[int], tiles: int) -> Any:
     if isinstance(arguments, Mapping):
         return {name: _rows_of((value,), group, tiles)[0] for name, value in arguments.items()}
     return tuple(a[group] if isinstance(a, Tensor) and a.ndim and len(a) == tiles else a for a in arguments)
-

@@ -123,7 +123,9 @@ class VisionCuts:
                     query = attention.heads(module, "q_proj", hidden[:, :1])[:, :, 0]  # [B, H, d]
                     weights = attention.row(query, keys, attention.scale(module))
                 else:  # no class token: the attention that a patch receives from all of them
-                    weights = attention.received(attention.heads(module, "q_proj", hidden), keys, attention.scale(module))
+                    weights = attention.received(
+                        attention.heads(module, "q_proj", hidden), keys, attention.scale(module)
+                    )
             self._call.scratch["cls_attention", layer] = weights[:, self.tower.prefix :]
             self._call.scratch["keys", layer] = keys.float().mean(1)[:, self.tower.prefix :]
 
