@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 IMAGE, VIDEO, PAD = 190, 191, 0
-TEXT = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=200,
-    pad_token_id=PAD,
-    bos_token_id=1,
-    eos_token_id=199,
-    max_position_embeddings=1024,
-)
-VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 200,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": 199,
+    "max_position_embeddings": 1024,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 STAGES = ("pixels", "vit", "projector", "llm")
 
 
@@ -151,36 +151,40 @@ def _next_rows(size: tuple[int, int]) -> int:
 # -- Qwen -------------------------------------------------------------------------------------------------------------
 
 QWEN_GRIDS = [(1, 8, 12), (1, 12, 4), (1, 4, 4)]
-QWEN_VISION = dict(depth=3, num_heads=4, patch_size=4, spatial_merge_size=2, temporal_patch_size=2)
+QWEN_VISION = {"depth": 3, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 SECTIONS = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 
 
 def _qwen2_vl(attention: str) -> nn.Module:
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    vision = QWEN_VISION | dict(embed_dim=32, hidden_size=32, mlp_ratio=2, in_channels=3)
+    vision = QWEN_VISION | {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2, "in_channels": 3}
     return _qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, vision, attention)
 
 
 def _qwen2_5_vl(attention: str) -> nn.Module:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    vision = QWEN_VISION | dict(
-        hidden_size=32, intermediate_size=48, out_hidden_size=32, window_size=16, fullatt_block_indexes=[1]
-    )
+    vision = QWEN_VISION | {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 32,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
     return _qwen(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, vision, attention)
 
 
 def _qwen3_vl(attention: str) -> nn.Module:
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    vision = QWEN_VISION | dict(
-        hidden_size=32,
-        intermediate_size=48,
-        out_hidden_size=32,
-        num_position_embeddings=16,
-        deepstack_visual_indexes=[0, 1],
-    )
+    vision = QWEN_VISION | {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    }
     return _qwen(Qwen3VLConfig, Qwen3VLForConditionalGeneration, vision, attention, head_dim=8)
 
 
@@ -328,7 +332,7 @@ def _mistral3_sample(seed: int, images: int) -> Prompt:
 def _idefics3(attention: str) -> nn.Module:
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig
 
-    vision = VISION | dict(patch_size=4, image_size=16)
+    vision = VISION | {"patch_size": 4, "image_size": 16}
     config = Idefics3Config(
         vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD
     )
@@ -338,7 +342,7 @@ def _idefics3(attention: str) -> nn.Module:
 def _smolvlm(attention: str) -> nn.Module:
     from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
 
-    vision = VISION | dict(patch_size=4, image_size=16)
+    vision = VISION | {"patch_size": 4, "image_size": 16}
     config = SmolVLMConfig(
         vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD
     )

@@ -1,8 +1,8 @@
 """A slow reference that knows nothing of the package's surgery: per sample, cache-free, explicit rows and positions.
 
 Given which tokens were kept, it says what the model must answer. Tokens that were dropped inside the tower stay in the
-sequence here, but nobody attends to them and their output is nan: the rows that come out without a nan are what is left.
-Columns that were dropped between decoder layers stay in the sequence too, masked from that layer on.
+sequence here, but nobody attends to them and their output is nan: the rows that come out without a nan are what is
+left. Columns that were dropped between decoder layers stay in the sequence too, masked from that layer on.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from vtp_plugin.surgery.call import Call, PruningEvent
 from vtp_plugin.surgery.decoder import DecoderCuts
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.tokens import Selection, VisualTokens
+
+if TYPE_CHECKING:
+    from vtp_plugin.surgery.vision import VisionCuts
 
 MARK = "_vtp_pruned"
 EVENTS_KEPT = 10_000

@@ -1,7 +1,7 @@
 """CLIP and SigLIP by themselves: `prune(clip_model, "l2")`. There is no prompt and no language model.
 
-Every call of the vision model is one call: its blocks run on the patches that are left, pooled outputs and embeddings come
-from them. Where images keep unequal numbers, `last_hidden_state` and `hidden_states` are filled up with zeros.
+Every call of the vision model is one call: its blocks run on the patches that are left, pooled outputs and embeddings
+come from them. Where images keep unequal numbers, `last_hidden_state` and `hidden_states` are filled up with zeros.
 """
 
 from __future__ import annotations

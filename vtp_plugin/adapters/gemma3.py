@@ -1,9 +1,9 @@
 """Gemma 3: SigLIP tower, average pooling to 256 tokens, bidirectional attention inside an image, sliding windows.
 
-One image is one run of placeholders; a crop of pan-and-scan is an image of its own. A token is a square of patches (4x4):
-whole squares are judged before the projector. SigLIP has no class token: the attention that a patch receives, mean over
-queries, stands in for the class token's. The tokens that are left of an image still see each other both ways. Positions are
-renumbered after a cut. Between decoder layers only prompts that fit into the sliding window can be cut.
+One image is one run of placeholders; a crop of pan-and-scan is an image of its own. A token is a square of patches
+(4x4): whole squares are judged before the projector. SigLIP has no class token: the attention that a patch receives,
+mean over queries, stands in for the class token's. The tokens that are left of an image still see each other both ways.
+Positions are renumbered after a cut. Between decoder layers only prompts that fit into the sliding window can be cut.
 """
 
 from __future__ import annotations

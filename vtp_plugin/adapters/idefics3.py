@@ -1,9 +1,9 @@
-"""Idefics3 and SmolVLM: SigLIP-like tower, pixel shuffle, linear connector; images are split into tiles with text between.
+"""Idefics3 and SmolVLM: SigLIP-like tower, pixel shuffle, linear connector, text between the tiles of an image.
 
-One image is one tile: the prompt says its row and column between two tiles, so tiles are not told apart from images, and
-`budget=per_image` counts per tile. Rows are judged behind the connector, their signals are the mean of their patches'. The
-tower has no class token: the attention that a patch receives, mean over queries, stands in for the class token's.
-Positions are renumbered after a cut.
+One image is one tile: the prompt says its row and column between two tiles, so tiles are not told apart from images,
+and `budget=per_image` counts per tile. Rows are judged behind the connector, their signals are the mean of their
+patches'. The tower has no class token: the attention that a patch receives, mean over queries, stands in for the class
+token's. Positions are renumbered after a cut.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """InternVL in transformers: InternViT tower, tiles with pixel shuffle, MLP projector, Qwen or LLaMA.
 
-One image is an unbroken run of placeholders, which is all the tiles between its begin and end marks; a video frame is one
-image. A token is a square of patches (2x2): whole squares are judged before the projector, a square's embedding is the
-concatenation of its patches, its signals are their mean; there is no class feature in the space of squares. The tower has a
-class token. `budget`: per_image (default), per_tile, total. Positions are renumbered after a cut.
+One image is an unbroken run of placeholders, which is all the tiles between its begin and end marks; a video frame is
+one image. A token is a square of patches (2x2): whole squares are judged before the projector, a square's embedding is
+the concatenation of its patches, its signals are their mean; there is no class feature in the space of squares. The
+tower has a class token. `budget`: per_image (default), per_tile, total. Positions are renumbered after a cut.
 """
 
 from __future__ import annotations

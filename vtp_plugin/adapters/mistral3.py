@@ -1,8 +1,8 @@
 """Mistral 3 (Mistral Small 3.1 and later): Pixtral tower, 2x2 patch merger, a break token behind every row of an image.
 
-One image is the grid of its merged tokens; break tokens are text and always stay. Rows are judged behind the merger, their
-signals are the mean of their patches'. Pixtral has no class token: the attention that a patch receives from its own image,
-mean over queries, stands in for the class token's. Positions are renumbered after a cut.
+One image is the grid of its merged tokens; break tokens are text and always stay. Rows are judged behind the merger,
+their signals are the mean of their patches'. Pixtral has no class token: the attention that a patch receives from its
+own image, mean over queries, stands in for the class token's. Positions are renumbered after a cut.
 """
 
 from __future__ import annotations

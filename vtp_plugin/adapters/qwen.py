@@ -1,9 +1,10 @@
-"""What the Qwen vision-language families share: packed tower, square merge units, multi-axis positions. No family itself.
+"""What the Qwen families share: packed tower, square merge units, multi-axis positions. No family itself.
 
-Before the merger, whole merge units (2x2 patches) are judged: a unit's embedding is the concatenation of its patches, its
-pixels are one larger patch, its signals the mean of its patches'. There is no class token: the attention that a patch
-receives, mean over the queries of its window or frame, stands in for the class token's. Kept tokens keep the positions
-that the host computes for the full prompt. A video is one image of several frames; `budget=per_tile` counts per frame.
+Before the merger, whole merge units (2x2 patches) are judged: a unit's embedding is the concatenation of its patches,
+its pixels are one larger patch, its signals the mean of its patches'. There is no class token: the attention that a
+patch receives, mean over the queries of its window or frame, stands in for the class token's. Kept tokens keep the
+positions that the host computes for the full prompt. A video is one image of several frames; `budget=per_tile` counts
+per frame.
 """
 
 from __future__ import annotations
@@ -249,7 +250,7 @@ class PackedCuts(TileCuts):
         return self.pixels.levels(values.unflatten(1, (3, -1, self.tower.patch_size)))
 
     def _unit_pixels(self, levels: Tensor, video: bool) -> Tensor:
-        """Units as larger patches, [U, b * b, 3, t * p, p] -> [U, 3, (t) * b * p, b * p]; an image repeats its frame."""
+        """Units as larger patches, [U, b * b, 3, t * p, p] -> [U, 3, b * p, b * p]; frames of a video one below the other."""
         size, b = self.tower.patch_size, self.tower.block
         split = levels.unflatten(1, (b, b)).unflatten(4, (-1, size))  # [U, b, b, 3, t, p, p]
         split = split if video else split[:, :, :, :, :1]

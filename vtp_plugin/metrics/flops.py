@@ -56,7 +56,7 @@ class Shapes:
         return patches * self.patch + tiles * self.tower.macs(blocks_see // tiles + self.prefix)
 
     def prefill_macs(self, images: Sequence[tuple[int, int, int, int]], lengths: Sequence[int]) -> int:
-        """One sample: per image (patches, patches in the blocks, tiles, tokens projected); the prompt's length per layer."""
+        """One sample: per image (patches, patches in the blocks, tiles, tokens projected); prompt length per layer."""
         tower = sum(
             self.tower_macs(patches, seen, tiles) + projected * self.projector
             for patches, seen, tiles, projected in images

@@ -1,9 +1,9 @@
 """Cuts in families whose host rearranges the tower's output: tiles with newlines, pixel shuffle, merging, pooling.
 
-From outside, the tower looks unpruned: tokens that a pixels- or vit-stage strategy dropped come out as zeros, so that the
-host's own arrangement into rows runs as ever. Then rows are taken out: those of dropped tokens, and those that projector-
-stage strategies drop. Which tokens a row is made of is never computed twice: signals travel through the host's own
-arrangement as extra channels (`arrange`), so a row of several tokens gets the mean of their signals.
+From outside, the tower looks unpruned: tokens that a pixels- or vit-stage strategy dropped come out as zeros, so that
+the host's own arrangement into rows runs as ever. Then rows are taken out: those of dropped tokens, and those that
+projector- stage strategies drop. Which tokens a row is made of is never computed twice: signals travel through the
+host's own arrangement as extra channels (`arrange`), so a row of several tokens gets the mean of their signals.
 """
 
 from __future__ import annotations
@@ -140,9 +140,9 @@ class TileCuts(VisionCuts):
             return pixels.flatten(2), {"pixels": pixels}
         columns = self.members[index].flatten(1)  # [G, U * b * b]
         maps = {"tokens": self._call.scratch["embedded"][group], "positioned": embedded[group][:, self.tower.prefix :]}
-        signals = {name: attention.take(m, columns).unflatten(1, index.shape[1:] + (-1,)) for name, m in maps.items()}
+        signals = {name: attention.take(m, columns).unflatten(1, (*index.shape[1:], -1)) for name, m in maps.items()}
         if "centered" in strategy.needs:
-            signals["centered"] = self._centered(values[group], columns).unflatten(1, index.shape[1:] + (-1,))
+            signals["centered"] = self._centered(values[group], columns).unflatten(1, (*index.shape[1:], -1))
         signals = {name: value.flatten(2) for name, value in signals.items()}
         return signals.pop("tokens"), signals
 
@@ -224,8 +224,8 @@ class TileCuts(VisionCuts):
             broken = ~newline & (alive > WHOLE) & (alive < 1 - WHOLE)
             if broken.any():
                 raise PruningError(
-                    f"{self._early[0].name}: the model interpolates the tower's output of this {self.kind}, so no patch "
-                    f"can be dropped before: use a strategy of the projector or llm stage"
+                    f"{self._early[0].name}: the model interpolates the tower's output of this {self.kind}, so no "
+                    f"patch can be dropped before: use a strategy of the projector or llm stage"
                 )
             source = (~newline & (alive > 0.5)).nonzero().flatten()
             parts.append(Part(number, source, seen[source], rows[source], tile, newline.nonzero().flatten()))
