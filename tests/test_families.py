@@ -34,15 +34,19 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def combinations() -> list[Any]:
+    """All combinations, or per family and stage one batch and one other layout, with kernels that a checksum picks."""
     found = []
     for family in FAMILIES.values():
         for stage in family.stages:
-            for attention in ("eager", "sdpa"):
-                for layout in LAYOUTS:
-                    possible = layout != "video" or (family.video is not None and stage in family.video_stages)
-                    name = f"{family.name}-{stage}-{attention}-{layout}"
-                    if possible and (FULL or zlib.crc32(name.encode()) % 2 == 0):
-                        found.append(pytest.param(family.name, stage, attention, layout, id=name))
+            video = family.video is not None and stage in family.video_stages
+            names = [(a, b) for a in ("eager", "sdpa") for b in LAYOUTS if b != "video" or video]
+            names.sort(key=lambda pair: zlib.crc32(f"{family.name}-{stage}-{pair}".encode()))
+            batch = next(pair for pair in names if pair[1] == "batch")
+            other = next(pair for pair in names if pair[1] != "batch")
+            chosen = names if FULL else [batch, other]
+            found += [
+                pytest.param(family.name, stage, *pair, id="-".join((family.name, stage, *pair))) for pair in chosen
+            ]
     return found
 
 
@@ -343,3 +347,242 @@ def by_hand(model: nn.Module, values: Tensor, patches: Tensor) -> Tensor:
 def test_encoders_refuse_what_they_lack(strategy: str) -> None:
     with pytest.raises(PruningError, match=r"CLIP encoders has no (projector|llm) stage: an encoder has no"):
         vtp.prune(clip(), strategy)
+
+
+# -- composition, labels, refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "internvl"] if not FULL else list(FAMILIES))
+def test_stages_compose(name: str) -> None:
+    """Each stage sees what the one before left."""
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    early = "vit" in family.stages
+    chosen = ("l2+" if early else "") + "stride+fastv"
+    with vtp.prune(model, chosen, processor=Processor()) as pruned:
+        logits_of(model, batched(family, prompts_of(name, "batch")))
+    counts = [(sum(e.before), sum(e.after)) for s in chosen.split("+") for e in pruned.events if e.strategy == s]
+    assert {e.strategy for e in pruned.events} == set(chosen.split("+"))
+    assert all(after < before for before, after in counts if before > len(pruned.events[0].before))
+    projector = next(e for e in pruned.events if e.strategy == "stride")
+    late = [e for e in pruned.events if e.strategy == "fastv"]
+    assert [e.before[0] for e in late] == projector.after
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("strategy", ["stride", "fastv"])
+def test_labels_and_full_length_logits(name: str, strategy: str) -> None:
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    inputs = batched(family, prompts_of(name, "single"))
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -2:] = inputs["input_ids"][:, -2:]
+    with vtp.prune(model, strategy), torch.no_grad():
+        output = model(**inputs, labels=labels)
+    assert output.logits.shape[:2] == labels.shape
+    predicted = output.logits[0, -3:-1].log_softmax(-1).gather(1, labels[0, -2:, None])
+    torch.testing.assert_close(output.loss, -predicted.mean(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arguments", [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}])
+def test_modes_that_do_not_fit_decoder_cuts(arguments: dict[str, Any]) -> None:
+    family, model = FAMILIES["qwen2_5_vl"], model_of("qwen2_5_vl", "sdpa")
+    inputs = batched(family, prompts_of("qwen2_5_vl", "single"))
+    with vtp.prune(model, "fastv"), pytest.raises(PruningError, match="fastv: "):
+        generated(model, inputs, **arguments)
+
+
+def test_deepstack_layers_cannot_be_cut() -> None:
+    with pytest.raises(PruningError, match=r"fastv: layer must be in 2 \.\.\. 3 for this model, got 1"):
+        vtp.prune(model_of("qwen3_vl", "sdpa"), "fastv", layer=1)
+
+
+def test_sliding_window_is_refused() -> None:
+    family, model = FAMILIES["gemma3"], FAMILIES["gemma3"].build("sdpa")
+    for layer in model.model.language_model.layers:
+        layer.self_attn.sliding_window = 8 if layer.self_attn.sliding_window else None
+    inputs = batched(family, prompts_of("gemma3", "single"))
+    with vtp.prune(model, "fastv"), pytest.raises(PruningError, match="longer than the model's sliding window"):
+        model(**inputs)
+
+
+def test_text_only_sample_in_a_batch() -> None:
+    for name in ("llava_next", "qwen2_5_vl", "internvl"):
+        family, model = FAMILIES[name], model_of(name, "sdpa")
+        prompts = (family.sample(0, 1), Prompt(families.words(9, 5)))
+        with vtp.prune(model, "stride", keep_ratio=0.5):
+            together = generated(model, batched(family, prompts))
+        alone = generated(model, batched(family, prompts[1:]))
+        actual = torch.stack([step[1] for step in together.logits])
+        torch.testing.assert_close(actual, torch.cat(alone.logits), rtol=1e-4, atol=1e-4)
+
+
+# -- BLIP-2 -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def blip2() -> nn.Module:
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2QFormerConfig,
+        Blip2VisionConfig,
+        OPTConfig,
+    )
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = Blip2VisionConfig(**families.VISION, patch_size=4, image_size=16)
+    former = Blip2QFormerConfig(
+        **sizes, vocab_size=50, intermediate_size=48, encoder_hidden_size=32, cross_attention_frequency=1
+    )
+    text = OPTConfig(
+        **sizes, vocab_size=200, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64, pad_token_id=0
+    )
+    config = Blip2Config(
+        vision_config=vision.to_dict(),
+        qformer_config=former.to_dict(),
+        text_config=text.to_dict(),
+        num_query_tokens=6,
+        image_token_index=families.IMAGE,
+    )
+    torch.manual_seed(0)
+    model = Blip2ForConditionalGeneration(config).eval()
+    nn.init.normal_(model.query_tokens)
+    return model
+
+
+def blip2_inputs() -> dict[str, Tensor]:
+    ids = torch.tensor([[families.IMAGE] * 6 + families.words(4, seed) for seed in (1, 2)])
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": families.pixels(2, 3, 16, 16, seed=3),
+    }
+
+
+@pytest.mark.parametrize("stage", ["pixels", "vit", "projector"])
+def test_blip2(stage: str) -> None:
+    """The Q-Former sees what is left: its output equals that of a Q-Former that is given these tokens by hand."""
+    model, inputs = blip2(), blip2_inputs()
+    whole = logits_of(model, inputs)
+    seen: list[Tensor] = []
+    handle = model.qformer.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
+    for strategy, fields in STRATEGIES[stage]:
+        with vtp.prune(model, strategy, processor=Processor(), **fields) as pruned:
+            cut = logits_of(model, inputs)
+            kept = [k for event in pruned.events for k in event.kept]
+        assert not torch.equal(cut, whole)
+        found = seen[-1]
+        for number, patches in enumerate(kept):
+            expected = blip2_by_hand(model, inputs["pixel_values"][number : number + 1], patches, stage)
+            torch.testing.assert_close(found[number], expected, rtol=1e-4, atol=1e-5)
+    handle.remove()
+    assert torch.equal(logits_of(model, inputs), whole)
+
+
+def blip2_by_hand(model: nn.Module, values: Tensor, patches: Tensor, stage: str) -> Tensor:
+    with torch.no_grad():
+        hidden = model.vision_model.embeddings(values)
+        chosen = torch.cat([torch.zeros(1, dtype=torch.long), patches + 1])
+        hidden = hidden if stage == "projector" else hidden[:, chosen]
+        for layer in model.vision_model.encoder.layers:
+            hidden = layer(hidden)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        hidden = model.vision_model.post_layernorm(hidden)
+        hidden = hidden[:, chosen] if stage == "projector" else hidden
+        return model.qformer(query_embeds=model.query_tokens, encoder_hidden_states=hidden).last_hidden_state[0]
+
+
+def test_blip2_keeps_everything_and_refuses_the_decoder() -> None:
+    model, inputs = blip2(), blip2_inputs()
+    whole = logits_of(model, inputs)
+    for name in ("l2", "stride"):
+        with vtp.prune(model, name, keep_ratio=1.0, processor=Processor()):
+            assert torch.equal(logits_of(model, inputs), whole)
+    with pytest.raises(PruningError, match="BLIP-2 has no llm stage"):
+        vtp.prune(model, "fastv")
+
+
+# -- the authors' LLaVA-1.6 -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def anyres(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    language = pytest.importorskip("llava.model.language_model.llava_llama")
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    folder = str(tmp_path_factory.mktemp("clip"))
+    torch.manual_seed(0)
+    CLIPVisionModel(CLIPVisionConfig(**families.VISION, patch_size=4, image_size=16)).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    config = language.LlavaConfig(**families.TEXT)
+    facts = {
+        "mm_vision_tower": folder,
+        "mm_hidden_size": 32,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_patch_merge_type": "spatial_unpad",
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": families.PINPOINTS,
+        "tokenizer_padding_side": "left",
+    }
+    for name, value in facts.items():
+        setattr(config, name, value)
+    model = language.LlavaLlamaForCausalLM(config).eval()
+    model.get_vision_tower().load_model()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+ANYRES_SIZES = [(30, 20), (16, 30), (16, 16)]  # width, height
+
+
+def anyres_inputs(rows: slice) -> dict[str, Any]:
+    tiles = [families.pixels(n, 3, 16, 16, seed=n) for n in (5, 3, 3)]
+    first = [*families.words(3, 1), -200, *families.words(4, 2), -200, *families.words(3, 3)]
+    second = [*families.words(3, 5), -200, *families.words(3, 6)]
+    ids = torch.tensor([first, [0] * (len(first) - len(second)) + second])[rows]
+    mask = torch.tensor([[1] * len(first), [0] * (len(first) - len(second)) + [1] * len(second)]).bool()[rows]
+    images = {0: slice(0, 2), 1: slice(2, 3)}[rows.start] if rows.start is not None else slice(None)
+    return {"inputs": ids, "attention_mask": mask, "images": tiles[images], "image_sizes": ANYRES_SIZES[images]}
+
+
+@pytest.mark.parametrize("stage", families.STAGES)
+def test_authors_anyres(anyres: nn.Module, stage: str) -> None:
+    """keep_ratio=1 and detaching are exact, a batch equals its samples, dropped rows are gone from the prompt."""
+    settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+
+    def run(rows: slice = slice(None)) -> Tensor:
+        return torch.stack(anyres.generate(**anyres_inputs(rows), **settings).logits)  # [NEW, B, V]
+
+    whole = run()
+    for strategy, fields in STRATEGIES[stage]:
+        with vtp.prune(anyres, strategy, processor=Processor(), **fields) as pruned:
+            assert pruned.adapter.family == "llava_anyres"
+            together = run()
+            singles = torch.cat([run(slice(0, 1)), run(slice(1, 2))], 1)
+        torch.testing.assert_close(together, singles, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(together, whole)
+        if "keep_ratio" in fields:
+            with vtp.prune(anyres, strategy, processor=Processor(), **{**fields, "keep_ratio": 1.0}):
+                assert torch.equal(run(), whole)
+    assert torch.equal(run(), whole)
+
+
+def test_authors_anyres_against_the_hosts_own_merge(anyres: nn.Module) -> None:
+    """Rows that a projector strategy drops are taken out of the host's embeddings; newlines stay."""
+    inputs = anyres_inputs(slice(1, 2))
+    arguments = (None, inputs["attention_mask"], None, None, inputs["images"], inputs["image_sizes"])
+    with torch.no_grad():
+        embeds = anyres.prepare_inputs_labels_for_multimodal(inputs["inputs"], *arguments)[4]
+        embeds = embeds[:, -(embeds.shape[1]) :]
+        start = 3
+        total = embeds.shape[1] - 6
+        with vtp.prune(anyres, "stride", keep_ratio=0.5, budget="per_tile") as pruned:
+            found = anyres.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
+            (kept,) = pruned.events[-1].kept
+        keep = torch.ones(embeds.shape[1], dtype=torch.bool)
+        newline = (embeds[0, start : start + total] == anyres.model.image_newline).all(-1)
+        keep[start : start + total] = newline
+        keep[start + kept] = True
+        expected = anyres(inputs_embeds=embeds[:, keep]).logits[:, -1]
+    assert int(newline.sum()) > 0
+    torch.testing.assert_close(found.logits[0], expected, rtol=1e-4, atol=1e-5)

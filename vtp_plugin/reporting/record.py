@@ -25,7 +25,7 @@ PARTS = ("selector", "tower", "prefill", "decode", "total")
 
 def samples_of(pruned: Pruned, call: Call) -> list[dict[str, Any]]:
     """One report for every sample of a finished call, in the order of the batch; seconds are shared equally."""
-    rows = 1 if call.valid is None else len(call.valid)
+    rows = 1 + max((i.sample for i in call.images), default=0) if call.valid is None else len(call.valid)
     shared = {part: seconds / rows for part, seconds in call.seconds.items()}
     return [_sample(pruned, call, row) | {"seconds": shared} for row in range(rows)]
 
