@@ -1,4 +1,4 @@
-"""BLIP-2: EVA tower, Q-Former, OPT or T5. The Q-Former asks the tower's tokens and answers with a fixed number of queries.
+"""BLIP-2: EVA tower, Q-Former, OPT or T5. The Q-Former asks the tower's tokens with a fixed number of queries.
 
 So the prompt never gets shorter: pixels and vit cut inside the tower, projector cuts what the Q-Former attends to (the
 class token always stays). Where images keep unequal numbers, the shorter ones are filled up and masked.

@@ -250,7 +250,7 @@ class PackedCuts(TileCuts):
         return self.pixels.levels(values.unflatten(1, (3, -1, self.tower.patch_size)))
 
     def _unit_pixels(self, levels: Tensor, video: bool) -> Tensor:
-        """Units as larger patches, [U, b * b, 3, t * p, p] -> [U, 3, b * p, b * p]; frames of a video one below the other."""
+        """Units as larger patches, [U, b * b, 3, t * p, p] -> [U, 3, b * p, b * p]; video frames stacked."""
         size, b = self.tower.patch_size, self.tower.block
         split = levels.unflatten(1, (b, b)).unflatten(4, (-1, size))  # [U, b, b, 3, t, p, p]
         split = split if video else split[:, :, :, :, :1]
