@@ -263,15 +263,15 @@ def _internvl(attention: str) -> nn.Module:
     from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config
     from transformers.models.internvl import InternVLVisionConfig
 
-    vision = InternVLVisionConfig(**VISION, patch_size=[4, 4], image_size=[16, 16])
+    vision = InternVLVisionConfig(**VISION, patch_size=[4, 4], image_size=[24, 24])
     config = InternVLConfig(vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_id=IMAGE)
     return _model(InternVLForConditionalGeneration, config, attention)
 
 
 def _internvl_sample(seed: int, images: int) -> Prompt:
     tiles = [1 + (seed + n) % 3 for n in range(images)]
-    values = pixels(sum(tiles), 3, 16, 16, seed=seed)
-    return Prompt(_text([[IMAGE] * (4 * n) for n in tiles], seed), {"pixel_values": values}, [4 * n for n in tiles])
+    values = pixels(sum(tiles), 3, 24, 24, seed=seed)
+    return Prompt(_text([[IMAGE] * (9 * n) for n in tiles], seed), {"pixel_values": values}, [9 * n for n in tiles])
 
 
 def _gemma3(attention: str) -> nn.Module:

@@ -171,6 +171,11 @@ def test_budget_in_tower_is_per_tile() -> None:
     assert pruned.events[-1].after == [40]
 
 
+def test_budget_between_layers_is_per_image() -> None:
+    with pytest.raises(PruningError, match="the llm stage cuts per image"):
+        vtp.prune(model_of("llava_next", "sdpa"), "fastv", budget="total")
+
+
 MODES = {
     "sampling": {"do_sample": True, "num_return_sequences": 2},
     "beams": {"num_beams": 2},

@@ -47,6 +47,11 @@ class DecoderCuts:
     def prepare(self) -> None:
         """Check that the model has the layers; raises before anything is attached."""
         for layer, strategies in self.by_layer.items():
+            for strategy in strategies:
+                if strategy.budget != "per_image":
+                    raise strategy.error(
+                        f"budget={strategy.budget} is for the projector stage; the llm stage cuts per image"
+                    )
             first = self.pruned.adapter.first_cut
             if not first <= layer < len(self.layers):
                 last = len(self.layers) - 1
