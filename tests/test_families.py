@@ -171,9 +171,12 @@ def test_budget_in_tower_is_per_tile() -> None:
     assert pruned.events[-1].after == [40]
 
 
-def test_budget_between_layers_is_per_image() -> None:
+def test_budgets_that_nothing_would_obey_are_refused() -> None:
     with pytest.raises(PruningError, match="the llm stage cuts per image"):
-        vtp.prune(model_of("llava_next", "sdpa"), "fastv", budget="total")
+        vtp.prune(model_of("llava_next", "sdpa"), "fastv", budget="per_tile")
+    for model, name in ((model_of("llava_next", "sdpa"), "l2"), (blip2(), "stride")):
+        with pytest.raises(PruningError, match=r"budget=total is not possible at the (vit|projector) stage"):
+            vtp.prune(model, name, budget="total", processor=Processor())
 
 
 MODES = {

@@ -70,6 +70,10 @@ class Rows:
         spare = spare[~torch.isin(spare, own)][: len(self.source) - len(own)]
         return torch.cat([own, spare]).sort().values
 
+    def to(self, device: torch.device) -> Rows:
+        """The same next to the prompt, which may live on another device than the tower."""
+        return Rows(self.source.to(device), self.judged.to(device))
+
     @classmethod
     def first(cls, count: int, device: torch.device) -> Rows:
         """The first rows of an image, all of them judged."""
@@ -182,7 +186,7 @@ class PlaceholderCalls:
         columns = self._placeholders(call, ids)
         self._read_questions(call, ids, real)
         features, left = self.family.encode(call, inputs)
-        left = [rows if isinstance(rows, Rows) else Rows.first(rows, ids.device) for rows in left]
+        left = [rows.to(ids.device) if isinstance(rows, Rows) else Rows.first(rows, ids.device) for rows in left]
         keep = torch.ones_like(real)
         for image, where, rows in zip(call.images, columns, left, strict=True):
             keep[image.sample, where] = False

@@ -66,6 +66,8 @@ class Part:
 class TileCuts(VisionCuts):
     """The cuts of one tower whose rows are tiles of images."""
 
+    shared_budgets = (Stage.PROJECTOR,)
+
     def __init__(self, pruned: Pruned, family: Arranging) -> None:
         super().__init__(pruned, family.tower, family.projector)
         self.family = family

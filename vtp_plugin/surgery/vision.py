@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,8 @@ OUTPUT_SIGNALS = ("cls", "aligned")  # read where a block ends
 class VisionCuts:
     """The hooks on one vision tower and its projector. Images of one pass always have equal numbers of tokens."""
 
+    shared_budgets: Collection[Stage] = ()  # where several images of a prompt can share one budget
+
     def __init__(self, pruned: Pruned, tower: Tower, projector: nn.Module) -> None:
         self.pruned, self.tower, self.projector = pruned, tower, projector
         self.pixels: Pixels | None = None
@@ -34,6 +36,9 @@ class VisionCuts:
 
     def prepare(self) -> None:
         """Load what the strategies need; raises before anything is attached."""
+        for strategy in self.pruned.strategies:
+            if strategy.budget == "total" and strategy.stage not in self.shared_budgets:
+                raise strategy.error(f"budget=total is not possible at the {strategy.stage.value} stage of this model")
         if self._needing("pixels") or self._needing("fingerprint"):
             self.pixels = Pixels.of(self.pruned.adapter.image_processor)
         for strategy in self._needing("text"):
