@@ -44,7 +44,7 @@ def foreign(names: set[str]) -> set[str]:
 
 @pytest.mark.parametrize("path", STRATEGIES, ids=lambda path: path.stem)
 def test_a_strategy_imports_torch_and_public_names_only(path: Path):
-    allowed = {f"vtp_plugin.{name}" for name in ("strategy", "tokens", "stages", "errors")} | {"vtp_plugin"}
+    allowed = {f"vtp_plugin.{name}" for name in ("strategy", "tokens", "stages", "errors", "selectors")} | {"vtp_plugin"}
     assert foreign(imports(path)) <= {"torch"}
     assert own(imports(path)) <= allowed
 
@@ -106,15 +106,16 @@ def test_listing_the_strategies_imports_no_host():
 def test_a_strategy_file_says_where_it_comes_from(path: Path):
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert docstring
-    (cls,) = (c for c in map(get_strategy, list_strategies()) if c.__module__ == f"vtp_plugin.strategies.{path.stem}")
-    assert cls.name == path.stem
-    assert cls.__doc__
-    assert cls.paper
-    if cls.paper == "control":
-        return
-    assert re.search(r"^Source: ", docstring, re.MULTILINE)
-    for link in re.findall(r"(?:abs/|doi\.org/)(\S+)", cls.paper):
-        assert link in docstring
+    module = f"vtp_plugin.strategies.{path.stem}"
+    variants = {c.name: c for c in map(get_strategy, list_strategies()) if c.__module__ == module}
+    assert path.stem in variants
+    for cls in variants.values():
+        assert cls.__doc__
+        assert cls.paper
+        if cls.paper != "control":
+            assert re.search(r"^Source: ", docstring, re.MULTILINE)
+        for link in re.findall(r"(?:abs/|doi\.org/)(\S+)", cls.paper):
+            assert link in docstring
 
 
 @pytest.mark.parametrize("name", list_strategies())

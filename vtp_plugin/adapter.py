@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vtp_plugin.metrics.flops import Shapes
     from vtp_plugin.pruning import Pruned
     from vtp_plugin.surgery.undo import Undo
+    from vtp_plugin.surgery.vision import VisionCuts
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,12 @@ class Tower:
     patch_embedding: nn.Module  # pixel values -> [B, D, rows, columns]
     blocks: Sequence[nn.Module]  # each with `self_attn` (q_proj, k_proj, head_dim)
     post_layernorm: nn.Module | None
-    prefix: int  # tokens in front of the patches: 1 for a class token
+    prefix: int  # tokens in front of the patches: 1 for a class token, 0 if there is none
     grid: tuple[int, int]
     patch_size: int
     projected: int  # block whose output is projected, negative counts from the last
+    attention: str = "self_attn"  # where a block's attention is
+    block: int = 1  # side of the square of patches that becomes one token of the prompt: dropped as a whole
 
 
 class SharedSpace(Protocol):
@@ -58,8 +61,9 @@ class Adapter(ABC):
 
     tower: Tower
     projector: nn.Module
-    language_model: nn.Module
+    language_model: nn.Module | None  # None: an encoder without a language model
     decoder_layers: Sequence[nn.Module]
+    first_cut: int = 1  # the first decoder layer that may see fewer tokens than the one before
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         self.model, self.processor = model, processor
@@ -77,9 +81,20 @@ class Adapter(ABC):
     def shapes(self) -> Shapes:
         """The sizes that FLOPs are counted from."""
 
+    def vision(self, pruned: Pruned) -> VisionCuts:
+        """The cuts before, in and behind the vision tower."""
+        from vtp_plugin.surgery.vision import VisionCuts
+
+        return VisionCuts(pruned, self.tower, self.projector)
+
     def shared_space(self, checkpoint: str | None) -> SharedSpace:
         """CLIP's joint space, from `checkpoint` or the tower's own; PruningError if the tower has none."""
         raise PruningError(f"{self.family} has no CLIP text encoder that matches its vision tower")
+
+    @property
+    def cls_attention(self) -> str:
+        """What the signal of that name is in this family, for the record."""
+        return "of the class token" if self.tower.prefix else "received, mean over queries (there is no class token)"
 
     @property
     def image_processor(self) -> Any:

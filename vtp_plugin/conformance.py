@@ -318,7 +318,7 @@ def _finite(cls: type[PruningStrategy]) -> str:
 
 def _parameters(cls: type[PruningStrategy]) -> str:
     """every parameter changes something"""
-    fields = [field for field in cls.fields() if field not in BUDGET]
+    fields = [field for field in cls.fields() if field not in (*BUDGET, "budget")]
     bases = [{}, *({field: value} for field in fields for value in (*_options(cls, field), 0.1, 5))]
     idle = [field for field in fields if not any(_matters(cls, base, field) for base in bases if field not in base)]
     if idle:

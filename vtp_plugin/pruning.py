@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,10 @@ from vtp_plugin.surgery.call import Call, PruningEvent
 from vtp_plugin.surgery.decoder import DecoderCuts
 from vtp_plugin.surgery.pixels import watch as watch_processor
 from vtp_plugin.surgery.undo import Undo
-from vtp_plugin.surgery.vision import VisionCuts
 from vtp_plugin.tokens import Selection, VisualTokens
+
+if TYPE_CHECKING:
+    from vtp_plugin.surgery.vision import VisionCuts
 
 MARK = "_vtp_pruned"
 EVENTS_KEPT = 10_000
@@ -73,7 +75,7 @@ class Pruned:
                 raise PruningError(
                     f"{strategy.name}: {self.adapter.models} has no {strategy.stage.value} stage: {reason}"
                 )
-        vision = VisionCuts(self, self.adapter.tower, self.adapter.projector)
+        vision = self.adapter.vision(self)
         decoder = DecoderCuts(self, self.adapter.decoder_layers, [s for s in self.strategies if s.stage is Stage.LLM])
         vision.prepare()
         decoder.prepare()
@@ -134,8 +136,8 @@ class Pruned:
         judgement = Judgement(self.call, strategy, layer)
         with self.timed("selector") as spent:
             yield judgement
-        event = judgement.event(spent[0]) if judgement.selection is not None else None
-        if event is not None:
+        if judgement.before:
+            event = judgement.event(spent[0])
             self.call.events.append(event)
             plugins.manager().hook.vtp_tokens_pruned(event=event)
 
@@ -188,7 +190,8 @@ class Judgement:
 
     def __init__(self, call: Call, strategy: PruningStrategy, layer: int | None) -> None:
         self.call, self.strategy, self.layer = call, strategy, layer
-        self.selection: Selection | None = None
+        self.before: dict[int, int] = {}  # by image number
+        self.kept: dict[int, list[Tensor]] = {}
 
     def decide(
         self,
@@ -199,27 +202,51 @@ class Judgement:
         **facts: Any,
     ) -> Selection:
         """Ask the strategy about tokens [B, N, D] of the given images, and remember what is left of them."""
-        self.images = [self.call.images[number] for number in images]
-        self.numbers, self.before = list(images), [tokens.shape[1]] * len(images)
+        judged = [self.call.images[number] for number in images]
+        index = torch.stack([image.index for image in judged]).to(tokens.device)
+        selection = self.ask(tokens, index, [image.fingerprint for image in judged], grid, signals, **facts)
+        for number, image, columns, row in zip(images, judged, selection.sources, index, strict=True):
+            image.index = torch.where(columns >= 0, row[columns.clamp(min=0)], -1)
+            self.note(number, tokens.shape[1], image.index)
+        return selection
+
+    def ask(
+        self,
+        tokens: Tensor,
+        index: Tensor,
+        fingerprint: Sequence[int],
+        grid: tuple[int, int],
+        signals: Mapping[str, Tensor | None],
+        **facts: Any,
+    ) -> Selection:
+        """Ask the strategy about rows of tokens [B, N, D] that need not be images."""
         visual = VisualTokens(
             tokens=tokens,
             grid=grid,
-            index=torch.stack([image.index for image in self.images]).to(tokens.device),
-            fingerprint=tuple(image.fingerprint for image in self.images),
+            index=index,
+            fingerprint=tuple(fingerprint),
             layer=self.layer,
             **facts,
             **{name: value for name, value in signals.items() if name in self.strategy.needs},
         )
-        self.selection = self.strategy.decide(visual)
-        for image, columns, index in zip(self.images, self.selection.sources, visual.index, strict=True):
-            image.index = torch.where(columns >= 0, index[columns.clamp(min=0)], -1)
-        return self.selection
+        return self.strategy.decide(visual)
+
+    def note(self, image: int, before: int, kept: Tensor) -> None:
+        """Remember what was decided about (a part of) an image."""
+        self.before[image] = self.before.get(image, 0) + before
+        self.kept.setdefault(image, []).append(kept.cpu())
 
     def event(self, seconds: float) -> PruningEvent:
-        kept = [image.index.cpu() for image in self.images]
-        after = [len(index) for index in kept]
+        kept = [torch.cat(parts) for parts in self.kept.values()]
         return PruningEvent(
-            self.strategy.name, self.strategy.stage, self.layer, self.numbers, self.before, after, kept, seconds
+            self.strategy.name,
+            self.strategy.stage,
+            self.layer,
+            list(self.before),
+            list(self.before.values()),
+            [len(index) for index in kept],
+            kept,
+            seconds,
         )
 
 

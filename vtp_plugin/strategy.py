@@ -16,6 +16,7 @@ from vtp_plugin.stages import Stage
 from vtp_plugin.tokens import Selection, VisualTokens, top_k
 
 BUDGET = ("keep_ratio", "keep_tokens")
+UNITS = ("per_image", "per_tile", "total")  # what a budget is counted over; total: all images of one prompt
 
 
 @dataclass(kw_only=True)
@@ -36,8 +37,9 @@ class PruningStrategy(ABC):
     nominal: ClassVar[bool] = False  # True: keep_ratio is the paper's label of a setting, not what is left at the end
 
     keep_ratio: float | None = None  # kept / all, in (0, 1]
-    keep_tokens: int | None = None  # or an absolute number per image
+    keep_tokens: int | None = None  # or an absolute number
     invert: bool = False  # the control: keep the lowest scores instead; only for methods that rank
+    budget: str = "per_image"  # what either counts over: per_image, per_tile or total (all images of one prompt)
 
     def __post_init__(self) -> None:
         if not self.budgeted:
@@ -52,6 +54,7 @@ class PruningStrategy(ABC):
             self.check("keep_tokens", _whole(self.keep_tokens) and self.keep_tokens >= 1, "must be a whole number >= 1")
         self.check_choice("invert", (True, False))
         self.check("invert", self.ranks() or not self.invert, "needs a method that ranks all tokens by one score")
+        self.check_choice("budget", UNITS)
         self.validate()
 
     # -- what a method implements ---------------------------------------------------------------------------------
@@ -123,7 +126,7 @@ class PruningStrategy(ABC):
     @classmethod
     def fields(cls) -> list[str]:
         """The names of the hyper-parameters."""
-        hidden = (() if cls.budgeted else BUDGET) + (() if cls.ranks() else ("invert",))
+        hidden = (() if cls.budgeted else (*BUDGET, "budget")) + (() if cls.ranks() else ("invert",))
         return [f.name for f in dataclasses.fields(cls) if f.name not in hidden]
 
     @classmethod

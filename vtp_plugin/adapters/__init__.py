@@ -16,5 +16,6 @@ def vtp_register_adapters(register: Callable[[type[Adapter]], None]) -> None:
     for info in iter_modules(__path__):
         module = import_module(f"{__name__}.{info.name}")
         for cls in vars(module).values():
-            if inspect.isclass(cls) and issubclass(cls, Adapter) and cls.__module__ == module.__name__:
+            own = inspect.isclass(cls) and issubclass(cls, Adapter) and cls.__module__ == module.__name__
+            if own and "family" in vars(cls):  # a base class has none
                 register(cls)

@@ -49,13 +49,19 @@ class Shapes:
     llm: Transformer
     head: int  # MACs of the output layer for one token
 
-    def tower_macs(self, patches: int, blocks_see: int) -> int:
-        """Embed `patches`, then run the blocks on the `blocks_see` patches that are left and the prefix."""
-        return patches * self.patch + self.tower.macs(blocks_see + self.prefix)
+    def tower_macs(self, patches: int, blocks_see: int, tiles: int = 1) -> int:
+        """Embed `patches`, then run the blocks on the `blocks_see` patches that are left and the prefix.
 
-    def prefill_macs(self, images: Sequence[tuple[int, int, int]], lengths: Sequence[int]) -> int:
-        """One sample: per image (patches, patches in the blocks, tokens projected); the prompt's length per layer."""
-        tower = sum(self.tower_macs(patches, seen) + projected * self.projector for patches, seen, projected in images)
+        Tiles are sequences of their own, counted as equally long; windows inside one are counted as full attention.
+        """
+        return patches * self.patch + tiles * self.tower.macs(blocks_see // tiles + self.prefix)
+
+    def prefill_macs(self, images: Sequence[tuple[int, int, int, int]], lengths: Sequence[int]) -> int:
+        """One sample: per image (patches, patches in the blocks, tiles, tokens projected); prompt length per layer."""
+        tower = sum(
+            self.tower_macs(patches, seen, tiles) + projected * self.projector
+            for patches, seen, tiles, projected in images
+        )
         return tower + sum(self.llm.layer_macs(length) for length in lengths) + self.head
 
 

@@ -23,9 +23,12 @@ def clock(device: torch.device) -> float:
 def watch(pruned: Pruned, undo: Undo) -> None:
     """Measure tower, prefill and decode of every call; in-tower and in-LLM selection is part of tower and prefill."""
     _watch(pruned, undo, pruned.adapter.tower.module, lambda: "tower")
-    _watch(
-        pruned, undo, pruned.adapter.language_model, lambda: "decode" if "prefill" in pruned.call.seconds else "prefill"
-    )
+    if pruned.adapter.language_model is not None:
+        _watch(pruned, undo, pruned.adapter.language_model, lambda: _phase(pruned))
+
+
+def _phase(pruned: Pruned) -> str:
+    return "decode" if "prefill" in pruned.call.seconds else "prefill"
 
 
 def _watch(pruned: Pruned, undo: Undo, module: nn.Module, part: Any) -> None:

@@ -18,7 +18,7 @@ SCENES = 3
 
 def accuracies(results: Mapping[str, Any]) -> dict[str, float]:
     """Exact-match accuracy of every task of a results file; groups are left out."""
-    tasks = results["results"]
+    tasks = {name: scores for name, scores in results["results"].items() if name in results["configs"]}
     return {name: scores["exact_match,none"] for name, scores in tasks.items() if "exact_match,none" in scores}
 
 
@@ -28,7 +28,7 @@ def table(runs: Mapping[str, Mapping[str, Any]], title: str = "") -> Table:
         raise PruningError("a comparison needs the unpruned run (none)")
     tasks = sorted(accuracies(runs[BASELINE]))
     short = [task.removeprefix("vtp_scenes_") for task in tasks]
-    result = Table(["strategy", *short, "mean", "visual tokens", "FLOPs", "prefill time"], title=title)
+    result = Table(["strategy", *short, "mean", "tokens", "FLOPs", "prefill"], title=title)
     baseline = runs[BASELINE]["pruning"]
     for spec, results in runs.items():
         scores, record = accuracies(results), results["pruning"]
@@ -36,9 +36,9 @@ def table(runs: Mapping[str, Mapping[str, Any]], title: str = "") -> Table:
         tokens = record["visual_tokens"]
         result.add(
             "unpruned" if spec == BASELINE else spec,
-            *(f"{scores[task]:.1%}" for task in tasks),
-            f"{mean:.1%}",
-            f"{tokens['mean_after']:.1f} of {tokens['mean_before']:.0f}",
+            *(f"{100 * scores[task]:.1f}" for task in tasks),
+            f"{100 * mean:.1f}",
+            f"{tokens['mean_after']:.0f}/{tokens['mean_before']:.0f}",
             f"{record['prefill_flops']['ratio']:.2f}x",
             f"{_prefill(record) / _prefill(baseline):.2f}x",
         )
@@ -49,8 +49,9 @@ def table(runs: Mapping[str, Mapping[str, Any]], title: str = "") -> Table:
 def caption(runs: Mapping[str, Mapping[str, Any]]) -> str:
     """What the columns are, and which methods do not beat chance."""
     said = [
+        "Accuracy in %. Tokens: visual tokens per image, kept (by the last layer) / all.",
         "FLOPs: whole prefill, vision tower included, relative to the same prompts unpruned.",
-        "Prefill time: decoder layers until the first token, selection inside them included, relative to unpruned.",
+        "Prefill: time in the decoder layers until the first token, relative to the unpruned run.",
     ]
     if CONTROL in runs:
         behind = [spec for spec in runs if spec not in (BASELINE, CONTROL) and _behind(runs, spec)]

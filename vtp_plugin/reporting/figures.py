@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LABEL = 44  # characters under a panel
 FADED = 0.18  # how much of a dropped patch is still visible
 
 
@@ -33,7 +35,7 @@ def _draw(axis: Axes, seen: View) -> None:
     pixels = np.asarray(seen.picture, dtype=np.float32) / 255
     axis.imshow(pixels * _mask(seen, pixels.shape[:2]))
     axis.set_title(f"{seen.label}: {seen.after}/{seen.before}", fontsize=8)
-    axis.set_xlabel(f"{seen.question}: {seen.answer}", fontsize=7)
+    axis.set_xlabel(shorten(f"{seen.question}: {seen.answer}", LABEL, placeholder=" ..."), fontsize=7)
     axis.set_xticks([])
     axis.set_yticks([])
 

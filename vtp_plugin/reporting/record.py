@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtp_plugin.config import describe
 from vtp_plugin.stages import Stage
-from vtp_plugin.surgery.call import Call
+from vtp_plugin.surgery.call import Call, Image, PruningEvent
 
 if TYPE_CHECKING:
     from vtp_plugin.pruning import Pruned
@@ -25,7 +25,8 @@ PARTS = ("selector", "tower", "prefill", "decode", "total")
 
 def samples_of(pruned: Pruned, call: Call) -> list[dict[str, Any]]:
     """One report for every sample of a finished call, in the order of the batch; seconds are shared equally."""
-    rows = call.rows if call.valid is None else len(call.valid)
+    rows = max([call.rows, *(image.sample + 1 for image in call.images)])
+    rows = rows if call.valid is None else len(call.valid)
     shared = {part: seconds / rows for part, seconds in call.seconds.items()}
     return [_sample(pruned, call, row) | {"seconds": shared} for row in range(rows)]
 
@@ -40,9 +41,10 @@ def _sample(pruned: Pruned, call: Call, row: int) -> dict[str, Any]:
     report: dict[str, Any] = {"images": [{"before": c["total"], "after": c["kept"]} for c in counts]}
     if lengths:
         shapes = pruned.adapter.shapes()
-        whole = lengths[0] + sum(c["total"] - c["projected"] for c in counts)
-        before = shapes.prefill_macs([(c["total"],) * 3 for c in counts], [whole] * len(lengths))
-        after = shapes.prefill_macs([(c["total"], c["seen"], c["projected"]) for c in counts], lengths)
+        whole = lengths[0] + sum(c["total"] - c["entered"] for c in counts)
+        whole_images = [(c["patches"], c["patches"], c["tiles"], c["projectable"]) for c in counts]
+        before = shapes.prefill_macs(whole_images, [whole] * len(lengths))
+        after = shapes.prefill_macs([(c["patches"], c["seen"], c["tiles"], c["projected"]) for c in counts], lengths)
         report["prompt_tokens"] = {
             "before": whole,
             "after": lengths[0],
@@ -54,13 +56,34 @@ def _sample(pruned: Pruned, call: Call, row: int) -> dict[str, Any]:
 
 def _passage(call: Call, number: int) -> dict[str, int]:
     """How many tokens of an image the tower's blocks saw, the projector saw, and the last decoder layer saw."""
-    total = seen = projected = kept = call.images[number].total
+    image = call.images[number]
+    if image.patches is not None:
+        return _arranged(image, [e for e in call.events if number in e.images], number)
+    total = seen = projected = kept = image.total
     for event in call.events:
         if number in event.images:
             kept = event.after[event.images.index(number)]
             seen = kept if event.stage.order <= Stage.VIT.order else seen
             projected = kept if event.stage.order <= Stage.PROJECTOR.order else projected
-    return {"total": total, "seen": seen, "projected": projected, "kept": kept}
+    same = {"total": total, "patches": total, "projectable": total}
+    return same | {"tiles": 1, "seen": seen, "projected": projected, "entered": projected, "kept": kept}
+
+
+def _arranged(image: Image, events: Sequence[PruningEvent], number: int) -> dict[str, int]:
+    """The same of an image whose tower tokens the host rearranges: everything is projected, then rows are cut."""
+    early = [e for e in events if e.stage.order <= Stage.VIT.order]
+    seen = image.patches
+    if early:
+        at = [e.images.index(number) for e in (early[0], early[-1])]
+        seen = image.patches * early[-1].after[at[1]] // early[0].before[at[0]]
+    tokens = {"total": image.total, "entered": image.entered, "kept": len(image.index) + image.fixed}
+    return tokens | {
+        "patches": image.patches,
+        "tiles": image.tiles,
+        "seen": seen,
+        "projectable": image.projectable,
+        "projected": image.projectable,
+    }
 
 
 def _lengths(pruned: Pruned, call: Call, row: int) -> list[int]:
@@ -111,9 +134,11 @@ def _installed(packages: Iterable[str]) -> Iterable[tuple[str, str]]:
 
 
 def _model(pruned: Pruned) -> dict[str, Any]:
-    config = pruned.adapter.language_model.config
+    config = getattr(pruned.adapter.language_model or pruned.model, "config", None)
     weight = next(pruned.model.parameters())
+    attended = any("cls_attention" in s.needs for s in pruned.strategies)
     return {
+        **({"cls_attention": pruned.adapter.cls_attention} if attended else {}),
         "family": pruned.adapter.family,
         "device": str(weight.device),
         "dtype": str(weight.dtype).removeprefix("torch."),

@@ -25,7 +25,16 @@ class Table:
 
     def rich(self) -> rich_table.Table:
         """For a terminal."""
-        table = rich_table.Table(title=self.title or None, caption=self.caption or None, box=box.SIMPLE_HEAD)
+        table = rich_table.Table(
+            title=self.title or None,
+            caption=self.caption or None,
+            title_justify="left",
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            show_edge=False,
+            pad_edge=False,
+        )
         for number, column in enumerate(self.columns):
             table.add_column(column, justify="right" if self._numeric(number) else "left")
         for row in self.rows:

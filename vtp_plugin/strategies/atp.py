@@ -12,6 +12,7 @@ N nor K, so 0.5, min-max per image and 0.6 (the one row of its table: 256 -> ~15
 to be inverted with respect to localisation: `relevance_sign=-1` turns them round; +1 is the paper as printed. The
 question is taken without the chat template and truncated to the text tower's 77 tokens.
 alpha = 0 is CLS attention alone, alpha = 1 text similarity alone.
+Towers without a class token: the attention that a patch receives, mean over queries, stands in for `cls_attention`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Downsample: the picture at a lower resolution, with as many patches as the budget allows; a control.
 
-VTC-Bench (arXiv 2510.07143) finds that plain image resizing beats most pruning methods at the same number of tokens.
+Source: VTC-Bench (arXiv 2510.07143), which finds that plain image resizing beats most pruning methods at the same
+number of tokens.
 For K = r x c the picture is resized to r x c patches (bicubic with antialiasing, levels rounded to uint8) and position
 embeddings are interpolated (bilinear) to the middle of every new patch. The same rule meets every K exactly: the
 picture is cut into round(sqrt(K rows / columns)) strips of equal height, and each strip, resized to its share of the K

@@ -1,6 +1,6 @@
 """FasterVLM: the patches that the class token looks at, nothing else.
 
-Source: arXiv 2412.01818 v1: a_i = mean over heads of A[CLS, i] in the block whose output is projected
+Source: arXiv 2412.01818v1: a_i = mean over heads of A[CLS, i] in the block whose output is projected
 (`cls_attention`), top-K, ascending; CLS itself is dropped; positions are renumbered. K is given there as 144, 58, 29 of
 576, that is round(r N). It is VisionZip's dominant part without the CLS token and without merging.
 """

@@ -6,6 +6,8 @@ Source: arXiv 2412.04467 (CVPR 2025), section 3.2 and the authors' code, whose d
 3. every other remaining patch joins the target whose key is most similar (cosine);
 4. contextual token = x_target + mean(x of the patches that joined it), a sum, not divided by two.
 Output: [CLS, dominant patches, contextual tokens], `dominant + contextual` tokens in all; positions are renumbered.
+Towers without a class token, or whose rows are made of several patches, have no CLS to keep: all dominant tokens are
+patches then, and where there is no class token the attention that a patch receives (mean over queries) ranks them.
 A budget (`keep_tokens`, `keep_ratio`) is split like the paper's settings, 54 + 10 of 64: one part in 6.4 is contextual.
 """
 
@@ -60,15 +62,17 @@ class VisionZip(PruningStrategy):
 
     def select(self, visual: VisualTokens) -> Selection:
         dominant, contextual = self.split(visual.tokens.shape[1])
-        keep = top_k(visual.cls_attention, dominant - 1)  # [B, N]
+        class_token = visual.cls is not None
+        keep = top_k(visual.cls_attention, dominant - class_token)  # [B, N]
         rows, sources = [], []
         for b, chosen in enumerate(keep):
             x, keys = visual.tokens[b].float(), normalize(visual.keys[b], dim=-1)
             rest = (~chosen).nonzero().flatten()  # [P]
             targets = _targets(rest, contextual)
             merged = _merge(x, keys, rest, targets)
-            rows.append(torch.cat([visual.cls[b, None].float(), x[chosen], merged]))
-            sources.append(torch.cat([rest.new_tensor([-1]), chosen.nonzero().flatten(), targets]))
+            first = visual.cls[b, None].float() if class_token else x[:0]
+            rows.append(torch.cat([first, x[chosen], merged]))
+            sources.append(torch.cat([rest.new_full((len(first),), -1), chosen.nonzero().flatten(), targets]))
             chosen[targets] = True
         return Selection(keep, tokens=tuple(rows), source=tuple(sources))
 

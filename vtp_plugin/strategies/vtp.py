@@ -1,6 +1,7 @@
 """vtp: importance with redundancy control, the strategy of this package.
 
-Importance as in ATP, of the projected block: u_i = (1 - alpha) N(CLS attention) + alpha N(sign cos(patch, question)),
+Source: this package; importance as in ATP (arXiv 2512.12701), of the projected block:
+u_i = (1 - alpha) N(CLS attention) + alpha N(sign cos(patch, question)),
 N is min-max per image; `alpha`, `relevance_sign`. Redundancy is what the evidence says matters more than the score:
 * control=coverage: weighted facility location, gain_j = u_j sum_i u_i max(0, cos(x_i, x_j) - covered_i): important
   tokens that stand for many important ones;

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 def heads(module: nn.Module, projection: str, hidden: Tensor) -> Tensor:
     """The heads of `q_proj` or `k_proj` of an attention module, [B, L, D] -> [B, H, L, d]."""
-    split = getattr(module, projection)(hidden).unflatten(-1, (-1, module.head_dim))
-    norm = getattr(module, projection.replace("proj", "norm"), None)
-    return (norm(split) if norm is not None else split).transpose(1, 2)
+    projected = getattr(module, projection)(hidden)
+    norm = getattr(module, projection.replace("proj", "norm"), None) or nn.Identity()
+    whole = getattr(norm, "weight", None) is not None and len(norm.weight) != module.head_dim
+    if whole:  # a norm over all heads at once
+        return norm(projected).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+    return norm(projected.unflatten(-1, (-1, module.head_dim))).transpose(1, 2)
 
 
 def scale(module: nn.Module) -> float:
@@ -27,6 +30,18 @@ def row(query: Tensor, keys: Tensor, factor: float, visible: Tensor | None = Non
     if visible is not None:
         logits = logits.masked_fill(~visible[:, None], float("-inf"))
     return logits.softmax(-1).mean(1)
+
+
+def received(queries: Tensor, keys: Tensor, factor: float) -> Tensor:
+    """Attention that every token receives, mean over queries and heads: [B, H, L, d] twice -> [B, L] fp32.
+
+    What stands in for the class token's attention in towers that have none. One head at a time: no [H, L, L] map.
+    """
+    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+    total = queries.new_zeros(len(queries), keys.shape[2], dtype=torch.float32)
+    for query, key in zip(queries.float().unbind(1), keys.float().unbind(1), strict=True):
+        total += (query @ key.mT * factor).softmax(-1).mean(1)
+    return total / queries.shape[1]
 
 
 def rotated(module: nn.Module, query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

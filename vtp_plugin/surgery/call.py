@@ -17,13 +17,21 @@ from vtp_plugin.stages import Stage
 class Image:
     """One image on its way through the model."""
 
-    total: int  # patches of the full grid, or tokens that the host would have made of it
+    total: int  # tokens that the host makes of it without pruning
     index: Tensor  # [n] raster positions of the tokens that are left, -1 for one that has none
     question: str = ""
     fingerprint: int = 0
     sample: int = 0  # row of the batch
     columns: Tensor | None = None  # [n] columns of the prompt that hold the tokens, once it is assembled
     entering: dict[str, Tensor] = field(default_factory=dict)  # llm stage: the columns that a strategy saw first
+    kind: str = "image"  # or video
+    token: int | None = None  # placeholder id, where the family has several
+    tiles: int = 1  # sequences that the tower makes of it
+    patches: int | None = None  # tokens of all tiles in the tower, where they are not the tokens of the prompt
+    grid: tuple[int, int] | None = None  # rows and columns of its tokens, where they are not the tower's
+    projectable: int = 0  # tokens that the projector sees, where `patches` is given
+    entered: int | None = None  # tokens that entered the prompt, where events do not tell
+    fixed: int = 0  # tokens among `total` that are always kept: newline rows
 
 
 @dataclass(frozen=True)

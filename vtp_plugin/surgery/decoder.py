@@ -52,8 +52,15 @@ class DecoderCuts:
     def prepare(self) -> None:
         """Check that the model has the layers; raises before anything is attached."""
         for layer, strategies in self.by_layer.items():
-            if not 1 <= layer < len(self.layers):
-                raise strategies[0].error(f"layer must be in 1 ... {len(self.layers) - 1} for this model, got {layer}")
+            for strategy in strategies:
+                if strategy.budget != "per_image":
+                    raise strategy.error(
+                        f"budget={strategy.budget} is for the projector stage; the llm stage cuts per image"
+                    )
+            first = self.pruned.adapter.first_cut
+            if not first <= layer < len(self.layers):
+                last = len(self.layers) - 1
+                raise strategies[0].error(f"layer must be in {first} ... {last} for this model, got {layer}")
 
     def install(self, undo: Undo) -> None:
         for layer, strategies in self.by_layer.items():
@@ -100,6 +107,7 @@ class DecoderCuts:
             if cache is not None and (past := cache.get_seq_length(number)) > 0:
                 mask = self._mask(kwargs, self._seen(call, number, hidden), None, hidden.shape[1], past)
                 return args, {**kwargs, "attention_mask": mask}
+            self._check_window(module, kwargs["position_embeddings"][0].shape[1])
             if number in self.by_layer:
                 hidden = self._cut(call, number, hidden, kwargs["position_embeddings"])
             return self._narrowed(hidden, args, kwargs, self._seen(call, number, hidden))
@@ -164,7 +172,9 @@ class DecoderCuts:
                     read = (call, number, hidden, before, first, *places)
                     signals = {n: self._signal(n, *read) for n in strategy.needs if n != "fingerprint"}
                     facts = {"cut": (cuts.index(number), len(cuts)), "entered": len(first)}
-                    selection = cut.decide(hidden[sample, where][None], [image_number], self._grid, signals, **facts)
+                    selection = cut.decide(
+                        hidden[sample, where][None], [image_number], image.grid or self._grid, signals, **facts
+                    )
                 columns = selection.sources[0]
                 if selection.tokens is not None:
                     merged.append((slice(sample, sample + rows), image.columns[columns], selection.tokens[0]))
@@ -247,10 +257,23 @@ class DecoderCuts:
         flash = "flash" in self.pruned.adapter.language_model.config._attn_implementation
         return _made_mask(cut, count, past + count, flash)
 
+    def _check_window(self, layer: nn.Module, length: int) -> None:
+        window = getattr(layer.self_attn, "sliding_window", None)
+        if window is not None and window < length:
+            raise PruningError(
+                f"{self._names}: a prompt of {length} tokens is longer than the model's sliding window ({window}), "
+                f"whose cache holds no whole prompt"
+            )
+
+    @property
+    def _names(self) -> str:
+        return "+".join(s.name for group in self.by_layer.values() for s in group)
+
     def _check(self, cache: Any) -> None:
         if cache is not None and getattr(cache, "is_compileable", False):
-            names = "+".join(s.name for group in self.by_layer.values() for s in group)
-            raise PruningError(f"{names}: a static cache has one length for all layers; use the default dynamic cache")
+            raise PruningError(
+                f"{self._names}: a static cache has one length for all layers; use the default dynamic cache"
+            )
 
 
 def narrowed_labels(call: Call, labels: Tensor) -> Tensor:

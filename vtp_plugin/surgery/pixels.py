@@ -41,7 +41,7 @@ class Pixels:
         """Keep the levels of images that an image processor has just made."""
         for value in outputs["pixel_values"]:
             value = torch.as_tensor(value)
-            if value.is_floating_point():
+            if value.is_floating_point() and value.ndim >= 3:
                 self.seen.extend(self.levels(value.flatten(0, -4) if value.ndim > 3 else value[None]))
 
     def levels(self, values: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -39,7 +39,7 @@ class PlaceholderModel(Protocol):
     """What an adapter tells about its family."""
 
     model: nn.Module
-    image_token: int
+    image_token: int  # the placeholder of an image that names no other
 
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
         """Whether pixels come with these arguments."""
@@ -47,8 +47,8 @@ class PlaceholderModel(Protocol):
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         """The images of a call, in the order of their placeholders; `total` placeholders each."""
 
-    def encode(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Any, list[int]]:
-        """Run the tower; the host's features object with the kept rows, and how many rows every image has."""
+    def encode(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Any, list[int] | list[Rows]]:
+        """Run the tower; the host's features object with the kept rows, and how many or which rows every image has."""
 
     def serving(self, features: Any) -> AbstractContextManager[None]:
         """While open, the model answers with these features instead of running its tower."""
@@ -58,10 +58,36 @@ class PlaceholderModel(Protocol):
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Which of an image's feature rows are left, in the order in which they are served."""
+
+    source: Tensor  # [K] long: number of the row among those that the host makes, -1 for a row that is none of them
+    judged: Tensor  # [K] bool: False for a row that no strategy may drop (a newline)
+
+    @property
+    def slots(self) -> Tensor:
+        """The placeholders that hold the rows, [K] ascending: their own, and the first free ones for the others."""
+        own = self.source[self.source >= 0].unique()
+        spare = torch.arange(len(self.source) + len(own), device=own.device)
+        spare = spare[~torch.isin(spare, own)][: len(self.source) - len(own)]
+        return torch.cat([own, spare]).sort().values
+
+    def to(self, device: torch.device) -> Rows:
+        """The same next to the prompt, which may live on another device than the tower."""
+        return Rows(self.source.to(device), self.judged.to(device))
+
+    @classmethod
+    def first(cls, count: int, device: torch.device) -> Rows:
+        """The first rows of an image, all of them judged."""
+        return cls(torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device))
+
+
+@dataclass(frozen=True)
 class Shortened:
     """A prompt without the placeholders of dropped tokens."""
 
     columns: Tensor  # [B, L'] long: column of the original prompt, -1 for padding
+    origin: Tensor | None = None  # [B, L'] long: the column whose position a token has, where it is not its own
 
     @classmethod
     def of(cls, keep: Tensor, real: Tensor, left: bool) -> Shortened:
@@ -118,22 +144,24 @@ class PlaceholderCalls:
             inputs["input_ids"] = inputs.pop("inputs", None)
         ids = inputs["input_ids"]
         self._check(inputs, generating=True)
+        real = _real(inputs)
         with self.pruned.calling() as call, torch.no_grad():
             call.rows = 1 if ids is None else len(ids)
             shortened, features = self._prepare(call, inputs)
             if shortened is not None:
                 _shift_lengths(inputs, ids.shape[1] - shortened.columns.shape[1])
-            with self.family.serving(features):
+            with self.family.serving(features), self._positions(shortened, ids, real):
                 output = self.generate(**inputs)
         return output if shortened is None else _with_prompt(output, ids, shortened.columns.shape[1])
 
     def _forward(self, inputs: dict[str, Any]) -> Any:
         ids = inputs.get("input_ids")
         self._check(inputs, generating=False)
+        real = _real(inputs)
         with self.pruned.calling() as call:
             shortened, features = self._prepare(call, inputs)
             labels, named = inputs.pop("labels", None), inputs.pop("return_dict", None)
-            with self.family.serving(features):
+            with self.family.serving(features), self._positions(shortened, ids, real):
                 output = self.forward(**inputs, return_dict=True)
         output = self._expanded(output, call, shortened, labels, ids, inputs.get("logits_to_keep", 0))
         return output.to_tuple() if named is False else output
@@ -158,40 +186,49 @@ class PlaceholderCalls:
         ids = inputs.get("input_ids")
         if ids is None or not self.family.has_images(inputs):
             return None, None
-        real = torch.ones_like(ids, dtype=torch.bool)
-        if inputs.get("attention_mask") is not None:
-            real = inputs["attention_mask"].bool()
+        real = _real(inputs)
         call.images = self.family.images(inputs)
         columns = self._placeholders(call, ids)
         self._read_questions(call, ids, real)
-        features, counts = self.family.encode(call, inputs)
+        features, left = self.family.encode(call, inputs)
+        left = [rows.to(ids.device) if isinstance(rows, Rows) else Rows.first(rows, ids.device) for rows in left]
         keep = torch.ones_like(real)
-        for image, where, count in zip(call.images, columns, counts, strict=True):
-            keep[image.sample, where[count:]] = False
+        for image, where, rows in zip(call.images, columns, left, strict=True):
+            keep[image.sample, where] = False
+            keep[image.sample, where[rows.slots]] = True
         if keep.all():
-            call.place(real, columns, [image.sample for image in call.images])
+            judged = [where[rows.judged] for where, rows in zip(columns, left, strict=True)]
+            call.place(real, judged, [image.sample for image in call.images])
             return None, features
         shortened = Shortened.of(keep, real, left=bool(real[:, -1].all()))
         self._rewrite(inputs, shortened)
-        self._place(call, shortened, columns, counts)
-        return shortened, features
+        return self._place(call, shortened, columns, left), features
 
     def _placeholders(self, call: Call, ids: Tensor) -> list[Tensor]:
-        """The columns of every image; sets its sample. The placeholders are handed out in order."""
-        rows, columns = (ids == self.family.image_token).nonzero(as_tuple=True)
-        wanted = [image.total for image in call.images]
+        """The columns of every image; sets its sample. The placeholders of a kind are handed out in order."""
+        found: dict[int, Tensor] = {}
+        for kind in dict.fromkeys(image.kind for image in call.images):
+            numbers = [n for n, image in enumerate(call.images) if image.kind == kind]
+            found |= zip(numbers, self._handed_out(kind, [call.images[n] for n in numbers], ids), strict=True)
+        return [found[number] for number in range(len(call.images))]
+
+    def _handed_out(self, kind: str, images: Sequence[Image], ids: Tensor) -> Sequence[Tensor]:
+        token = self.family.image_token if images[0].token is None else images[0].token
+        rows, columns = (ids == token).nonzero(as_tuple=True)
+        wanted = [image.total for image in images]
         if sum(wanted) != len(rows):
-            raise PruningError(f"the prompt has {len(rows)} image placeholders, its images make {sum(wanted)} tokens")
-        for image, row in zip(call.images, rows.split(wanted), strict=True):
+            raise PruningError(f"the prompt has {len(rows)} {kind} placeholders, its {kind}s make {sum(wanted)} tokens")
+        for image, row in zip(images, rows.split(wanted), strict=True):
             if len(row) and (row != row[0]).any():
-                raise PruningError("the placeholders of one image lie in two prompts of the batch")
+                raise PruningError(f"the placeholders of one {kind} lie in two prompts of the batch")
             image.sample = int(row[0])
-        return list(columns.split(wanted))
+        return columns.split(wanted)
 
     def _read_questions(self, call: Call, ids: Tensor, real: Tensor) -> None:
         if not any("text" in s.needs for s in self.pruned.strategies):
             return
-        text = real & (ids != self.family.image_token)
+        tokens = [self.family.image_token, *(image.token for image in call.images if image.token is not None)]
+        text = real & ~torch.isin(ids, torch.tensor(tokens, device=ids.device))
         questions = [question_of(self.family.decode(row[mask])) for row, mask in zip(ids, text, strict=True)]
         for image in call.images:
             image.question = questions[image.sample]
@@ -209,13 +246,20 @@ class PlaceholderCalls:
             if inputs.get(name) is not None:
                 inputs[name] = shortened.take(inputs[name], padding)
 
-    def _place(self, call: Call, shortened: Shortened, columns: Sequence[Tensor], counts: Sequence[int]) -> None:
-        """Tell the call where the images are in the shorter prompt."""
-        places = [
-            torch.isin(shortened.columns[image.sample], where[:count]).nonzero().flatten()
-            for image, where, count in zip(call.images, columns, counts, strict=True)
-        ]
+    def _place(self, call: Call, shortened: Shortened, columns: Sequence[Tensor], left: Sequence[Rows]) -> Shortened:
+        """Tell the call where the images are in the shorter prompt; the prompt with every token's own position."""
+        origin, places = shortened.columns.clone(), []
+        for image, where, rows in zip(call.images, columns, left, strict=True):
+            place = torch.isin(shortened.columns[image.sample], where[rows.slots]).nonzero().flatten()
+            origin[image.sample, place] = where[rows.source.clamp(min=0)]
+            places.append(place[rows.judged])
         call.place(shortened.valid, places, [image.sample for image in call.images])
+        return replace(shortened, origin=origin)
+
+    def _positions(self, shortened: Shortened | None, ids: Tensor, real: Tensor) -> AbstractContextManager[None]:
+        """While open, the model computes positions as the family wants them for a shortened prompt."""
+        positions = getattr(self.family, "positions", None)
+        return nullcontext() if shortened is None or positions is None else positions(shortened, ids, real)
 
     def _expanded(
         self, output: Any, call: Call, shortened: Shortened | None, labels: Tensor | None, ids: Tensor, kept: Any
@@ -232,6 +276,14 @@ class PlaceholderCalls:
         if seen is not None and isinstance(kept, int) and kept == 0:
             output.logits = seen.put(output.logits, ids.shape[1])
         return output
+
+
+def _real(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Which columns of the caller's prompt are no padding, [B, L] bool."""
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if ids is None:
+        return None
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
 
 def _with_prompt(output: Any, ids: Tensor, length: int) -> Any:

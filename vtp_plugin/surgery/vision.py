@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from vtp_plugin.pruning import Pruned
 
 ROW_SIGNALS = ("cls_attention", "keys", "raw_keys", "class_query")  # read where a block's attention begins
-OUTPUT_SIGNALS = ("cls", "aligned")  # read where a block ends
 
 
 class VisionCuts:
     """The hooks on one vision tower and its projector. Images of one pass always have equal numbers of tokens."""
+
+    shared_budgets: Collection[Stage] = ()  # where several images of a prompt can share one budget
 
     def __init__(self, pruned: Pruned, tower: Tower, projector: nn.Module) -> None:
         self.pruned, self.tower, self.projector = pruned, tower, projector
@@ -34,6 +35,9 @@ class VisionCuts:
 
     def prepare(self) -> None:
         """Load what the strategies need; raises before anything is attached."""
+        for strategy in self.pruned.strategies:
+            if strategy.budget == "total" and strategy.stage not in self.shared_budgets:
+                raise strategy.error(f"budget=total is not possible at the {strategy.stage.value} stage of this model")
         if self._needing("pixels") or self._needing("fingerprint"):
             self.pixels = Pixels.of(self.pruned.adapter.image_processor)
         for strategy in self._at(Stage.PROJECTOR):
@@ -49,14 +53,17 @@ class VisionCuts:
             undo.after(self.tower.embeddings, self._embedded)
         if self._at(Stage.VIT):
             undo.after(self.tower.patch_embedding, self._patches_embedded)
+        self._install_readers(undo)
+        if self._at(Stage.PROJECTOR):
+            undo.before(self.projector, self._projecting)
+
+    def _install_readers(self, undo: Undo) -> None:
         for layer in {self._layer(s) for s in self._at(Stage.PROJECTOR) if set(s.needs) & set(ROW_SIGNALS)}:
-            undo.before(self.tower.blocks[layer].self_attn, self._row_reader(layer))
+            undo.before(getattr(self.tower.blocks[layer], self.tower.attention), self._row_reader(layer))
         outputs = {self._layer(s) for s in self._at(Stage.PROJECTOR) if "aligned" in s.needs}
         outputs |= {self._block(None) for s in self._at(Stage.PROJECTOR) if "cls" in s.needs}
         for layer in outputs:
             undo.after(self.tower.blocks[layer], self._output_reader(layer))
-        if self._at(Stage.PROJECTOR):
-            undo.before(self.projector, self._projecting)
 
     # -- pixels and vit -------------------------------------------------------------------------------------------
 
@@ -144,8 +151,13 @@ class VisionCuts:
             hidden = args[0] if args else kwargs["hidden_states"]  # [B, 1 + N, D], normed
             with torch.no_grad(), self.pruned.timed("selector"):
                 keys = attention.heads(module, "k_proj", hidden)  # [B, H, 1 + N, d]
-                query = attention.heads(module, "q_proj", hidden[:, :1])[:, :, 0]  # [B, H, d]
-                weights = attention.row(query, keys, attention.scale(module))
+                if self.tower.prefix:
+                    query = attention.heads(module, "q_proj", hidden[:, :1])[:, :, 0]  # [B, H, d]
+                    weights = attention.row(query, keys, attention.scale(module))
+                else:  # no class token: the attention that a patch receives from all of them
+                    weights = attention.received(
+                        attention.heads(module, "q_proj", hidden), keys, attention.scale(module)
+                    )
             self._call.scratch["cls_attention", layer] = weights[:, self.tower.prefix :]
             self._call.scratch["keys", layer] = keys.float().mean(1)[:, self.tower.prefix :]
             self._call.scratch["raw_keys", layer] = keys.transpose(1, 2).flatten(2).float()[:, self.tower.prefix :]
@@ -185,7 +197,7 @@ class VisionCuts:
                     signals["projected"] = self.projector.forward(tokens)  # without hooks: not yet the host's turn
             return cut.decide(tokens, self._call.batch, self.tower.grid, signals)
 
-    def _signal(self, name: str, strategy: PruningStrategy, columns: Tensor) -> Tensor:
+    def _signal(self, name: str, strategy: PruningStrategy, columns: Tensor) -> Tensor | None:
         """One field of VisualTokens for the tokens that are left."""
         layer, call = self._layer(strategy), self._call
         if name == "class_query":
@@ -193,6 +205,8 @@ class VisionCuts:
         if name in ROW_SIGNALS:
             return attention.take(call.scratch[name, layer], columns)
         if name == "cls":
+            if not self.tower.prefix:
+                return None
             return call.scratch["output", self._block(None)][:, 0]
         space = self.spaces[strategy.clip_checkpoint]
         if name == "text":

@@ -1,0 +1,374 @@
+"""Tiny random checkpoints of every family, made from configuration classes, and prompts that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IMAGE, VIDEO, PAD = 190, 191, 0
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 200,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": 199,
+    "max_position_embeddings": 1024,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+STAGES = ("pixels", "vit", "projector", "llm")
+
+
+class Processor:
+    """As much of a processor as the package reads."""
+
+    def __init__(self) -> None:
+        self.image_processor = SimpleNamespace(
+            image_mean=[0.5] * 3, image_std=[0.25] * 3, do_normalize=True, preprocess=lambda images, **kwargs: images
+        )
+        self.tokenizer = SimpleNamespace(decode=lambda ids, **kwargs: f"USER: {ids.tolist()} ASSISTANT:")
+
+
+@dataclass
+class Prompt:
+    """One sample: ids without padding, and its pixels by argument name."""
+
+    ids: list[int]
+    images: dict[str, Tensor] = field(default_factory=dict)
+    totals: list[int] = field(default_factory=list)  # placeholders of every image
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to build one family, and what its prompts look like."""
+
+    name: str
+    build: Callable[[str], nn.Module]  # attention implementation -> model
+    sample: Callable[[int, int], Prompt]  # seed, number of images -> one prompt
+    batch: Callable[[list[Prompt]], dict[str, Any]]
+    stages: tuple[str, ...] = STAGES
+    video_stages: tuple[str, ...] = STAGES
+    mrope: bool = False
+    video: Callable[[int], Prompt] | None = None
+
+
+def pixels(*shape: int, seed: int) -> Tensor:
+    """Normalised grey levels, exactly recoverable, with flat areas that repeat."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(0, 256, (*shape[:-2], shape[-2] // 4, shape[-1] // 4), generator=generator)
+    coarse[..., : coarse.shape[-2] // 2, :] = coarse[..., :1, :1]  # the upper half repeats itself
+    levels = coarse.repeat_interleave(4, -1).repeat_interleave(4, -2)
+    return (levels / 255 - 0.5) / 0.25
+
+
+def words(n: int, seed: int) -> list[int]:
+    return torch.randint(3, 180, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def padded(prompts: list[Prompt]) -> dict[str, Tensor]:
+    """Left-padded ids and mask."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.tensor([[PAD] * (longest - len(p.ids)) + p.ids for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def stacked(prompts: list[Prompt]) -> dict[str, Any]:
+    """Ids, mask, and the pixels of all prompts one after the other."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.images)
+    return padded(prompts) | {n: torch.cat([p.images[n] for p in prompts if n in p.images]) for n in names}
+
+
+def _text(blocks: list[list[int]], seed: int) -> list[int]:
+    """Words around blocks of placeholders."""
+    ids = words(3, seed)
+    for number, block in enumerate(blocks):
+        ids += block + words(2 + number, seed + number + 1)
+    return ids + words(2 + seed % 4, seed + 9)
+
+
+def _model(cls: type, config: Any, attention: str) -> nn.Module:
+    torch.manual_seed(0)
+    config._attn_implementation = attention
+    model = cls._from_config(config, attn_implementation=attention).eval()
+    for name, parameter in model.named_parameters():  # zero-initialised tables would hide mistakes
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+        elif parameter.ndim > 1 and "embed" not in name:
+            parameter.data.mul_(4)
+    model.generation_config.pad_token_id = PAD
+    model.generation_config.eos_token_id = None
+    return model
+
+
+# -- LLaVA-NeXT -------------------------------------------------------------------------------------------------------
+
+NEXT_SIZES = [(20, 30), (30, 16), (16, 16)]
+PINPOINTS = [[16, 32], [32, 16], [32, 32]]
+
+
+def _llava_next(attention: str) -> nn.Module:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    vision = CLIPVisionConfig(**VISION, patch_size=4, image_size=16, projection_dim=16)
+    config = LlavaNextConfig(
+        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, image_grid_pinpoints=PINPOINTS
+    )
+    return _model(LlavaNextForConditionalGeneration, config, attention)
+
+
+def _next_sample(seed: int, images: int) -> Prompt:
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    sizes = [NEXT_SIZES[(seed + n) % len(NEXT_SIZES)] for n in range(images)]
+    tiles = [image_size_to_num_patches(size, PINPOINTS, 16) for size in sizes]
+    values = torch.zeros(images, 5, 3, 16, 16)
+    for number, count in enumerate(tiles):
+        values[number, :count] = pixels(count, 3, 16, 16, seed=seed * 10 + number)
+    blocks = [[IMAGE] * _next_rows(size) for size in sizes]
+    return Prompt(
+        _text(blocks, seed), {"pixel_values": values, "image_sizes": torch.tensor(sizes)}, list(map(len, blocks))
+    )
+
+
+def _next_rows(size: tuple[int, int]) -> int:
+    """Rows of an image in tiles of 4 x 4 patches: base, unpadded crops, newlines."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+    rows, columns = get_anyres_image_grid_shape(size, PINPOINTS, 16)
+    _, height, width = unpad_image(torch.zeros(1, rows * 4, columns * 4), size).shape
+    return 16 + height * (width + 1)
+
+
+# -- Qwen -------------------------------------------------------------------------------------------------------------
+
+QWEN_GRIDS = [(1, 8, 12), (1, 12, 4), (1, 4, 4)]
+QWEN_VISION = {"depth": 3, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+SECTIONS = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+
+
+def _qwen2_vl(attention: str) -> nn.Module:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    vision = QWEN_VISION | {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2, "in_channels": 3}
+    return _qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, vision, attention)
+
+
+def _qwen2_5_vl(attention: str) -> nn.Module:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vision = QWEN_VISION | {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 32,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    return _qwen(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, vision, attention)
+
+
+def _qwen3_vl(attention: str) -> nn.Module:
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    vision = QWEN_VISION | {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    return _qwen(Qwen3VLConfig, Qwen3VLForConditionalGeneration, vision, attention, head_dim=8)
+
+
+def _qwen(config: type, model: type, vision: dict[str, Any], attention: str, **text: Any) -> nn.Module:
+    text = TEXT | {"rope_parameters": dict(SECTIONS), **text}
+    built = config(vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=VIDEO)
+    return _model(model, built, attention)
+
+
+def _qwen_sample(seed: int, images: int) -> Prompt:
+    grids = [QWEN_GRIDS[(seed + n) % len(QWEN_GRIDS)] for n in range(images)]
+    values = [_patches(grid, seed * 10 + n) for n, grid in enumerate(grids)]
+    blocks = [[IMAGE] * (t * h * w // 4) for t, h, w in grids]
+    images = {"pixel_values": torch.cat(values), "image_grid_thw": torch.tensor(grids)}
+    return Prompt(_text(blocks, seed), images, list(map(len, blocks)))
+
+
+def _qwen_video(seed: int) -> Prompt:
+    grid = (3, 4, 8)
+    values = _patches(grid, seed)
+    ids = _text([[VIDEO] * (3 * 4 * 8 // 4)], seed)
+    return Prompt(ids, {"pixel_values_videos": values, "video_grid_thw": torch.tensor([grid])}, [24])
+
+
+def _qwen3_video(seed: int) -> Prompt:
+    prompt = _qwen_video(seed)
+    prompt.ids = _text([[VIDEO] * 8] * 3, seed)  # a time stamp between frames
+    return prompt
+
+
+def _patches(grid: tuple[int, int, int], seed: int) -> Tensor:
+    """Patches in merge-unit order, the frame repeated in time: [t h w, 3 * 2 * 4 * 4]."""
+    t, h, w = grid
+    image = pixels(t, 3, h * 4, w * 4, seed=seed).view(t, 3, h // 2, 2, 4, w // 2, 2, 4)
+    units = image.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(t * h * w, 3, 1, 4, 4)
+    return units.expand(-1, -1, 2, -1, -1).flatten(1)
+
+
+def _qwen_batch(prompts: list[Prompt]) -> dict[str, Any]:
+    inputs = stacked(prompts)
+    ids = inputs["input_ids"]
+    return inputs | {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
+
+
+# -- LLaVA-OneVision --------------------------------------------------------------------------------------------------
+
+
+def _llava_onevision(attention: str) -> nn.Module:
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**VISION, patch_size=4, image_size=16, vision_use_head=False),
+        text_config=Qwen2Config(**TEXT),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-1,
+    )
+    return _model(LlavaOnevisionForConditionalGeneration, config, attention)
+
+
+def _onevision_video(seed: int) -> Prompt:
+    values = pixels(1, 3, 3, 16, 16, seed=seed)  # three frames of 2 x 2 pooled rows, and a newline
+    return Prompt(_text([[VIDEO] * (3 * 4 + 1)], seed), {"pixel_values_videos": values}, [13])
+
+
+# -- InternVL, Gemma 3, Mistral 3, Idefics3 ---------------------------------------------------------------------------
+
+
+def _internvl(attention: str) -> nn.Module:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config
+    from transformers.models.internvl import InternVLVisionConfig
+
+    vision = InternVLVisionConfig(**VISION, patch_size=[4, 4], image_size=[24, 24])
+    config = InternVLConfig(vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_id=IMAGE)
+    return _model(InternVLForConditionalGeneration, config, attention)
+
+
+def _internvl_sample(seed: int, images: int) -> Prompt:
+    tiles = [1 + (seed + n) % 3 for n in range(images)]
+    values = pixels(sum(tiles), 3, 24, 24, seed=seed)
+    return Prompt(_text([[IMAGE] * (9 * n) for n in tiles], seed), {"pixel_values": values}, [9 * n for n in tiles])
+
+
+def _gemma3(attention: str) -> nn.Module:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
+
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(**VISION, patch_size=4, image_size=32, vision_use_head=False),
+        text_config=Gemma3TextConfig(
+            **TEXT,
+            head_dim=8,
+            sliding_window=256,
+            query_pre_attn_scalar=8,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        ),
+        mm_tokens_per_image=16,
+        image_token_id=IMAGE,
+    )
+    return _model(Gemma3ForConditionalGeneration, config, attention)
+
+
+def _gemma3_sample(seed: int, images: int) -> Prompt:
+    values = pixels(images, 3, 32, 32, seed=seed)
+    return Prompt(_text([[IMAGE] * 16] * images, seed), {"pixel_values": values}, [16] * images)
+
+
+def _gemma3_batch(prompts: list[Prompt]) -> dict[str, Any]:
+    inputs = stacked(prompts)
+    return inputs | {"token_type_ids": (inputs["input_ids"] == IMAGE).int()}
+
+
+MISTRAL_SIZES = [(16, 24), (24, 16), (16, 16)]
+BREAK = 192
+
+
+def _mistral3(attention: str) -> nn.Module:
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
+
+    config = Mistral3Config(
+        vision_config=PixtralVisionConfig(**VISION, head_dim=8, patch_size=4, image_size=32),
+        text_config=MistralConfig(**TEXT, head_dim=8, sliding_window=None),
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+    )
+    return _model(Mistral3ForConditionalGeneration, config, attention)
+
+
+def _mistral3_sample(seed: int, images: int) -> Prompt:
+    sizes = [MISTRAL_SIZES[(seed + n) % len(MISTRAL_SIZES)] for n in range(images)]
+    values = torch.zeros(images, 3, 24, 24)
+    for number, (height, width) in enumerate(sizes):
+        values[number, :, :height, :width] = pixels(3, height, width, seed=seed * 10 + number)
+    blocks = [([IMAGE] * (width // 8) + [BREAK]) * (height // 8) for height, width in sizes]
+    totals = [block.count(IMAGE) for block in blocks]
+    return Prompt(_text(blocks, seed), {"pixel_values": values, "image_sizes": torch.tensor(sizes)}, totals)
+
+
+def _idefics3(attention: str) -> nn.Module:
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig
+
+    vision = VISION | {"patch_size": 4, "image_size": 16}
+    config = Idefics3Config(
+        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD
+    )
+    return _model(Idefics3ForConditionalGeneration, config, attention)
+
+
+def _smolvlm(attention: str) -> nn.Module:
+    from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    vision = VISION | {"patch_size": 4, "image_size": 16}
+    config = SmolVLMConfig(
+        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD
+    )
+    return _model(SmolVLMForConditionalGeneration, config, attention)
+
+
+def _idefics3_sample(seed: int, images: int) -> Prompt:
+    values = torch.zeros(1, 3, 3, 16, 16)  # up to three tiles, the rest is padding
+    values[0, :images] = pixels(images, 3, 16, 16, seed=seed)
+    return Prompt(_text([[IMAGE] * 4] * images, seed), {"pixel_values": values}, [4] * images)
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("llava_next", _llava_next, _next_sample, stacked),
+        Family(
+            "llava_onevision", _llava_onevision, _next_sample, stacked, video=_onevision_video, video_stages=STAGES[2:]
+        ),
+        Family("qwen2_vl", _qwen2_vl, _qwen_sample, _qwen_batch, video=_qwen_video, mrope=True),
+        Family("qwen2_5_vl", _qwen2_5_vl, _qwen_sample, _qwen_batch, video=_qwen_video, mrope=True),
+        Family("qwen3_vl", _qwen3_vl, _qwen_sample, _qwen_batch, video=_qwen3_video, mrope=True),
+        Family("internvl", _internvl, _internvl_sample, stacked),
+        Family("gemma3", _gemma3, _gemma3_sample, _gemma3_batch),
+        Family("mistral3", _mistral3, _mistral3_sample, stacked, stages=STAGES[2:]),
+        Family("idefics3", _idefics3, _idefics3_sample, stacked, stages=STAGES[2:]),
+        Family("smolvlm", _smolvlm, _idefics3_sample, stacked, stages=STAGES[2:]),
+    )
+}

@@ -1,0 +1,596 @@
+"""The promises, over families x stages x attention kernels x layouts.
+
+A deterministic part of the combinations runs by default; VTP_FULL_MATRIX=1 runs all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from functools import cache
+from typing import Any
+
+import families
+import pytest
+import torch
+from families import FAMILIES, Family, Processor, Prompt
+from families_reference import Kept, Reference
+from torch import Tensor, nn
+
+import vtp_plugin as vtp
+from vtp_plugin.errors import PruningError
+
+NEW = 4
+LAYOUTS = ("single", "batch", "video")
+STRATEGIES = {  # per stage: what cuts there, and what keeps everything
+    "pixels": [("vprune", {"chi2_threshold": 40.0, "cosine_threshold": 0.2})],
+    "vit": [("l2", {"keep_ratio": 0.5})],
+    "projector": [("atp", {"alpha": 0.0, "keep_ratio": 0.4}), ("stride", {"keep_ratio": 0.6})],
+    "llm": [("fastv", {"layer": 2, "keep_ratio": 0.4})],
+}
+FULL = bool(os.environ.get("VTP_FULL_MATRIX"))
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def combinations() -> list[Any]:
+    """All combinations, or per family and stage one batch and one other layout, with kernels that a checksum picks."""
+    found = []
+    for family in FAMILIES.values():
+        for stage in family.stages:
+            video = family.video is not None and stage in family.video_stages
+            names = [(a, b) for a in ("eager", "sdpa") for b in LAYOUTS if b != "video" or video]
+            names.sort(key=lambda pair: zlib.crc32(f"{family.name}-{stage}-{pair}".encode()))
+            batch = next(pair for pair in names if pair[1] == "batch")
+            other = next(pair for pair in names if pair[1] != "batch")
+            chosen = names if FULL else [batch, other]
+            found += [
+                pytest.param(family.name, stage, *pair, id="-".join((family.name, stage, *pair))) for pair in chosen
+            ]
+    return found
+
+
+@cache
+def model_of(name: str, attention: str) -> nn.Module:
+    return FAMILIES[name].build(attention)
+
+
+@cache
+def prompts_of(name: str, layout: str) -> tuple[Prompt, ...]:
+    family = FAMILIES[name]
+    if layout == "video":
+        return (family.video(3),)
+    return (family.sample(0, 1),) if layout == "single" else (family.sample(0, 2), family.sample(1, 1))
+
+
+def batched(family: Family, prompts: tuple[Prompt, ...]) -> dict[str, Any]:
+    return {k: v.clone() for k, v in family.batch(list(prompts)).items()}
+
+
+def logits_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """Logits of the real columns."""
+    with torch.no_grad():
+        return model(**inputs).logits[inputs["attention_mask"].bool()]
+
+
+def generated(model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> Any:
+    settings = {
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "output_scores": True,
+    }
+    return model.generate(**inputs, **{**settings, **kwargs})
+
+
+def kept_by_sample(events: list[Any], prompts: tuple[Prompt, ...], stage: str) -> list[Kept]:
+    """The decisions of the events, sample by sample."""
+    kept = {number: k for event in events for number, k in zip(event.images, event.kept, strict=True)}
+    field = {"pixels": "units", "vit": "units", "projector": "rows", "llm": "late"}[stage]
+    numbers = iter(range(len(kept)))
+    return [Kept(**{field: [kept[next(numbers)] for _ in prompt.totals]}) for prompt in prompts]
+
+
+def decided(model: nn.Module, family: Family, prompts: tuple[Prompt, ...], name: str, fields: dict[str, Any]) -> Any:
+    with vtp.prune(model, name, processor=Processor(), **fields) as pruned:
+        output = generated(model, batched(family, prompts))
+        return output, list(pruned.events)
+
+
+@pytest.mark.parametrize(("name", "stage", "attention", "layout"), combinations())
+def test_promises(name: str, stage: str, attention: str, layout: str) -> None:
+    family, model, prompts = FAMILIES[name], model_of(name, attention), prompts_of(name, layout)
+    before = logits_of(model, batched(family, prompts))
+    attributes = set(vars(model)) | set(vars(model.model))
+    for strategy, fields in STRATEGIES[stage]:
+        check_reference(model, family, prompts, stage, strategy, fields)
+        if "keep_ratio" in fields:
+            with vtp.prune(model, strategy, processor=Processor(), **{**fields, "keep_ratio": 1.0}):
+                assert torch.equal(logits_of(model, batched(family, prompts)), before), "keep_ratio=1"
+    assert torch.equal(logits_of(model, batched(family, prompts)), before), "detached"
+    assert set(vars(model)) | set(vars(model.model)) == attributes
+
+
+def check_reference(model: Any, family: Family, prompts: Any, stage: str, strategy: str, fields: Any) -> None:
+    """Cached generation of the batch equals the slow reference of every sample; budgets and lengths are exact."""
+    output, events = decided(model, family, prompts, strategy, fields)
+    inputs = batched(family, prompts)
+    assert torch.equal(output.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    for row, (prompt, kept) in enumerate(zip(prompts, kept_by_sample(events, prompts, stage), strict=True)):
+        alone = batched(family, (prompt,))
+        reference = Reference(model, alone, prompt.totals, kept)
+        check_lengths(output.past_key_values, reference, kept, len(prompts) == 1)
+        answer = output.sequences[row, inputs["input_ids"].shape[1] :].tolist()
+        expected = reference.logits(answer[:-1])[-NEW:]
+        actual = torch.stack([step[row] for step in output.logits])
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        if len(prompts) > 1:
+            single, again = decided(model, family, (prompt,), strategy, fields)
+            for mine, other in zip(_kept(kept), _kept(kept_by_sample(again, (prompt,), stage)[0]), strict=True):
+                assert torch.equal(mine, other), "another decision in a batch"
+            torch.testing.assert_close(torch.cat(single.logits), actual, rtol=1e-4, atol=1e-4)
+    if "keep_ratio" in fields:
+        assert all(count < total for event in events for count, total in zip(event.after, event.before, strict=True))
+
+
+def check_lengths(cache: Any, reference: Reference, kept: Kept, alone: bool) -> None:
+    """The KV cache of every layer has the prompt's columns that this layer sees, and the new tokens but the last."""
+    for number in range(len(reference.llm.layers)):
+        hidden = int(reference.hidden.sum()) if number >= kept.layer else 0
+        wanted = len(reference.columns) - hidden + NEW - 1
+        have = cache.layers[number].keys.shape[2]
+        assert have == wanted if alone else have >= wanted
+
+
+def _kept(kept: Kept) -> list[Tensor]:
+    return kept.units or kept.rows or kept.late
+
+
+# -- budgets, modes, errors -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("budget", "expected"), [("per_image", [10, 10]), ("per_tile", [50, 30]), ("total", [10])])
+def test_budget_policies(budget: str, expected: list[int]) -> None:
+    family, model = FAMILIES["llava_next"], model_of("llava_next", "sdpa")
+    prompt = family.sample(0, 2)  # 5 and 3 tiles; the crops of the first are unpadded
+    with vtp.prune(model, "stride", keep_tokens=10, budget=budget) as pruned:
+        logits_of(model, batched(family, (prompt,)))
+        after = pruned.events[-1].after
+        assert pruned.strategies[0].config()["budget"] == budget
+    assert (after if len(expected) > 1 else [sum(after)]) == expected
+
+
+def test_budget_in_tower_is_per_tile() -> None:
+    model = model_of("llava_next", "sdpa")
+    with pytest.raises(PruningError, match="keep_tokens counts per tile here: say budget=per_tile"):
+        vtp.prune(model, "l2", keep_tokens=8, processor=Processor())
+    family = FAMILIES["llava_next"]
+    with vtp.prune(model, "l2", keep_tokens=8, budget="per_tile", processor=Processor()) as pruned:
+        logits_of(model, batched(family, (family.sample(0, 1),)))
+    assert pruned.events[-1].after == [40]
+
+
+def test_budgets_that_nothing_would_obey_are_refused() -> None:
+    with pytest.raises(PruningError, match="the llm stage cuts per image"):
+        vtp.prune(model_of("llava_next", "sdpa"), "fastv", budget="per_tile")
+    for model, name in ((model_of("llava_next", "sdpa"), "l2"), (blip2(), "stride")):
+        with pytest.raises(PruningError, match=r"budget=total is not possible at the (vit|projector) stage"):
+            vtp.prune(model, name, budget="total", processor=Processor())
+
+
+MODES = {
+    "sampling": {"do_sample": True, "num_return_sequences": 2},
+    "beams": {"num_beams": 2},
+    "returned": {"num_beams": 3, "num_return_sequences": 2},
+    "uncached": {"use_cache": False},
+    "static": {"cache_implementation": "static"},
+    "lookup": {"prompt_lookup_num_tokens": 2},
+    "assisted": {},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "gemma3"] if not FULL else list(FAMILIES))
+def test_generation_modes(name: str, mode: str) -> None:
+    """Modes run on a shortened prompt; the greedy ones agree with plain greedy search."""
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    inputs = batched(family, prompts_of(name, "single"))
+    arguments = dict(MODES[mode]) | ({"assistant_model": assistant_of(name)} if mode == "assisted" else {})
+    with vtp.prune(model, "stride", keep_ratio=0.5):
+        plain = generated(model, dict(inputs)).sequences
+        found = generated(model, dict(inputs), **arguments).sequences
+    assert found.shape[1] == plain.shape[1]
+    if mode in ("uncached", "static", "lookup", "assisted"):
+        assert torch.equal(found, plain)
+
+
+@cache
+def assistant_of(name: str) -> nn.Module:
+    """Another random checkpoint of the family: hosts pass it the arguments of the main model."""
+    model = FAMILIES[name].build("sdpa")
+    with torch.no_grad():
+        model.lm_head.weight.add_(torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_beams_of_a_batch_equal_beams_of_its_samples(name: str) -> None:
+    """Unequal numbers of images and rows stay with their samples when the host repeats them."""
+    family, model, prompts = FAMILIES[name], model_of(name, "sdpa"), prompts_of(name, "batch")
+    with vtp.prune(model, "stride", keep_ratio=0.4):
+        together = generated(model, batched(family, prompts), num_beams=2, num_return_sequences=2)
+        for row, prompt in enumerate(prompts):
+            alone = generated(model, batched(family, (prompt,)), num_beams=2, num_return_sequences=2)
+            mine = slice(2 * row, 2 * row + 2)
+            assert torch.equal(together.sequences[mine, -NEW:], alone.sequences[:, -NEW:])
+            torch.testing.assert_close(together.sequences_scores[mine], alone.sequences_scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_mismatch_is_one_sentence(name: str) -> None:
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    inputs = batched(family, prompts_of(name, "single"))
+    before = logits_of(model, dict(inputs))
+    first = (inputs["input_ids"][0] == families.IMAGE).nonzero()[0]
+    broken = dict(inputs, input_ids=inputs["input_ids"].clone())
+    broken["input_ids"][0, first] = 5
+    with vtp.prune(model, "stride"), pytest.raises(PruningError, match="placeholders") as error:
+        model(**broken)
+    assert str(error.value).count(".") == 0
+    assert torch.equal(logits_of(model, dict(inputs)), before)
+
+
+@pytest.mark.parametrize("name", ["mistral3", "idefics3"])
+def test_missing_stage_says_why(name: str) -> None:
+    with pytest.raises(PruningError, match=r"l2: .* has no vit stage: .+"):
+        vtp.prune(model_of(name, "sdpa"), "l2", processor=Processor())
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n != "llava_next"])
+def test_text_similarity_is_refused_without_a_text_tower(name: str) -> None:
+    with pytest.raises(PruningError, match="has no CLIP text encoder that matches its vision tower"):
+        vtp.prune(model_of(name, "sdpa"), "atp", processor=Processor())
+
+
+def test_video_with_interpolation_is_refused_inside_the_tower() -> None:
+    family, model = FAMILIES["llava_onevision"], model_of("llava_onevision", "sdpa")
+    inputs = batched(family, (family.video(3),))
+    with vtp.prune(model, "l2", processor=Processor()), pytest.raises(PruningError, match="interpolates"):
+        model(**inputs)
+
+
+def test_record_names_the_substitute_of_cls_attention() -> None:
+    from vtp_plugin.reporting.record import record
+
+    with vtp.prune(model_of("llava_onevision", "sdpa"), "atp", alpha=0.0) as pruned:
+        assert record(pruned, [])["model"]["cls_attention"].startswith("received, mean over queries")
+    with vtp.prune(model_of("llava_next", "sdpa"), "atp", alpha=0.0) as pruned:
+        assert record(pruned, [])["model"]["cls_attention"] == "of the class token"
+
+
+@pytest.mark.parametrize("name", [f.name for f in FAMILIES.values() if f.mrope])
+def test_positions_are_the_hosts(name: str) -> None:
+    """What reaches the rotary embedding is the full prompt's table, gathered."""
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    prompts = prompts_of(name, "batch")
+    inputs = batched(family, prompts)
+    names = ("mm_token_type_ids", "image_grid_thw", "attention_mask")
+    table, _ = model.model.get_rope_index(inputs["input_ids"], **{k: inputs[k] for k in names})
+    seen: list[Tensor] = []
+    handle = model.model.language_model.rotary_emb.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("position_ids", args[1] if len(args) > 1 else None)),
+        with_kwargs=True,
+    )
+    with vtp.prune(model, "stride", keep_ratio=0.5) as pruned:
+        generated(model, inputs)
+        kept = kept_by_sample(list(pruned.events), prompts, "projector")
+    handle.remove()
+    for row, (prompt, chosen) in enumerate(zip(prompts, kept, strict=True)):
+        reference = Reference(model, batched(family, (prompt,)), prompt.totals, chosen)
+        start = inputs["input_ids"].shape[1] - len(reference.ids)
+        wanted = table[:, row, reference.columns + start]
+        assert torch.equal(seen[0][-3:, row, -wanted.shape[1] :], wanted)
+        assert torch.equal(seen[1][-3:, row, 0], table[:, row].amax() + 1 + torch.zeros(3, dtype=torch.long))
+
+
+# -- encoders ---------------------------------------------------------------------------------------------------------
+
+
+def clip() -> nn.Module:
+    from transformers import CLIPConfig, CLIPModel
+
+    vision = families.VISION | {"patch_size": 4, "image_size": 16}
+    torch.manual_seed(0)
+    return CLIPModel(CLIPConfig(vision_config=vision, text_config=families.TEXT, projection_dim=16)).eval()
+
+
+def siglip() -> nn.Module:
+    from transformers import SiglipConfig, SiglipModel
+
+    vision = families.VISION | {"patch_size": 4, "image_size": 16}
+    text = families.TEXT | {"projection_size": 32}
+    torch.manual_seed(0)
+    return SiglipModel(SiglipConfig(vision_config=vision, text_config=text)).eval()
+
+
+@pytest.mark.parametrize("build", [clip, siglip])
+@pytest.mark.parametrize("strategy", ["l2", "vprune"])
+def test_encoders(build: Any, strategy: str) -> None:
+    model, values = build(), families.pixels(3, 3, 16, 16, seed=1)
+    fields = STRATEGIES["pixels"][0][1] if strategy == "vprune" else {}
+    with torch.no_grad():
+        whole = model.get_image_features(pixel_values=values).pooler_output
+        with vtp.prune(model, strategy, processor=Processor(), **fields) as pruned:
+            cut = model.get_image_features(pixel_values=values).pooler_output
+            kept = [k for event in pruned.events for k in event.kept]
+        again = model.get_image_features(pixel_values=values).pooler_output
+    assert torch.equal(whole, again)
+    assert cut.shape == whole.shape
+    assert not torch.allclose(cut, whole)
+    for number, patches in enumerate(kept):
+        torch.testing.assert_close(
+            cut[number], by_hand(model, values[number : number + 1], patches), rtol=1e-4, atol=1e-5
+        )
+
+
+def by_hand(model: nn.Module, values: Tensor, patches: Tensor) -> Tensor:
+    """The pooled feature of one image from some of its patches."""
+    tower = getattr(model.vision_model, "vision_model", model.vision_model)
+    with torch.no_grad():
+        hidden = tower.embeddings(values)
+        prefix = hidden.shape[1] - 16
+        if hasattr(tower, "pre_layrnorm"):
+            hidden = tower.pre_layrnorm(hidden)
+        hidden = torch.cat([hidden[:, :prefix], hidden[:, prefix:][:, patches]], 1)
+        for layer in tower.encoder.layers:
+            hidden = layer(hidden, None)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        if not prefix:
+            return tower.head(tower.post_layernorm(hidden))[0]
+        return model.visual_projection(tower.post_layernorm(hidden[:, 0]))[0]
+
+
+@pytest.mark.parametrize("strategy", ["stride", "fastv"])
+def test_encoders_refuse_what_they_lack(strategy: str) -> None:
+    with pytest.raises(PruningError, match=r"CLIP encoders has no (projector|llm) stage: an encoder has no"):
+        vtp.prune(clip(), strategy)
+
+
+# -- composition, labels, refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "internvl"] if not FULL else list(FAMILIES))
+def test_stages_compose(name: str) -> None:
+    """Each stage sees what the one before left."""
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    early = "vit" in family.stages
+    chosen = ("l2+" if early else "") + "stride+fastv"
+    with vtp.prune(model, chosen, processor=Processor()) as pruned:
+        logits_of(model, batched(family, prompts_of(name, "batch")))
+    counts = [(sum(e.before), sum(e.after)) for s in chosen.split("+") for e in pruned.events if e.strategy == s]
+    assert {e.strategy for e in pruned.events} == set(chosen.split("+"))
+    assert all(after < before for before, after in counts if before > len(pruned.events[0].before))
+    projector = next(e for e in pruned.events if e.strategy == "stride")
+    late = [e for e in pruned.events if e.strategy == "fastv"]
+    assert [e.before[0] for e in late] == projector.after
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("strategy", ["stride", "fastv"])
+def test_labels_and_full_length_logits(name: str, strategy: str) -> None:
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    inputs = batched(family, prompts_of(name, "single"))
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -2:] = inputs["input_ids"][:, -2:]
+    with vtp.prune(model, strategy), torch.no_grad():
+        output = model(**inputs, labels=labels)
+    assert output.logits.shape[:2] == labels.shape
+    predicted = output.logits[0, -3:-1].log_softmax(-1).gather(1, labels[0, -2:, None])
+    torch.testing.assert_close(output.loss, -predicted.mean(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arguments", [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}])
+def test_modes_that_do_not_fit_decoder_cuts(arguments: dict[str, Any]) -> None:
+    family, model = FAMILIES["qwen2_5_vl"], model_of("qwen2_5_vl", "sdpa")
+    inputs = batched(family, prompts_of("qwen2_5_vl", "single"))
+    with vtp.prune(model, "fastv"), pytest.raises(PruningError, match="fastv: "):
+        generated(model, inputs, **arguments)
+
+
+def test_deepstack_layers_cannot_be_cut() -> None:
+    with pytest.raises(PruningError, match=r"fastv: layer must be in 2 \.\.\. 3 for this model, got 1"):
+        vtp.prune(model_of("qwen3_vl", "sdpa"), "fastv", layer=1)
+
+
+def test_sliding_window_is_refused() -> None:
+    family, model = FAMILIES["gemma3"], FAMILIES["gemma3"].build("sdpa")
+    for layer in model.model.language_model.layers:
+        layer.self_attn.sliding_window = 8 if layer.self_attn.sliding_window else None
+    inputs = batched(family, prompts_of("gemma3", "single"))
+    with vtp.prune(model, "fastv"), pytest.raises(PruningError, match="longer than the model's sliding window"):
+        model(**inputs)
+
+
+def test_text_only_sample_in_a_batch() -> None:
+    for name in ("llava_next", "qwen2_5_vl", "internvl"):
+        family, model = FAMILIES[name], model_of(name, "sdpa")
+        prompts = (family.sample(0, 1), Prompt(families.words(9, 5)))
+        with vtp.prune(model, "stride", keep_ratio=0.5):
+            together = generated(model, batched(family, prompts))
+        alone = generated(model, batched(family, prompts[1:]))
+        actual = torch.stack([step[1] for step in together.logits])
+        torch.testing.assert_close(actual, torch.cat(alone.logits), rtol=1e-4, atol=1e-4)
+
+
+# -- BLIP-2 -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def blip2() -> nn.Module:
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2QFormerConfig,
+        Blip2VisionConfig,
+        OPTConfig,
+    )
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = Blip2VisionConfig(**families.VISION, patch_size=4, image_size=16)
+    former = Blip2QFormerConfig(
+        **sizes, vocab_size=50, intermediate_size=48, encoder_hidden_size=32, cross_attention_frequency=1
+    )
+    text = OPTConfig(
+        **sizes, vocab_size=200, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64, pad_token_id=0
+    )
+    config = Blip2Config(
+        vision_config=vision.to_dict(),
+        qformer_config=former.to_dict(),
+        text_config=text.to_dict(),
+        num_query_tokens=6,
+        image_token_index=families.IMAGE,
+    )
+    torch.manual_seed(0)
+    model = Blip2ForConditionalGeneration(config).eval()
+    nn.init.normal_(model.query_tokens)
+    return model
+
+
+def blip2_inputs() -> dict[str, Tensor]:
+    ids = torch.tensor([[families.IMAGE] * 6 + families.words(4, seed) for seed in (1, 2)])
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": families.pixels(2, 3, 16, 16, seed=3),
+    }
+
+
+@pytest.mark.parametrize("stage", ["pixels", "vit", "projector"])
+def test_blip2(stage: str) -> None:
+    """The Q-Former sees what is left: its output equals that of a Q-Former that is given these tokens by hand."""
+    model, inputs = blip2(), blip2_inputs()
+    whole = logits_of(model, inputs)
+    seen: list[Tensor] = []
+    handle = model.qformer.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
+    for strategy, fields in STRATEGIES[stage]:
+        with vtp.prune(model, strategy, processor=Processor(), **fields) as pruned:
+            cut = logits_of(model, inputs)
+            kept = [k for event in pruned.events for k in event.kept]
+        assert not torch.equal(cut, whole)
+        found = seen[-1]
+        for number, patches in enumerate(kept):
+            expected = blip2_by_hand(model, inputs["pixel_values"][number : number + 1], patches, stage)
+            torch.testing.assert_close(found[number], expected, rtol=1e-4, atol=1e-5)
+    handle.remove()
+    assert torch.equal(logits_of(model, inputs), whole)
+
+
+def blip2_by_hand(model: nn.Module, values: Tensor, patches: Tensor, stage: str) -> Tensor:
+    with torch.no_grad():
+        hidden = model.vision_model.embeddings(values)
+        chosen = torch.cat([torch.zeros(1, dtype=torch.long), patches + 1])
+        hidden = hidden if stage == "projector" else hidden[:, chosen]
+        for layer in model.vision_model.encoder.layers:
+            hidden = layer(hidden)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        hidden = model.vision_model.post_layernorm(hidden)
+        hidden = hidden[:, chosen] if stage == "projector" else hidden
+        return model.qformer(query_embeds=model.query_tokens, encoder_hidden_states=hidden).last_hidden_state[0]
+
+
+def test_blip2_keeps_everything_and_refuses_the_decoder() -> None:
+    model, inputs = blip2(), blip2_inputs()
+    whole = logits_of(model, inputs)
+    for name in ("l2", "stride"):
+        with vtp.prune(model, name, keep_ratio=1.0, processor=Processor()):
+            assert torch.equal(logits_of(model, inputs), whole)
+    with pytest.raises(PruningError, match="BLIP-2 has no llm stage"):
+        vtp.prune(model, "fastv")
+
+
+# -- the authors' LLaVA-1.6 -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def anyres(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    language = pytest.importorskip("llava.model.language_model.llava_llama")
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    folder = str(tmp_path_factory.mktemp("clip"))
+    torch.manual_seed(0)
+    CLIPVisionModel(CLIPVisionConfig(**families.VISION, patch_size=4, image_size=16)).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    config = language.LlavaConfig(**families.TEXT)
+    facts = {
+        "mm_vision_tower": folder,
+        "mm_hidden_size": 32,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_patch_merge_type": "spatial_unpad",
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": families.PINPOINTS,
+        "tokenizer_padding_side": "left",
+    }
+    for name, value in facts.items():
+        setattr(config, name, value)
+    model = language.LlavaLlamaForCausalLM(config).eval()
+    model.get_vision_tower().load_model()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+ANYRES_SIZES = [(30, 20), (16, 30), (16, 16)]  # width, height
+
+
+def anyres_inputs(rows: slice) -> dict[str, Any]:
+    tiles = [families.pixels(n, 3, 16, 16, seed=n) for n in (5, 3, 3)]
+    first = [*families.words(3, 1), -200, *families.words(4, 2), -200, *families.words(3, 3)]
+    second = [*families.words(3, 5), -200, *families.words(3, 6)]
+    ids = torch.tensor([first, [0] * (len(first) - len(second)) + second])[rows]
+    mask = torch.tensor([[1] * len(first), [0] * (len(first) - len(second)) + [1] * len(second)]).bool()[rows]
+    images = {0: slice(0, 2), 1: slice(2, 3)}[rows.start] if rows.start is not None else slice(None)
+    return {"inputs": ids, "attention_mask": mask, "images": tiles[images], "image_sizes": ANYRES_SIZES[images]}
+
+
+@pytest.mark.parametrize("stage", families.STAGES)
+def test_authors_anyres(anyres: nn.Module, stage: str) -> None:
+    """keep_ratio=1 and detaching are exact, a batch equals its samples, dropped rows are gone from the prompt."""
+    settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+
+    def run(rows: slice = slice(None)) -> Tensor:
+        return torch.stack(anyres.generate(**anyres_inputs(rows), **settings).logits)  # [NEW, B, V]
+
+    whole = run()
+    for strategy, fields in STRATEGIES[stage]:
+        with vtp.prune(anyres, strategy, processor=Processor(), **fields) as pruned:
+            assert pruned.adapter.family == "llava_anyres"
+            together = run()
+            singles = torch.cat([run(slice(0, 1)), run(slice(1, 2))], 1)
+        torch.testing.assert_close(together, singles, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(together, whole)
+        if "keep_ratio" in fields:
+            with vtp.prune(anyres, strategy, processor=Processor(), **{**fields, "keep_ratio": 1.0}):
+                assert torch.equal(run(), whole)
+    assert torch.equal(run(), whole)
+
+
+def test_authors_anyres_against_the_hosts_own_merge(anyres: nn.Module) -> None:
+    """Rows that a projector strategy drops are taken out of the host's embeddings; newlines stay."""
+    inputs = anyres_inputs(slice(1, 2))
+    arguments = (None, inputs["attention_mask"], None, None, inputs["images"], inputs["image_sizes"])
+    with torch.no_grad():
+        embeds = anyres.prepare_inputs_labels_for_multimodal(inputs["inputs"], *arguments)[4]
+        embeds = embeds[:, -(embeds.shape[1]) :]
+        start = 3
+        total = embeds.shape[1] - 6
+        with vtp.prune(anyres, "stride", keep_ratio=0.5, budget="per_tile") as pruned:
+            found = anyres.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
+            (kept,) = pruned.events[-1].kept
+        keep = torch.ones(embeds.shape[1], dtype=torch.bool)
+        newline = (embeds[0, start : start + total] == anyres.model.image_newline).all(-1)
+        keep[start : start + total] = newline
+        keep[start + kept] = True
+        expected = anyres(inputs_embeds=embeds[:, keep]).logits[:, -1]
+    assert int(newline.sum()) > 0
+    torch.testing.assert_close(found.logits[0], expected, rtol=1e-4, atol=1e-5)

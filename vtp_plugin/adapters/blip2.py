@@ -1,0 +1,161 @@
+"""BLIP-2: EVA tower, Q-Former, OPT or T5. The Q-Former asks the tower's tokens with a fixed number of queries.
+
+So the prompt never gets shorter: pixels and vit cut inside the tower, projector cuts what the Q-Former attends to (the
+class token always stays). Where images keep unequal numbers, the shorter ones are filled up and masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from vtp_plugin.adapter import Adapter, Tower
+from vtp_plugin.errors import PruningError
+from vtp_plugin.metrics.flops import Shapes
+from vtp_plugin.stages import Stage
+from vtp_plugin.surgery import attention
+from vtp_plugin.surgery.call import Image
+from vtp_plugin.surgery.undo import Undo
+from vtp_plugin.surgery.vision import VisionCuts
+
+if TYPE_CHECKING:
+    from vtp_plugin.pruning import Pruned
+
+
+class Blip2(Adapter):
+    """transformers' BLIP-2 with a language model."""
+
+    family = "blip2"
+    models = "BLIP-2"
+    stages = {
+        Stage.PIXELS: "",
+        Stage.VIT: "",
+        Stage.PROJECTOR: "",
+        Stage.LLM: "its language model sees the queries of the Q-Former, which belong to no place of the image",
+    }
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        super().__init__(model, processor)
+        vision = model.vision_model
+        side = vision.config.image_size // vision.config.patch_size
+        self.tower = Tower(
+            module=vision,
+            embeddings=vision.embeddings,
+            patch_embedding=vision.embeddings.patch_embedding,
+            blocks=vision.encoder.layers,
+            post_layernorm=vision.post_layernorm,
+            prefix=1,
+            grid=(side, side),
+            patch_size=vision.config.patch_size,
+            projected=-1,
+        )
+        self.projector = model.qformer
+        self.language_model = model.language_model
+        self.decoder_layers = ()
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return type(model).__name__ == "Blip2ForConditionalGeneration"
+
+    def vision(self, pruned: Pruned) -> VisionCuts:
+        self.cuts = QueriedCuts(pruned, self.tower, self.projector)
+        return self.cuts
+
+    def install(self, pruned: Pruned, undo: Undo) -> None:
+        self.pruned = pruned
+        self.encode = undo.override(self.tower.module, "forward", self._encode)
+        for name in ("generate", "forward"):
+            undo.override(self.model, name, self._calling(getattr(self.model, name)))
+
+    def _calling(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.pruned.call is not None:
+                return original(*args, **kwargs)
+            with self.pruned.calling():
+                return original(*args, **kwargs)
+
+        return call
+
+    def _encode(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The tower, image by image where they may keep unequal numbers; zeros at the end of the shorter ones."""
+        call = self.pruned.call
+        if call is None:
+            return self.encode(pixel_values, *args, **kwargs)
+        if kwargs.get("interpolate_pos_encoding"):
+            raise PruningError("blip2: images of another size than the model's cannot be pruned")
+        raster = torch.arange(self.tower.grid[0] * self.tower.grid[1], device=pixel_values.device)
+        everything = list(range(len(pixel_values)))
+        call.images = [Image(total=len(raster), index=raster, sample=number) for number in everything]
+        outputs = []
+        for batch in [[number] for number in everything] if self.pruned.one_by_one else [everything]:
+            with call.in_tower(batch):
+                outputs.append(self.encode(pixel_values[batch], *args, **{**kwargs, "return_dict": True}))
+                self._keep_signals(call.scratch)
+        rows = [image for output in outputs for image in output.last_hidden_state]
+        outputs[0].last_hidden_state = pad_sequence(rows, batch_first=True)
+        outputs[0].pooler_output = torch.cat([output.pooler_output for output in outputs])
+        return outputs[0]
+
+    def _keep_signals(self, scratch: dict[Any, Any]) -> None:
+        """Signals outlive the tower: the Q-Former is asked later."""
+        kept = {key: value for key, value in scratch.items() if isinstance(key, tuple)}
+        for place, number in enumerate(self.pruned.call.batch):
+            self.cuts.signals[number] = {key: value[place : place + 1] for key, value in kept.items()}
+
+    def shapes(self) -> Shapes:
+        raise PruningError("blip2: the prompt does not get shorter, its FLOPs are not counted")
+
+
+class QueriedCuts(VisionCuts):
+    """Cuts in front of a Q-Former, which takes tokens [B, 1 + N, D] and a mask by keyword."""
+
+    def __init__(self, pruned: Pruned, tower: Tower, projector: nn.Module) -> None:
+        super().__init__(pruned, tower, projector)
+        self.signals: dict[int, dict[Any, Tensor]] = {}  # by image
+
+    def install(self, undo: Undo) -> None:
+        super().install(undo)
+        undo.before(self.projector, self._masking)
+
+    def _row_reader(self, layer: int) -> Callable[..., None]:
+        def read(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not self._active:
+                return
+            hidden = args[0] if args else kwargs["hidden_states"]
+            with torch.no_grad(), self.pruned.timed("selector"):
+                split = module.qkv(hidden).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+                weights = attention.row(split[0][:, :, 0], split[1], attention.scale(module))
+            self._call.scratch["cls_attention", layer] = weights[:, 1:]
+            self._call.scratch["keys", layer] = split[1].float().mean(1)[:, 1:]
+
+        return read
+
+    def _projecting(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """All images of the Q-Former are cut at once, by `_masking`."""
+
+    def _masking(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        call = self._call
+        if call is None or not call.images:
+            return None
+        hidden, kept = kwargs["encoder_hidden_states"], []
+        for number, image in enumerate(call.images):
+            with call.in_tower([number]):
+                call.scratch.update(self.signals.pop(number, {}))
+                kept.append(self._one(hidden[number, : 1 + len(image.index)]))
+        return args, {**kwargs, **_padded(kept)}
+
+    def _one(self, tokens: Tensor) -> Tensor:
+        """The class token and what is left of one image, [1 + K, D]."""
+        first, (rest, *_) = tokens[:1], VisionCuts._projecting(self, self.projector, (tokens[None, 1:],), {})[0]
+        return torch.cat([first, rest[0]])
+
+
+def _padded(kept: list[Tensor]) -> dict[str, Tensor]:
+    lengths = torch.tensor([len(rows) for rows in kept], device=kept[0].device)
+    hidden = pad_sequence(kept, batch_first=True)
+    mask = (torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]).long()
+    return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}

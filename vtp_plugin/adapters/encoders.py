@@ -1,0 +1,110 @@
+"""CLIP and SigLIP by themselves: `prune(clip_model, "l2")`. There is no prompt and no language model.
+
+Every call of the vision model is one call: its blocks run on the patches that are left, pooled outputs and embeddings
+come from them. Where images keep unequal numbers, `last_hidden_state` and `hidden_states` are filled up with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from vtp_plugin.adapter import Adapter
+from vtp_plugin.adapters.clip import clip_tower
+from vtp_plugin.adapters.rows import flat_tower
+from vtp_plugin.errors import PruningError
+from vtp_plugin.metrics.flops import Shapes
+from vtp_plugin.stages import Stage
+from vtp_plugin.surgery.call import Image
+from vtp_plugin.surgery.undo import Undo
+
+if TYPE_CHECKING:
+    from vtp_plugin.pruning import Pruned
+
+ENCODER = {
+    Stage.PIXELS: "",
+    Stage.VIT: "",
+    Stage.PROJECTOR: "an encoder has nothing to project into",
+    Stage.LLM: "an encoder has no language model",
+}
+
+
+class Encoder(Adapter):
+    """A vision transformer that is called with pixel values."""
+
+    stages = ENCODER
+    names: tuple[str, ...]  # of the model classes
+    language_model = None
+    decoder_layers: Sequence[nn.Module] = ()
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return type(model).__name__ in cls.names
+
+    @property
+    def vision_model(self) -> nn.Module:
+        """What is called with pixel values: the vision part of a model with two, else the model."""
+        return getattr(self.model, "vision_model", self.model)
+
+    def install(self, pruned: Pruned, undo: Undo) -> None:
+        self.pruned = pruned
+        self.forward = undo.override(self.tower.module, "forward", self._forward)
+
+    def _forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("interpolate_pos_encoding"):
+            raise PruningError(f"{self.family}: images of another size than the model's cannot be pruned")
+        raster = torch.arange(self.tower.grid[0] * self.tower.grid[1], device=pixel_values.device)
+        everything = list(range(len(pixel_values)))
+        with self.pruned.calling() as call:
+            call.images = [Image(total=len(raster), index=raster, sample=n) for n in everything]
+            outputs = []
+            for batch in [[n] for n in everything] if self.pruned.one_by_one else [everything]:
+                with call.in_tower(batch):
+                    outputs.append(self.forward(pixel_values[batch], *args, **kwargs))
+        return outputs[0] if len(outputs) == 1 else _together(outputs)
+
+    def shapes(self) -> Shapes:
+        raise PruningError(f"{self.family}: FLOPs are counted for a prefill, an encoder has none")
+
+
+def _together(outputs: Sequence[Any]) -> Any:
+    """One output of several single images, sequences padded with zeros."""
+    if isinstance(outputs[0], Tensor):
+        if outputs[0].ndim < 3:
+            return torch.cat(list(outputs))
+        return pad_sequence([one for output in outputs for one in output], batch_first=True)
+    if isinstance(outputs[0], tuple):
+        return tuple(_together(part) for part in zip(*outputs, strict=True))
+    if outputs[0] is None:
+        return None
+    return type(outputs[0])({name: _together([output[name] for output in outputs]) for name in outputs[0].keys()})  # noqa: SIM118
+
+
+class ClipEncoder(Encoder):
+    """transformers' CLIP, whole or only its vision part."""
+
+    family = "clip"
+    models = "CLIP encoders"
+    names = ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection")
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        super().__init__(model, processor)
+        self.tower = clip_tower(self.vision_model, -1)
+        self.projector = getattr(model, "visual_projection", nn.Identity())
+
+
+class SiglipEncoder(Encoder):
+    """transformers' SigLIP, whole or only its vision part."""
+
+    family = "siglip"
+    models = "SigLIP encoders"
+    names = ("SiglipModel", "SiglipVisionModel")
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        super().__init__(model, processor)
+        self.tower = flat_tower(self.vision_model, -1)
+        self.projector = nn.Identity()

@@ -1,0 +1,64 @@
+"""Gemma 3: SigLIP tower, average pooling to 256 tokens, bidirectional attention inside an image, sliding windows.
+
+One image is one run of placeholders; a crop of pan-and-scan is an image of its own. A token is a square of patches
+(4x4): whole squares are judged before the projector. SigLIP has no class token: the attention that a patch receives,
+mean over queries, stands in for the class token's. The tokens that are left of an image still see each other both ways.
+Positions are renumbered after a cut. Between decoder layers only prompts that fit into the sliding window can be cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp_plugin.adapters.rows import RowsAdapter, flat_tower
+from vtp_plugin.stages import Stage
+from vtp_plugin.surgery.call import Image
+
+
+class Gemma3(RowsAdapter):
+    """transformers' Gemma 3 with images."""
+
+    family = "gemma3"
+    models = "Gemma 3"
+    stages = dict.fromkeys(Stage, "")
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        super().__init__(model, processor)
+        self.core = model.model
+        self.projector = self.core.multi_modal_projector
+        self.tower = flat_tower(self.core.vision_tower, -1, block=self.projector.kernel_size)
+        self.language_model = self.core.language_model
+        self.decoder_layers = self.language_model.layers
+        self.image_token = model.config.image_token_id
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return type(model).__name__ == "Gemma3ForConditionalGeneration"
+
+    def images(self, inputs: Mapping[str, Any]) -> list[Image]:
+        side, values = self.projector.tokens_per_side, inputs["pixel_values"]
+        patches = self.tower.grid[0] * self.tower.grid[1]
+        return [
+            Image(
+                total=side**2,
+                index=torch.arange(side**2, device=values.device),
+                patches=patches,
+                projectable=side**2,
+                grid=(side, side),
+            )
+            for _ in values
+        ]
+
+    def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        square = maps.unflatten(1, self.tower.grid).permute(0, 3, 1, 2)
+        return list(self.projector.avg_pool(square).flatten(2).transpose(1, 2))
+
+    def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        return list(output.pooler_output)
+
+    def pack(self, rows: Sequence[Tensor], kind: str) -> Tensor:
+        return torch.cat(list(rows))

@@ -1,0 +1,71 @@
+"""Idefics3 and SmolVLM: SigLIP-like tower, pixel shuffle, linear connector, text between the tiles of an image.
+
+One image is one tile: the prompt says its row and column between two tiles, so tiles are not told apart from images,
+and `budget=per_image` counts per tile. Rows are judged behind the connector, their signals are the mean of their
+patches'. The tower has no class token: the attention that a patch receives, mean over queries, stands in for the class
+token's. Positions are renumbered after a cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp_plugin.adapters.rows import RowsAdapter, flat_tower, runs
+from vtp_plugin.errors import PruningError
+from vtp_plugin.stages import Stage
+from vtp_plugin.surgery.call import Image
+
+MASKED = "the tower masks its attention by the full patch grid of every tile"
+
+
+class Idefics3(RowsAdapter):
+    """transformers' Idefics3 and SmolVLM."""
+
+    family = "idefics3"
+    models = "Idefics3, SmolVLM"
+    stages = {Stage.PIXELS: MASKED, Stage.VIT: MASKED, Stage.PROJECTOR: "", Stage.LLM: ""}
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        super().__init__(model, processor)
+        self.core = model.model
+        self.tower = flat_tower(self.core.vision_model, -1)
+        self.projector = self.core.connector
+        self.language_model = self.core.text_model
+        self.decoder_layers = self.language_model.layers
+        self.image_token = model.config.image_token_id
+        self.scale = model.config.scale_factor
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return type(model).__name__ in ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
+
+    def images(self, inputs: Mapping[str, Any]) -> list[Image]:
+        values, patches = inputs["pixel_values"], self.tower.grid[0] * self.tower.grid[1]
+        rows = patches // self.scale**2
+        tiles = sum(self._tiles(inputs))
+        totals = runs(inputs["input_ids"], self.image_token)
+        if totals != [rows] * tiles:
+            raise PruningError(
+                f"the prompt has {sum(totals)} image placeholders, its images make {tiles * rows} tokens"
+            )
+        side = self.tower.grid[1] // self.scale
+        index = torch.arange(rows, device=values.device)
+        return [
+            Image(total=rows, index=index.clone(), patches=patches, projectable=rows, grid=(side, side)) for _ in totals
+        ]
+
+    def _tiles(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Tiles of every sample; a tile of zeros is padding."""
+        return inputs["pixel_values"].flatten(2).any(-1).sum(1).tolist()
+
+    def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        rows = self.projector.pixel_shuffle(maps, self.scale)
+        return list(rows.unflatten(-1, (-1, maps.shape[-1])).mean(-2))
+
+    def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        rows = self.tower.grid[0] * self.tower.grid[1] // self.scale**2
+        return torch.cat(list(output.pooler_output)).split(rows)

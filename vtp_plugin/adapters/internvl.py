@@ -1,0 +1,100 @@
+"""InternVL in transformers: InternViT tower, tiles with pixel shuffle, MLP projector, Qwen or LLaMA.
+
+One image is an unbroken run of placeholders, which is all the tiles between its begin and end marks; a video frame is
+one image. A token is a square of patches (2x2): whole squares are judged before the projector, a square's embedding is
+the concatenation of its patches, its signals are their mean; there is no class feature in the space of squares. The
+tower has a class token. `budget`: per_image (default), per_tile, total. Positions are renumbered after a cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp_plugin.adapter import Tower
+from vtp_plugin.adapters.rows import RowsAdapter, runs
+from vtp_plugin.errors import PruningError
+from vtp_plugin.stages import Stage
+from vtp_plugin.surgery.call import Image
+
+
+class InternVL(RowsAdapter):
+    """transformers' InternVL."""
+
+    family = "internvl"
+    models = "InternVL (transformers)"
+    stages = dict.fromkeys(Stage, "")
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        super().__init__(model, processor)
+        self.core = model.model
+        vision, config = self.core.vision_tower, model.config.vision_config
+        self.tower = Tower(
+            module=vision,
+            embeddings=vision.embeddings,
+            patch_embedding=vision.embeddings.patch_embeddings.projection,
+            blocks=vision.encoder.layer,
+            post_layernorm=vision.layernorm,
+            prefix=1,
+            grid=tuple(side // patch for side, patch in zip(config.image_size, config.patch_size, strict=True)),
+            patch_size=config.patch_size[0],
+            projected=-1,
+            attention="attention",
+            block=round(1 / model.config.downsample_ratio),
+        )
+        self.projector = self.core.multi_modal_projector
+        self.language_model = self.core.language_model
+        self.decoder_layers = self.language_model.layers
+        self.image_token = model.config.image_token_id
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        config = getattr(model, "config", None)
+        return (
+            type(model).__name__ == "InternVLForConditionalGeneration"
+            and config.vision_feature_layer == -1
+            and config.vision_feature_select_strategy == "default"
+        )
+
+    def images(self, inputs: Mapping[str, Any]) -> list[Image]:
+        """Runs of placeholders are images; the tower gives every tile equally many."""
+        values, patches = inputs["pixel_values"], self.tower.grid[0] * self.tower.grid[1]
+        rows = patches // self.tower.block**2
+        totals = runs(inputs["input_ids"], self.image_token)
+        if sum(totals) != len(values) * rows or any(total % rows for total in totals):
+            raise PruningError(
+                f"the prompt has {sum(totals)} image placeholders, its images make {len(values) * rows} tokens"
+            )
+        return [
+            Image(
+                total=total,
+                index=torch.arange(total, device=values.device),
+                tiles=total // rows,
+                patches=total // rows * patches,
+                projectable=total,
+                grid=(total // self._side, self._side),
+            )
+            for total in totals
+        ]
+
+    @property
+    def _side(self) -> int:
+        return self.tower.grid[1] // self.tower.block
+
+    def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        square = maps.unflatten(1, self.tower.grid)
+        shuffled = self.core.pixel_shuffle(square, scale_factor=self.model.config.downsample_ratio)
+        rows = shuffled.flatten(1, 2).unflatten(-1, (-1, maps.shape[-1])).mean(-2)  # [T, n, C]
+        return self._by_image(rows, inputs)
+
+    def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        return self._by_image(output.pooler_output, inputs)
+
+    def _by_image(self, rows: Tensor, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        return rows.flatten(0, 1).split(runs(inputs["input_ids"], self.image_token))
+
+    def pack(self, rows: Sequence[Tensor], kind: str) -> Tensor:
+        return torch.cat(list(rows))

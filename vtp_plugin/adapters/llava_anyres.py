@@ -1,0 +1,132 @@
+"""LLaVA-1.6 in the authors' package (`llava-torch`): tiles of any resolution, unpadded, with newline rows.
+
+The package packs tiles inside its merge of text and features. The merge is run once on prompts of one placeholder each
+to learn what it makes of the tiles (signals travel through it as channels, newlines as nan), and once more with the
+rows that are left, so its geometry is never computed twice. Newline rows are always kept and count in no budget;
+`budget` is per_image by default, per_tile or total. Inside the tower every tile is judged by itself. Positions are
+renumbered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp_plugin.adapters.llava import PLACEHOLDER, Llava, _placeholders
+from vtp_plugin.errors import PruningError
+from vtp_plugin.stages import Stage
+from vtp_plugin.surgery.call import Call, Image
+from vtp_plugin.surgery.prompt import Rows
+from vtp_plugin.surgery.tiles import TileCuts
+from vtp_plugin.surgery.undo import Undo
+
+if TYPE_CHECKING:
+    from vtp_plugin.pruning import Pruned
+
+
+class LlavaAnyres(Llava):
+    """The authors' LLaVA-1.6."""
+
+    family = "llava_anyres"
+    models = "LLaVA-1.6 (llava-torch)"
+    stages = dict.fromkeys(Stage, "")
+    tokenwise = True
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        config = getattr(model, "config", None)
+        return super().matches(model) and getattr(config, "image_aspect_ratio", "") == "anyres"
+
+    def vision(self, pruned: Pruned) -> TileCuts:
+        self.cuts = TileCuts(pruned, self)
+        return self.cuts
+
+    def _merge(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        labels: Tensor | None,
+        images: Any,
+        image_sizes: Any = None,
+    ) -> tuple[Any, ...]:
+        call, rest = self.pruned.call, (position_ids, attention_mask, past_key_values, labels)
+        if call is None or images is None or input_ids.shape[1] == 1:
+            return self.merge(input_ids, *rest, images, image_sizes)
+        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        prompts = [row[mask] for row, mask in zip(input_ids, real, strict=True)]
+        tiles = [image if image.ndim == 4 else image[None] for image in images]
+        pairs = self._cut(call, prompts, {"tiles": tiles, "image_sizes": image_sizes})
+        self.counts = [len(rows) for rows, _ in pairs]
+        blank = torch.zeros(len(tiles), 3, 1, 1, device=input_ids.device)  # one image each: no packing again
+        merged = list(self._merged_with([rows for rows, _ in pairs], input_ids, *rest, blank, image_sizes))
+        self._place(call, prompts, merged[4].shape[1])
+        for image, (_, kept) in zip(call.images, pairs, strict=True):
+            image.columns = image.columns[kept.judged] if len(image.columns) == len(kept.judged) else image.columns
+        if merged[5] is not None and any(s.stage is Stage.LLM for s in self.pruned.strategies):
+            self.wanted_labels, merged[5] = merged[5], None  # the logits will be shorter: the loss is ours
+        return tuple(merged)
+
+    def _cut(self, call: Call, prompts: Sequence[Tensor], inputs: Mapping[str, Any]) -> list[tuple[Tensor, Rows]]:
+        """Encode all tiles, pack them as the host does, and take rows out."""
+        tiles = inputs["tiles"]
+        owners = [row for row, ids in enumerate(prompts) for _ in range(max(1, _placeholders(ids)))]
+        if len(owners) != len(tiles):
+            raise PruningError(f"the prompts ask for {len(owners)} images, {len(tiles)} were given")
+        questions, patches = self._questions(prompts), self.tower.grid[0] * self.tower.grid[1]
+        call.images = [
+            Image(
+                total=0,
+                index=prompts[0][:0],
+                sample=row,
+                question=questions[row],
+                tiles=len(image),
+                patches=len(image) * patches,
+                projectable=len(image) * patches,
+            )
+            for row, image in zip(owners, tiles, strict=True)
+        ]
+        everything = list(range(len(tiles)))
+        with call.in_tower(everything):
+            call.scratch["owners"] = [number for number in everything for _ in tiles[number]]
+            rows = self.arrange(self.encode(torch.cat(list(tiles))), "image", inputs)
+            for image, one in zip(call.images, rows, strict=True):
+                image.total, image.index = len(one), torch.arange(len(one), device=one.device)
+            newline = getattr(self.language_model, "image_newline", None)
+            features = [one if newline is None else torch.where(one.isnan(), newline.to(one), one) for one in rows]
+            return self.cuts.rows(features, "image", inputs)
+
+    # -- the host's packing ---------------------------------------------------------------------------------------
+
+    def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Channels [T, N, C] through the host's merge, as wide as its embeddings at a time."""
+        width = self.model.config.hidden_size
+        parts = [self._packed(chunk, width, inputs) for chunk in maps.split(width, dim=-1)]
+        sizes = [min(width, maps.shape[-1] - start) for start in range(0, maps.shape[-1], width)]
+        cut = [[rows[:, :size] for rows in part] for part, size in zip(parts, sizes, strict=True)]
+        return [torch.cat(pieces, dim=-1) for pieces in zip(*cut, strict=True)]
+
+    def _packed(self, maps: Tensor, width: int, inputs: Mapping[str, Any]) -> list[Tensor]:
+        maps = torch.nn.functional.pad(maps, (0, width - maps.shape[-1]))
+        ids = torch.full((len(inputs["tiles"]), 1), PLACEHOLDER, device=maps.device)
+        ids = torch.cat([ids, ids.new_zeros(len(ids), 1)], dim=1)  # one id more: a single one means decoding
+        ones = torch.ones_like(ids, dtype=torch.bool)
+        with Undo() as undo:
+            if hasattr(self.language_model, "image_newline"):
+                newline = maps.new_full((width,), float("nan"))
+                undo.override(self.language_model, "image_newline", newline)
+            if getattr(self.model.config, "tokenizer_model_max_length", None) is not None:
+                undo.override(self.model.config, "tokenizer_model_max_length", None)
+            sizes = inputs["image_sizes"]
+            merged = self._merged_with(maps, ids, None, ones, None, None, list(inputs["tiles"]), sizes)
+        return [rows[mask][:-1] for rows, mask in zip(merged[4], merged[2], strict=True)]
+
+    def _merged_with(self, features: Any, *args: Any) -> tuple[Any, ...]:
+        """The host's merge, with these features in place of encoded images."""
+        with Undo() as undo:
+            undo.override(self.model, "encode_images", lambda images: features)
+            return self.merge(*args)

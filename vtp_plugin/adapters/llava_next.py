@@ -1,0 +1,86 @@
+"""LLaVA-NeXT (1.6) in transformers: CLIP tower, tiles of any resolution, MLP projector, LLaMA or Mistral.
+
+One image is a base tile and a grid of crops; the host puts the crops together, cuts the padding away and ends every row
+with a newline. Newline rows are always kept and count in no budget. `budget` says what keep_ratio and keep_tokens count
+over: per_image (the default: base and crops together), per_tile, or total (all images of a prompt). Inside the tower
+(pixels and vit) every tile is judged by itself. Positions are renumbered after a cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp_plugin.adapter import SharedSpace
+from vtp_plugin.adapters.clip import ClipSpace, checkpoint_of, clip_tower
+from vtp_plugin.adapters.rows import RowsAdapter
+from vtp_plugin.stages import Stage
+from vtp_plugin.surgery.call import Image
+
+
+class LlavaNext(RowsAdapter):
+    """transformers' LLaVA-NeXT."""
+
+    family = "llava_next"
+    models = "LLaVA-NeXT (transformers)"
+    stages = dict.fromkeys(Stage, "")
+    tokenwise = True
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        super().__init__(model, processor)
+        self.core = model.model
+        self.tower = clip_tower(self.core.vision_tower, model.config.vision_feature_layer)
+        self.projector = self.core.multi_modal_projector
+        self.language_model = self.core.language_model
+        self.decoder_layers = self.language_model.layers
+        self.image_token = model.config.image_token_id
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        config = getattr(model, "config", None)
+        return (
+            type(model).__name__ == "LlavaNextForConditionalGeneration"
+            and getattr(config.vision_config, "model_type", "") == "clip_vision_model"
+            and isinstance(config.vision_feature_layer, int)
+            and config.vision_feature_select_strategy == "default"
+        )
+
+    def images(self, inputs: Mapping[str, Any]) -> list[Image]:
+        tiles = self._tiles(inputs)
+        patches = self.tower.grid[0] * self.tower.grid[1]
+        packed = self._packed(torch.zeros(sum(tiles), patches, 1, device=inputs["pixel_values"].device), inputs)
+        return [
+            Image(
+                total=len(rows),
+                index=torch.arange(len(rows), device=rows.device),
+                tiles=n,
+                patches=n * patches,
+                projectable=n * patches,
+            )
+            for n, rows in zip(tiles, packed, strict=True)
+        ]
+
+    def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        return self._packed(maps, inputs)
+
+    def _packed(self, maps: Tensor, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Channels [T, N, C] through the host's packing, newline rows nan."""
+        newline = maps.new_full(maps.shape[-1:], float("nan"))
+        tiles = maps.split(self._tiles(inputs))
+        return self.core.pack_image_features(tiles, inputs["image_sizes"], "default", image_newline=newline)[0]
+
+    def _tiles(self, inputs: Mapping[str, Any]) -> list[int]:
+        """How many tiles every image has, base included, as the host counts them."""
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        config = self.model.config
+        side = config.vision_config.image_size
+        return [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in inputs["image_sizes"]]
+
+    def shared_space(self, checkpoint: str | None) -> SharedSpace:
+        vision = self.model.config.vision_config
+        checkpoint = checkpoint or getattr(self.model.config, "mm_vision_tower", None) or checkpoint_of(vision)
+        return ClipSpace(checkpoint, vision.hidden_size, self.tower.patch_embedding.weight.device, self.model.dtype)

@@ -1,0 +1,101 @@
+"""LLaVA-OneVision in transformers: SigLIP tower, tiles of any resolution, video, MLP projector, Qwen2.
+
+Images are packed as in LLaVA-NeXT (newline rows are always kept and count in no budget; `budget=per_image` by default),
+each image of a prompt with several is one tile; a video is one image whose tiles are its frames, pooled by the host.
+SigLIP has no class token: the attention that a patch receives, mean over queries, stands in for the class token's.
+Where the host interpolates (very large images, videos), rows are mixtures of patches: there the projector and llm
+stages work, the pixels and vit stages are refused when the image arrives. Positions are renumbered after a cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp_plugin.adapters.rows import RowsAdapter, flat_tower
+from vtp_plugin.stages import Stage
+from vtp_plugin.surgery.call import Image
+
+
+class LlavaOnevision(RowsAdapter):
+    """transformers' LLaVA-OneVision."""
+
+    family = "llava_onevision"
+    models = "LLaVA-OneVision (transformers)"
+    stages = dict.fromkeys(Stage, "")
+    tokenwise = True
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        super().__init__(model, processor)
+        self.core = model.model
+        self.tower = flat_tower(self.core.vision_tower, model.config.vision_feature_layer)
+        self.projector = self.core.multi_modal_projector
+        self.language_model = self.core.language_model
+        self.decoder_layers = self.language_model.layers
+        self.image_token = model.config.image_token_id
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        config = getattr(model, "config", None)
+        return (
+            type(model).__name__ == "LlavaOnevisionForConditionalGeneration"
+            and getattr(config.vision_config, "model_type", "") == "siglip_vision_model"
+            and isinstance(config.vision_feature_layer, int)
+            and config.vision_feature_select_strategy == "full"
+        )
+
+    def images(self, inputs: Mapping[str, Any]) -> list[Image]:
+        found, patches = [], self.tower.grid[0] * self.tower.grid[1]
+        if inputs.get("pixel_values") is not None:
+            tiles = self._tiles(inputs)
+            packed = self._packed(torch.zeros(sum(tiles), patches, 1, device=inputs["pixel_values"].device), inputs)
+            found += [self._image("image", len(rows), n, rows.device) for n, rows in zip(tiles, packed, strict=True)]
+        if inputs.get("pixel_values_videos") is not None:
+            videos = inputs["pixel_values_videos"]
+            rows = -(-self.tower.grid[0] // 2) * -(-self.tower.grid[1] // 2) * videos.shape[1] + 1
+            found += [self._image("video", rows, videos.shape[1], videos.device) for _ in videos]
+        return found
+
+    def _image(self, kind: str, total: int, tiles: int, device: torch.device) -> Image:
+        patches = tiles * self.tower.grid[0] * self.tower.grid[1]
+        index = torch.arange(total, device=device)
+        token = self.model.config.video_token_id if kind == "video" else self.image_token
+        return Image(
+            total=total, index=index, kind=kind, token=token, tiles=tiles, patches=patches, projectable=patches
+        )
+
+    def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        if kind == "image":
+            return self._packed(maps, inputs)
+        rows = self.core.apply_pooling(maps).unflatten(0, inputs["pixel_values_videos"].shape[:2]).flatten(1, 2)
+        return list(torch.nn.functional.pad(rows, (0, 0, 0, 1), value=float("nan")))
+
+    def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        return list(output.pooler_output)
+
+    def pack(self, rows: Sequence[Tensor], kind: str) -> Any:
+        return torch.cat(list(rows))[None] if kind == "video" else list(rows)
+
+    def _packed(self, maps: Tensor, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Channels [T, N, C] through the host's packing, newline rows nan."""
+        newline = maps.new_full(maps.shape[-1:], float("nan"))
+        ratio = inputs.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
+        tiles = maps.split(self._tiles(inputs))
+        return self.core.pack_image_features(
+            tiles, inputs["image_sizes"], image_newline=newline, vision_aspect_ratio=ratio
+        )[0]
+
+    def _tiles(self, inputs: Mapping[str, Any]) -> list[int]:
+        """How many tiles every image has, base included; one where a prompt has several images."""
+        from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
+
+        config, sizes, numbers = self.model.config, inputs["image_sizes"], inputs.get("batch_num_images")
+        side = config.vision_config.image_size
+        alone = [True] * len(sizes) if numbers is None else [n == 1 for n in numbers for _ in range(n)]
+        return [
+            image_size_to_num_patches(size, config.image_grid_pinpoints, side) if single else 1
+            for size, single in zip(sizes, alone, strict=True)
+        ]

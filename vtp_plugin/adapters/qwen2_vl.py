@@ -1,0 +1,13 @@
+"""Qwen2-VL: packed tower with full attention per frame, 2x2 merger, M-RoPE (original positions kept)."""
+
+from __future__ import annotations
+
+from vtp_plugin.adapters.qwen import QwenVL
+
+
+class Qwen2VL(QwenVL):
+    """transformers' Qwen2-VL."""
+
+    family = "qwen2_vl"
+    models = "Qwen2-VL"
+    type_name = "Qwen2VLForConditionalGeneration"

@@ -1,0 +1,45 @@
+"""Qwen3-VL: packed tower, 2x2 merger, deepstack (rows of three tower layers are added to the first decoder layers).
+
+The deepstack rows of dropped tokens are dropped with them; a merged token takes those of the token it is built on.
+Between decoder layers, the first cut comes behind the last layer that deepstack adds to. Original positions are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from vtp_plugin.adapters.qwen import QwenVL, _function
+from vtp_plugin.surgery.prompt import Rows
+
+
+class Qwen3VL(QwenVL):
+    """transformers' Qwen3-VL."""
+
+    family = "qwen3_vl"
+    models = "Qwen3-VL"
+    type_name = "Qwen3VLForConditionalGeneration"
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        super().__init__(model, processor)
+        self.first_cut = max(1, len(self.core.visual.deepstack_visual_indexes))
+
+    def kept_arguments(self, visual: nn.Module, grid: Tensor) -> dict[str, Tensor]:
+        taps = _function(visual, "get_vision_interpolation_indices_and_weights")(
+            grid,
+            num_grid_per_side=visual.num_grid_per_side,
+            mode=visual.interpolation_mode,
+            align_corners=visual.interpolation_align_corners,
+            spatial_merge_size=self.merge,
+        )
+        return super().kept_arguments(visual, grid) | dict(zip(("interp_indices", "interp_weights"), taps, strict=True))
+
+    def join(self, output: Any, kind: str, rows: Sequence[Tensor], left: Sequence[Rows]) -> Any:
+        output = super().join(output, kind, rows, left)
+        output.deepstack_features = [
+            [image[kept.source.clamp(min=0)] for image, kept in zip(level, left, strict=True)]
+            for level in output.deepstack_features
+        ]
+        return output

@@ -1,0 +1,156 @@
+"""What families in transformers share whose `get_image_features` answers with rows per image. No family itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp_plugin.adapter import Adapter, Tower
+from vtp_plugin.metrics.flops import Shapes, of_config
+from vtp_plugin.surgery.call import Call, Image
+from vtp_plugin.surgery.prompt import PlaceholderCalls, Rows
+from vtp_plugin.surgery.tiles import TileCuts
+from vtp_plugin.surgery.undo import Undo
+
+if TYPE_CHECKING:
+    from vtp_plugin.pruning import Pruned
+
+VALUES = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+class RowsAdapter(Adapter):
+    """A family whose prompt has one placeholder per feature row; `core` has `get_image_features`."""
+
+    tokenwise = False  # the projector works token by token
+    core: nn.Module
+    image_token: int
+    cuts: TileCuts
+
+    def install(self, pruned: Pruned, undo: Undo) -> None:
+        PlaceholderCalls(pruned, self).install(undo)
+
+    def vision(self, pruned: Pruned) -> TileCuts:
+        self.cuts = TileCuts(pruned, self)
+        return self.cuts
+
+    # -- what a family fills in -----------------------------------------------------------------------------------
+
+    def images(self, inputs: Mapping[str, Any]) -> list[Image]:
+        """The images of a call, then its videos, each kind in the order of its placeholders."""
+        raise NotImplementedError
+
+    def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """The rows of every image in the host's features object, [n, D] each."""
+        return output.pooler_output
+
+    def join(self, output: Any, kind: str, rows: Sequence[Tensor], left: Sequence[Rows]) -> Any:
+        """The host's features object with these rows instead."""
+        output.pooler_output = self.pack(rows, kind)
+        return output
+
+    def pack(self, rows: Sequence[Tensor], kind: str) -> Any:
+        """Rows of images as the host wants them."""
+        return list(rows)
+
+    def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Channels of the tower's tokens as the host arranges features; see `surgery.tiles.Arranging`."""
+        raise NotImplementedError
+
+    # -- PlaceholderModel -----------------------------------------------------------------------------------------
+
+    def has_images(self, inputs: Mapping[str, Any]) -> bool:
+        return any(inputs.get(name) is not None for name in VALUES.values())
+
+    def encode(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Any, list[Rows]]:
+        features, left = {}, []
+        self.served: dict[str, tuple[list[Tensor], list[int]]] = {}
+        for kind, name in VALUES.items():
+            if inputs.get(name) is None:
+                continue
+            numbers = [number for number, image in enumerate(call.images) if image.kind == kind]
+            function = getattr(self.core, f"get_{kind}_features")
+            chosen = {k: inputs[k] for k in inspect.signature(function).parameters if inputs.get(k) is not None}
+            with call.in_tower(numbers):
+                call.scratch["owners"] = [number for number in numbers for _ in range(call.images[number].tiles)]
+                call.scratch["values"] = inputs[name]
+                output = function(**chosen, return_dict=True)
+                pairs = self.cuts.rows(self.split(output, kind, inputs), kind, inputs)
+            rows = [rows for rows, _ in pairs]
+            self.served[kind] = rows, [call.images[number].sample for number in numbers]
+            features[kind] = self.join(output, kind, rows, [kept for _, kept in pairs])
+            left += [kept for _, kept in pairs]
+        return features, left
+
+    @contextmanager
+    def serving(self, features: Any) -> Iterator[None]:
+        with Undo() as undo:
+            for kind, output in (features or {}).items():
+                undo.override(self.core, f"get_{kind}_features", _answering(output))
+            if features and hasattr(self.model, "_expand_multimodal_outputs"):
+                undo.override(self.model, "_expand_multimodal_outputs", self._expanded)
+            yield
+
+    def _expanded(self, input_ids: Tensor, outputs: Any, expand_size: int = 1, **kwargs: Any) -> Any:
+        """Features for beams and returned sequences: the images of a sample, as often as the sample is repeated.
+
+        The host cannot tell samples apart where images keep unequal numbers of rows.
+        """
+        for kind, (rows, samples) in self.served.items():
+            order = [
+                image
+                for sample in dict.fromkeys(samples)
+                for image in [n for n, s in enumerate(samples) if s == sample] * expand_size
+            ]
+            outputs[kind].pooler_output = self.pack([rows[image] for image in order], kind)
+            levels = getattr(outputs[kind], "deepstack_features", None)
+            if levels is not None:
+                outputs[kind].deepstack_features = [[level[image] for image in order] for level in levels]
+        return outputs
+
+    # -- facts ----------------------------------------------------------------------------------------------------
+
+    def shapes(self) -> Shapes:
+        vision, text = self.model.config.vision_config, self.model.config.get_text_config()
+        return Shapes(
+            tower=of_config(vision, gated=False),
+            prefix=self.tower.prefix,
+            patch=3 * self.tower.patch_size**2 * vision.hidden_size,
+            projector=sum(p.numel() for p in self.projector.parameters() if p.ndim == 2),
+            llm=of_config(text, gated=True),
+            head=text.hidden_size * text.vocab_size,
+        )
+
+
+def _answering(output: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: output
+
+
+def runs(ids: Tensor, token: int) -> list[int]:
+    """Lengths of the runs of a placeholder in prompts [B, L], row by row."""
+    mask = torch.nn.functional.pad((ids == token).long(), (1, 1))
+    step = mask.diff(dim=1)
+    starts, ends = (step == 1).nonzero(), (step == -1).nonzero()
+    return (ends[:, 1] - starts[:, 1]).tolist()
+
+
+def flat_tower(module: nn.Module, projected: int, *, block: int = 1) -> Tower:
+    """The parts of a SigLIP vision model, which has no class token."""
+    inner = getattr(module, "vision_model", module)
+    side = inner.config.image_size // inner.config.patch_size
+    return Tower(
+        module=module,
+        embeddings=inner.embeddings,
+        patch_embedding=inner.embeddings.patch_embedding,
+        blocks=inner.encoder.layers,
+        post_layernorm=inner.post_layernorm,
+        prefix=0,
+        grid=(side, side),
+        patch_size=inner.config.patch_size,
+        projected=projected if projected < 0 else projected - 1,
+        block=block,
+    )
