@@ -44,7 +44,9 @@ def foreign(names: set[str]) -> set[str]:
 
 @pytest.mark.parametrize("path", STRATEGIES, ids=lambda path: path.stem)
 def test_a_strategy_imports_torch_and_public_names_only(path: Path):
-    allowed = {f"vtp_plugin.{name}" for name in ("strategy", "tokens", "stages", "errors", "selectors")} | {"vtp_plugin"}
+    allowed = {f"vtp_plugin.{name}" for name in ("strategy", "tokens", "stages", "errors", "selectors")} | {
+        "vtp_plugin"
+    }
     assert foreign(imports(path)) <= {"torch"}
     assert own(imports(path)) <= allowed
 

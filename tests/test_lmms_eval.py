@@ -365,7 +365,7 @@ REFUSED = {
     "range": ({"pruning": "atp", "pruning_args": "alpha=2"}, "atp: alpha must be a number in [0, 1], got 2"),
     "ratio": ({"pruning": "l2", "pruning_args": "keep_ratio=0"}, "l2: keep_ratio must be in (0, 1], got 0"),
     "syntax": ({"pruning": "atp", "pruning_args": "alpha"}, "cannot read 'alpha'"),
-    "ambiguous": ({"pruning": "l2+fastv", "pruning_args": "keep_ratio=0.5"}, "say l2.keep_ratio or fastv.keep_ratio"),
+    "ambiguous": ({"pruning": "l2+fastv", "pruning_args": "keep_tokens=9"}, "say l2.keep_tokens or fastv.keep_tokens"),
     "alone": ({"pruning_args": "alpha=1"}, "--pruning_args needs --pruning"),
     "twice": ({"pruning": "l2", "model_args": f"{TINY},pruning=atp"}, "not both"),
     "none and": ({"pruning": "none+l2"}, "'none' cannot be combined"),
