@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vtp_plugin.adapter import Adapter, SharedSpace
 from vtp_plugin.adapters.clip import ClipSpace, clip_tower
 from vtp_plugin.errors import PruningError
-from vtp_plugin.metrics.flops import Shapes, of_config
+from vtp_plugin.metrics.flops import Shapes
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.decoder import narrowed_labels
@@ -191,14 +191,7 @@ class Llava(Adapter):
 
     def shapes(self) -> Shapes:
         vision, text = self.model.get_vision_tower().config, self.model.config
-        return Shapes(
-            tower=of_config(vision, gated=False),
-            prefix=self.tower.prefix,
-            patch=3 * vision.patch_size**2 * vision.hidden_size,
-            projector=sum(p.numel() for p in self.projector.parameters() if p.ndim == 2),
-            llm=of_config(text, gated=True),
-            head=text.hidden_size * text.vocab_size,
-        )
+        return Shapes.of(vision, text, self.tower, self.projector)
 
 
 def _plain(images: Any) -> Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 
 from vtp_plugin.adapter import Adapter, SharedSpace
 from vtp_plugin.adapters.clip import ClipSpace, checkpoint_of, clip_tower
-from vtp_plugin.metrics.flops import Shapes, of_config
+from vtp_plugin.metrics.flops import Shapes
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.prompt import PlaceholderCalls
@@ -99,11 +99,4 @@ class LlavaHf(Adapter):
 
     def shapes(self) -> Shapes:
         vision, text = self.model.config.vision_config, self.model.config.text_config
-        return Shapes(
-            tower=of_config(vision, gated=False),
-            prefix=self.tower.prefix,
-            patch=3 * vision.patch_size**2 * vision.hidden_size,
-            projector=sum(p.numel() for p in self.projector.parameters() if p.ndim == 2),
-            llm=of_config(text, gated=True),
-            head=text.hidden_size * text.vocab_size,
-        )
+        return Shapes.of(vision, text, self.tower, self.projector)

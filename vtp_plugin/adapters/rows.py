@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vtp_plugin.adapter import Adapter, Tower
-from vtp_plugin.metrics.flops import Shapes, of_config
+from vtp_plugin.adapters.clip import clip_tower
+from vtp_plugin.metrics.flops import Shapes
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.prompt import PlaceholderCalls, Rows
 from vtp_plugin.surgery.tiles import TileCuts
@@ -116,14 +118,7 @@ class RowsAdapter(Adapter):
 
     def shapes(self) -> Shapes:
         vision, text = self.model.config.vision_config, self.model.config.get_text_config()
-        return Shapes(
-            tower=of_config(vision, gated=False),
-            prefix=self.tower.prefix,
-            patch=3 * self.tower.patch_size**2 * vision.hidden_size,
-            projector=sum(p.numel() for p in self.projector.parameters() if p.ndim == 2),
-            llm=of_config(text, gated=True),
-            head=text.hidden_size * text.vocab_size,
-        )
+        return Shapes.of(vision, text, self.tower, self.projector)
 
 
 def _answering(output: Any) -> Callable[..., Any]:
@@ -140,17 +135,4 @@ def runs(ids: Tensor, token: int) -> list[int]:
 
 def flat_tower(module: nn.Module, projected: int, *, block: int = 1) -> Tower:
     """The parts of a SigLIP vision model, which has no class token."""
-    inner = getattr(module, "vision_model", module)
-    side = inner.config.image_size // inner.config.patch_size
-    return Tower(
-        module=module,
-        embeddings=inner.embeddings,
-        patch_embedding=inner.embeddings.patch_embedding,
-        blocks=inner.encoder.layers,
-        post_layernorm=inner.post_layernorm,
-        prefix=0,
-        grid=(side, side),
-        patch_size=inner.config.patch_size,
-        projected=projected if projected < 0 else projected - 1,
-        block=block,
-    )
+    return replace(clip_tower(module, projected), prefix=0, block=block)

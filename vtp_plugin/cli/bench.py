@@ -37,9 +37,8 @@ def command(
 
     if shape not in bench.SHAPES:
         raise unknown("shape", shape, bench.SHAPES)
-    chosen = [
-        s for name in pruning.split(",") for ratio in _numbers(keep, float, "--keep") for s in _strategy(name, ratio)
-    ]
+    ratios = _numbers(keep, float, "--keep")
+    chosen = [strategy for name in pruning.split(",") for strategy in _strategies(name.strip(), ratios)]
     batches = _numbers(batch, int, "--batch")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = dtype or ("bfloat16" if where.type == "cuda" else "float32")
@@ -66,10 +65,10 @@ class _Levels:
         """Never called: the pixels are made without it."""
 
 
-def _strategy(name: str, ratio: float) -> list[Any]:
-    """The strategy with that budget; one without a budget only once, at its own thresholds."""
-    cls = plugins.get_strategy(name.strip())
-    return [cls(keep_ratio=ratio) if cls.budgeted else cls()]
+def _strategies(name: str, ratios: list[float]) -> list[Any]:
+    """The strategy at every budget; one without a budget once, at its own thresholds."""
+    cls = plugins.get_strategy(name)
+    return [cls(keep_ratio=ratio) for ratio in ratios] if cls.budgeted else [cls()]
 
 
 def _numbers(text: str, kind: type, option: str) -> list[Any]:

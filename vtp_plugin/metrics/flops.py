@@ -14,6 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from vtp_plugin.adapter import Tower
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,18 @@ class Shapes:
     projector: int  # MACs to project one token
     llm: Transformer
     head: int  # MACs of the output layer for one token
+
+    @classmethod
+    def of(cls, vision: Any, text: Any, tower: Tower, projector: nn.Module) -> Shapes:
+        """From the configurations of a plain vision transformer and a LLaMA, and the parts between them."""
+        return cls(
+            tower=of_config(vision, gated=False),
+            prefix=tower.prefix,
+            patch=3 * tower.patch_size**2 * vision.hidden_size,
+            projector=sum(weight.numel() for weight in projector.parameters() if weight.ndim == 2),
+            llm=of_config(text, gated=True),
+            head=text.hidden_size * text.vocab_size,
+        )
 
     def tower_macs(self, patches: int, blocks_see: int, tiles: int = 1) -> int:
         """Embed `patches`, then run the blocks on the `blocks_see` patches that are left and the prefix.
