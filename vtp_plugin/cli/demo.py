@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -31,10 +32,12 @@ def command(
     finished = sweep.run(output, {"none": {}, **runs}, model="llava", tasks="vtp_scenes", limit=limit, console=console)
     table = comparison.table(finished, title=f"vtp-tiny, {_questions(limit)}, asked: keep_ratio={keep_ratio}")
     (output / "table.md").write_text(table.markdown() + "\n")
+    (output / "summary.json").write_text(json.dumps(comparison.summary(finished), indent=1) + "\n")
     picture = comparison.kept_picture(runs)
     picture.savefig(output / "kept.png", dpi=130)
     console.print(table.rich())
-    console.print(f"table: {output / 'table.md'}   what each strategy kept: {output / 'kept.png'}")
+    console.print(f"table and record: {output / 'table.md'}, {output / 'summary.json'}")
+    console.print(f"what each strategy kept of three scenes: {output / 'kept.png'}")
 
 
 def _arguments(spec: str, keep_ratio: float) -> dict[str, float]:

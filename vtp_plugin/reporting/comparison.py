@@ -46,6 +46,11 @@ def table(runs: Mapping[str, Mapping[str, Any]], title: str = "") -> Table:
     return result
 
 
+def summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the table is made of: per run the accuracies and the pruning record."""
+    return {spec: {"accuracy": accuracies(results), "pruning": results["pruning"]} for spec, results in runs.items()}
+
+
 def caption(runs: Mapping[str, Mapping[str, Any]]) -> str:
     """What the columns are, and which methods do not beat chance."""
     said = [
