@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,23 +49,35 @@ def checkpoint_of(config: Any) -> str:
     return CHECKPOINTS[key]
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Load something in transformers without its reports and progress bars."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 class ClipSpace:
     """The text tower and both projections of a CLIP checkpoint."""
 
     def __init__(self, checkpoint: str, width: int, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import AutoTokenizer, CLIPModel
-        from transformers.utils import logging
 
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()
         try:
-            clip = CLIPModel.from_pretrained(checkpoint, dtype=dtype)
-            self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+            with quietly():
+                clip = CLIPModel.from_pretrained(checkpoint, dtype=dtype)
+                self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise PruningError(f"cannot load the CLIP text tower from '{checkpoint}': {reason}") from None
-        finally:
-            logging.set_verbosity(verbosity)
         if clip.visual_projection.in_features != width:
             raise PruningError(
                 f"the CLIP checkpoint '{checkpoint}' has a vision tower of width {clip.visual_projection.in_features}, "

@@ -31,7 +31,7 @@ class Table:
             title_justify="left",
             caption_justify="left",
             box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
+            padding=0,
             show_edge=False,
             pad_edge=False,
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vtp_plugin.adapters.clip import quietly
 from vtp_plugin.errors import PruningError
 
 NEW_TOKENS = 16
@@ -20,8 +21,9 @@ def load(name: str = "vtp-tiny") -> tuple[Any, Any]:
     path = str(resolve(NAME, "hf")) if name == NAME else name
     cuda = torch.cuda.is_available()
     try:
-        model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float16 if cuda else torch.float32)
-        processor = AutoProcessor.from_pretrained(path)
+        with quietly():
+            model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float16 if cuda else torch.float32)
+            processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise PruningError(f"cannot load a LLaVA from '{name}': {str(error).splitlines()[0]}") from None
     return model.eval().to("cuda" if cuda else "cpu"), processor
