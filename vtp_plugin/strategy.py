@@ -167,6 +167,28 @@ class PruningStrategy(ABC):
             raise self.error(f"{given[0]} does not apply, its thresholds decide. Fields: {', '.join(self.fields())}")
 
 
+@dataclass(kw_only=True)
+class PlacedStrategy(PruningStrategy):
+    """A method that can stand at several stages: `at` says at which."""
+
+    places: ClassVar[Collection[str]] = ("vit", "projector", "llm")
+
+    at: str = "projector"  # the stage
+    layer: int = 2  # for at=llm: the first decoder layer that does not see the dropped tokens
+
+    def validate(self) -> None:
+        self.check_choice("at", self.places)
+        self.check_whole("layer", 1)
+
+    @property
+    def stage(self) -> Stage:
+        return Stage(self.at)
+
+    @property
+    def decoder_layer(self) -> int | None:
+        return self.layer if self.stage is Stage.LLM else None
+
+
 def _number(value: Any) -> float:
     """The value as a float; nan (which fails every comparison) for anything that is not a number."""
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else float("nan")

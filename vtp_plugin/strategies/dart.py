@@ -23,43 +23,34 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vtp_plugin.selectors import mask
-from vtp_plugin.stages import Stage
-from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.strategy import PlacedStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
 
 
 @dataclass(kw_only=True)
-class DART(PruningStrategy):
+class DART(PlacedStrategy):
     """Keep a few pivots and the visual tokens that resemble them least."""
 
     name = "dart"
     paper = "Stop Looking for Important Tokens: DART, https://arxiv.org/abs/2502.11494"
     default_keep_ratio = 128 / 576
 
-    at: str = "llm"  # llm or projector
-    layer: int = 2  # for at=llm: the first decoder layer that does not see the dropped tokens
+    places = ("llm", "projector")
+
+    at: str = "llm"  # the stage
     image_pivots: int = 4
     text_pivots: int = 4  # for at=llm
     pivots_extra: bool = False  # count the pivots beside the budget, as the code does
 
     def validate(self) -> None:
-        self.check_choice("at", ("llm", "projector"))
-        self.check_whole("layer", 1)
+        super().validate()
         self.check_whole("image_pivots", 1)
         self.check_whole("text_pivots", 0)
         self.check_choice("pivots_extra", (True, False))
 
     @property
-    def stage(self) -> Stage:
-        return Stage(self.at)
-
-    @property
     def needs(self) -> tuple[str, ...]:
         return ("key_norms", "text_key_norms", "normed", "text_normed") if self.at == "llm" else ("projected",)
-
-    @property
-    def decoder_layer(self) -> int | None:
-        return self.layer if self.stage is Stage.LLM else None
 
     def select(self, visual: VisualTokens) -> Selection:
         k, n = self.wanted(visual), visual.tokens.shape[1]

@@ -12,35 +12,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtp_plugin.stages import Stage
-from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.strategy import PlacedStrategy
 from vtp_plugin.tokens import VisualTokens
 
 
 @dataclass(kw_only=True)
-class Random(PruningStrategy):
+class Random(PlacedStrategy):
     """Keep a uniformly random subset."""
 
     name = "random"
     paper = "control"
     needs = ("fingerprint",)
 
-    at: str = "projector"  # the stage: vit, projector or llm
-    layer: int = 2  # for at=llm: the first decoder layer that does not see the dropped tokens
     seed: int = 0
 
     def validate(self) -> None:
-        self.check_choice("at", ("vit", "projector", "llm"))
-        self.check_whole("layer", 1)
+        super().validate()
         self.check_whole("seed", 0)
-
-    @property
-    def stage(self) -> Stage:
-        return Stage(self.at)
-
-    @property
-    def decoder_layer(self) -> int | None:
-        return self.layer if self.stage is Stage.LLM else None
 
     def score(self, visual: VisualTokens) -> Tensor:
         n, device = visual.tokens.shape[1], visual.tokens.device

@@ -9,32 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-from vtp_plugin.stages import Stage
-from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.strategy import PlacedStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
 
 
 @dataclass(kw_only=True)
-class Stride(PruningStrategy):
+class Stride(PlacedStrategy):
     """Keep evenly spaced tokens."""
 
     name = "stride"
     paper = "control"
-
-    at: str = "projector"  # the stage: vit, projector or llm
-    layer: int = 2  # for at=llm: the first decoder layer that does not see the dropped tokens
-
-    def validate(self) -> None:
-        self.check_choice("at", ("vit", "projector", "llm"))
-        self.check_whole("layer", 1)
-
-    @property
-    def stage(self) -> Stage:
-        return Stage(self.at)
-
-    @property
-    def decoder_layer(self) -> int | None:
-        return self.layer if self.stage is Stage.LLM else None
 
     def select(self, visual: VisualTokens) -> Selection:
         n = visual.tokens.shape[1]
