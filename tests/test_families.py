@@ -535,6 +535,7 @@ def anyres(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
     for name, value in facts.items():
         setattr(config, name, value)
     model = language.LlavaLlamaForCausalLM(config).eval()
+    torch.nn.init.normal_(model.get_model().image_newline)  # the package leaves it as the memory was
     model.get_vision_tower().load_model()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model
