@@ -13,6 +13,8 @@ from vtp_plugin.reporting.tables import Table
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import BUDGET, PruningStrategy
 
+COMMON = ("invert", "budget")
+
 
 def command(
     models: Annotated[bool, typer.Option("--models", help="Model families instead of strategies.")] = False,
@@ -44,5 +46,6 @@ def _first_sentence(cls: type[PruningStrategy]) -> str:
 
 
 def _fields(strategy: PruningStrategy) -> str:
-    values = strategy.config().items()
-    return ", ".join(f"{k}={v}" for k, v in values if v is not None or k not in BUDGET)
+    """The fields and their defaults, without those that every strategy with a budget has."""
+    shown = {k: v for k, v in strategy.config().items() if k not in COMMON and (v is not None or k not in BUDGET)}
+    return ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items())
