@@ -13,6 +13,7 @@ from models import FAMILIES, N, Row, Tiny, picture, prompts, tiny
 from torch import Tensor, nn
 
 from vtp_plugin import PruningStrategy, get_strategy
+from vtp_plugin.errors import PruningError
 from vtp_plugin.strategies.stride import Stride
 
 CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
@@ -572,3 +573,10 @@ def test_the_last_logits_alone(case: str):
     host, rows = tiny("llava_hf"), prompts("batch")
     with host.prune(strategies(host, case)):
         assert host.forward(rows, logits_to_keep=1).logits[:, -1].allclose(host.forward(rows).logits[:, -1], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop"])
+def test_decoding_that_crops_the_cache_is_refused_for_every_llm_strategy(sdpa: Tiny, name: str):
+    strategy = get_strategy(name)(**({"layers": "1 2 3"} if name == "pyramiddrop" else {}))
+    with sdpa.prune(strategy), pytest.raises(PruningError, match="prompt_lookup_num_tokens is not possible"):
+        sdpa.generate(prompts("single"), prompt_lookup_num_tokens=2)

@@ -21,7 +21,7 @@ from vtp_plugin.errors import PruningError
 from vtp_plugin.metrics.flops import Shapes
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
-from vtp_plugin.surgery.decoder import narrowed_labels
+from vtp_plugin.surgery.decoder import narrowed_labels, refuse_cropping, refuse_filled_cache
 from vtp_plugin.surgery.question import question_of
 from vtp_plugin.surgery.undo import Undo
 
@@ -70,12 +70,8 @@ class Llava(Adapter):
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         if self.pruned.call is not None:
             return self.generate(*args, **kwargs)
-        late = [s for s in self.pruned.strategies if s.decoder_layer is not None]
-        refused = [n for n in ("assistant_model", "prompt_lookup_num_tokens") if kwargs.get(n) is not None]
-        if late and refused:
-            raise PruningError(
-                f"{late[0].name}: {refused[0]} is not possible when decoder layers cache unequal lengths"
-            )
+        refuse_filled_cache(kwargs.get("past_key_values"))
+        refuse_cropping(self.pruned.strategies, kwargs)
         ids = args[0] if args else kwargs.get("inputs")
         with self.pruned.calling() as call, self._left_padding():
             call.rows = 1 if ids is None else len(ids)
@@ -111,8 +107,7 @@ class Llava(Adapter):
         images = _plain(images)
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         prompts = [row[mask] for row, mask in zip(input_ids, real, strict=True)]
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            raise PruningError("pruning cannot add images behind a past_key_values of the caller")
+        refuse_filled_cache(past_key_values)
         if attention_mask is None and self.pruned.one_by_one:
             rest = (position_ids, real, past_key_values, labels)
         self._register(call, prompts, images)

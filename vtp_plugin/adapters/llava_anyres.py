@@ -19,6 +19,7 @@ from vtp_plugin.adapters.llava import PLACEHOLDER, Llava, _placeholders
 from vtp_plugin.errors import PruningError
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
+from vtp_plugin.surgery.decoder import refuse_filled_cache
 from vtp_plugin.surgery.prompt import Rows
 from vtp_plugin.surgery.tiles import TileCuts
 from vtp_plugin.surgery.undo import Undo
@@ -57,6 +58,7 @@ class LlavaAnyres(Llava):
         call, rest = self.pruned.call, (position_ids, attention_mask, past_key_values, labels)
         if call is None or images is None or input_ids.shape[1] == 1:
             return self.merge(input_ids, *rest, images, image_sizes)
+        refuse_filled_cache(past_key_values)
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         prompts = [row[mask] for row, mask in zip(input_ids, real, strict=True)]
         tiles = [image if image.ndim == 4 else image[None] for image in images]

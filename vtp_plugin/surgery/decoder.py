@@ -7,7 +7,7 @@ their positions, because the rotary tables are gathered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vtp_plugin.errors import PruningError
+from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
 from vtp_plugin.surgery.call import Call
@@ -24,6 +25,7 @@ from vtp_plugin.surgery.undo import Undo
 if TYPE_CHECKING:
     from vtp_plugin.pruning import Pruned
 
+CROPPING = ("assistant_model", "prompt_lookup_num_tokens")
 IGNORED = -100  # the label that every loss of transformers leaves out
 LAYER_SIGNALS = ("last_query_attention", "text_attention", "key_norms", "text_key_norms")  # of the layer before a cut
 ENTRY_SIGNALS = ("entry", "text_entry")  # of the first layer
@@ -274,6 +276,20 @@ class DecoderCuts:
             raise PruningError(
                 f"{self._names}: a static cache has one length for all layers; use the default dynamic cache"
             )
+
+
+def refuse_filled_cache(cache: Any) -> None:
+    """Images can only be pruned in the first pass."""
+    if cache is not None and cache.get_seq_length() > 0:
+        raise PruningError("pruning cannot add images behind a past_key_values of the caller")
+
+
+def refuse_cropping(strategies: Sequence[PruningStrategy], inputs: Mapping[str, Any]) -> None:
+    """Refuse ways of generating that crop the cache, whose layers have unequal lengths after an llm cut."""
+    late = [s for s in strategies if s.stage is Stage.LLM]
+    asked = [name for name in CROPPING if inputs.get(name) is not None]
+    if late and asked:
+        raise PruningError(f"{late[0].name}: {asked[0]} is not possible when decoder layers cache unequal lengths")
 
 
 def narrowed_labels(call: Call, labels: Tensor) -> Tensor:

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
-from vtp_plugin.surgery.decoder import IGNORED, narrowed_labels
+from vtp_plugin.surgery.decoder import IGNORED, narrowed_labels, refuse_cropping, refuse_filled_cache
 from vtp_plugin.surgery.question import question_of
 from vtp_plugin.surgery.undo import Undo
 
@@ -32,7 +31,6 @@ PER_TOKEN = {
     "mm_token_type_ids": 0,
     "labels": IGNORED,
 }  # arguments that follow ids, and their padding
-REFUSED = ("assistant_model", "prompt_lookup_num_tokens")  # they crop the cache, whose layers differ after an llm cut
 
 
 class PlaceholderModel(Protocol):
@@ -171,15 +169,9 @@ class PlaceholderCalls:
             return
         if inputs.get("input_ids") is None:
             raise PruningError("pruning needs input_ids: prompts given as inputs_embeds cannot be shortened")
-        cache = inputs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            raise PruningError("pruning cannot add images behind a past_key_values of the caller")
-        late = [s for s in self.pruned.strategies if s.stage is Stage.LLM]
-        refused = [name for name in REFUSED if inputs.get(name) is not None]
-        if generating and late and refused:
-            raise PruningError(
-                f"{late[0].name}: {refused[0]} is not possible when decoder layers cache unequal lengths"
-            )
+        refuse_filled_cache(inputs.get("past_key_values"))
+        if generating:
+            refuse_cropping(self.pruned.strategies, inputs)
 
     def _prepare(self, call: Call, inputs: dict[str, Any]) -> tuple[Shortened | None, Any]:
         """Encode the images and shorten `inputs` in place; None if the prompt stays as it is."""

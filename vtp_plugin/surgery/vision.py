@@ -160,7 +160,8 @@ class VisionCuts:
                     )
             self._call.scratch["cls_attention", layer] = weights[:, self.tower.prefix :]
             self._call.scratch["keys", layer] = keys.float().mean(1)[:, self.tower.prefix :]
-            self._call.scratch["raw_keys", layer] = keys.transpose(1, 2).flatten(2).float()[:, self.tower.prefix :]
+            if self._needing("raw_keys"):
+                self._call.scratch["raw_keys", layer] = keys.transpose(1, 2).flatten(2).float()[:, self.tower.prefix :]
             if self.tower.prefix:
                 self._call.scratch["class_query", layer] = query.flatten(1).float()
 
