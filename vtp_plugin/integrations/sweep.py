@@ -23,24 +23,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vtp_plugin import config
 from vtp_plugin.errors import PruningError
 from vtp_plugin.integrations.host import Host, Listener
+from vtp_plugin.plugins import list_strategies
 from vtp_plugin.reporting import runs
 from vtp_plugin.reporting.runs import BASELINE, Cell, Run, Spec
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 UNPRUNED = Spec(id=BASELINE, label="unpruned", pruning=BASELINE)
 SAME = ("model", "model_args", "tasks", "limit", "options")  # what all results of a folder must agree on
+ALL = "all"
 WORK, PICTURES, LOCK = "work", "pictures", ".lock"
 
 
 def cells(pruning: Sequence[str], keep: Sequence[float] = (), seeds: int = 1) -> list[Spec]:
     """The unpruned model, then every specification at every keep ratio, those with a random seed `seeds` times.
 
-    A specification without a budget (V-PRUNE) and one with settings of its own (a file) stands once, as it is.
+    `all` stands for every strategy of the catalogue. A specification without a budget (V-PRUNE) and one with settings
+    of its own (a file) stands once, as it is.
     """
     if seeds < 1:
         raise PruningError(f"seeds must be at least 1, got {seeds}")
     made = [UNPRUNED]
-    for spec in pruning:
+    for spec in (name for given in pruning for name in (list_strategies() if given == ALL else [given])):
         strategies = config.resolve(spec)
         if spec == BASELINE:
             continue
@@ -51,18 +54,29 @@ def cells(pruning: Sequence[str], keep: Sequence[float] = (), seeds: int = 1) ->
     return unique(made)
 
 
-def cell(spec: str, keep: float | None = None, seed: int | None = None, **fields: Any) -> Spec:
-    """One configuration, checked. `fields` are further hyper-parameters, `id` and `label`."""
-    named = {"id": fields.pop("id", None), "label": fields.pop("label", None)}
+def cell(
+    spec: str,
+    keep: float | None = None,
+    seed: int | None = None,
+    *,
+    id: str | None = None,
+    label: str | None = None,
+    **fields: Any,
+) -> Spec:
+    """One configuration, checked. `fields` are further hyper-parameters; names are made where none is given."""
     arguments = {"keep_ratio": keep, "seed": seed}
     arguments = {key: value for key, value in arguments.items() if value is not None} | fields
     config.resolve(spec, arguments)
+    id = id or _name(spec, keep, seed)
+    label = label or (UNPRUNED.label if spec == BASELINE else id)
+    return Spec(id=id, label=label, pruning=spec, pruning_args=arguments, seed=seed, keep=keep)
+
+
+def _name(spec: str, keep: float | None, seed: int | None) -> str:
+    """atp-0.25, random-0.25-seed3, vprune."""
     name = Path(spec).stem if spec.endswith((".yaml", ".yml")) else spec
-    parts = [name, f"{keep:g}" if keep is not None else "", f"seed{seed}" if seed is not None else ""]
-    id = named["id"] or "-".join(filter(None, parts))
-    return Spec(
-        id=id, label=named["label"] or id, pruning=spec, pruning_args=arguments, seed=seed, keep=keep
-    )  # fmt: skip
+    parts = (name, "" if keep is None else f"{keep:g}", "" if seed is None else f"seed{seed}")
+    return "-".join(filter(None, parts))
 
 
 def unique(made: Sequence[Spec]) -> list[Spec]:
@@ -138,11 +152,13 @@ def _check(settings: Mapping[str, Any]) -> None:
 
 
 def check_host(model: str, tasks: Sequence[str]) -> None:
-    """Refuse a model or a task that the host does not have. Tasks that come with the plugin are known without it."""
+    """Refuse a model or a task that the host does not have; what the plugin brings is known without asking it."""
     from vtp_plugin.integrations import lmms_eval
 
     own = {path.stem for path in lmms_eval.TASKS.rglob("*.yaml")}
-    lmms_eval.check_names(model, [task for task in tasks if task not in own])
+    foreign = [task for task in tasks if task not in own]
+    if foreign or model not in lmms_eval.TINY_LAYOUTS:
+        lmms_eval.check_names(model, foreign)
 
 
 def _joined(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
