@@ -345,7 +345,7 @@ def embedded(
                     tile -= tile.mean((1, 2), keepdim=True)
             pixels = values
         e = inner.embeddings.patch_embedding(pixels[None])[0].flatten(1).T[left]
-        if hyper.get("positions"):
+        if hyper.get("positioned"):
             e = e + inner.embeddings.position_embedding.weight[[i + 1 for i in left]]
         return [left[i] for i in best(l2_scores(e), floor(hyper.get("keep_ratio", 0.5) * len(left)))]
     return thinned(left, name, hyper, drawn)

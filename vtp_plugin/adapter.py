@@ -63,6 +63,8 @@ class Adapter(ABC):
     projector: nn.Module
     language_model: nn.Module | None  # None: an encoder without a language model
     decoder_layers: Sequence[nn.Module]
+    default_positions: str = "compact"  # of a shortened prompt, where neither the user nor the method says
+    fixed_positions: str = ""  # why the prompt has no positions to choose from
     first_cut: int = 1  # the first decoder layer that may see fewer tokens than the one before
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:

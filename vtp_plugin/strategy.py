@@ -16,6 +16,7 @@ from vtp_plugin.stages import Stage
 from vtp_plugin.tokens import Selection, VisualTokens, top_k
 
 BUDGET = ("keep_ratio", "keep_tokens")
+POSITIONS = ("original", "compact")  # of the tokens that are left: as in the whole prompt, or counted anew
 UNITS = ("per_image", "per_tile", "total")  # what a budget is counted over; total: all images of one prompt
 
 
@@ -34,12 +35,14 @@ class PruningStrategy(ABC):
     budgeted: ClassVar[bool] = True  # False: the number kept follows from the data; keep_ratio does not apply
     merges: ClassVar[bool] = False  # True: survivors get new values, so no strategy may follow at the same stage
     default_keep_ratio: ClassVar[float] = 0.5
+    default_positions: ClassVar[str | None] = None  # what the paper does; None: what the family or the stage does
     nominal: ClassVar[bool] = False  # True: keep_ratio is the paper's label of a setting, not what is left at the end
 
     keep_ratio: float | None = None  # kept / all, in (0, 1]
     keep_tokens: int | None = None  # or an absolute number
     invert: bool = False  # the control: keep the lowest scores instead; only for methods that rank
     budget: str = "per_image"  # what either counts over: per_image, per_tile or total (all images of one prompt)
+    positions: str | None = None  # original or compact, of the tokens that are left; None: default_positions
 
     def __post_init__(self) -> None:
         if not self.budgeted:
@@ -55,6 +58,7 @@ class PruningStrategy(ABC):
         self.check_choice("invert", (True, False))
         self.check("invert", self.ranks() or not self.invert, "needs a method that ranks all tokens by one score")
         self.check_choice("budget", UNITS)
+        self.check("positions", self.positions is None or self.positions in POSITIONS, "must be original or compact")
         self.validate()
 
     # -- what a method implements ---------------------------------------------------------------------------------
