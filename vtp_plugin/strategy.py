@@ -58,7 +58,7 @@ class PruningStrategy(ABC):
         self.check_choice("invert", (True, False))
         self.check("invert", self.ranks() or not self.invert, "needs a method that ranks all tokens by one score")
         self.check_choice("budget", UNITS)
-        self.check("positions", self.positions is None or self.positions in POSITIONS, "must be original or compact")
+        self.check("positions", self.positions is None or self.positions in POSITIONS, f"must be one of {', '.join(POSITIONS)}")
         self.validate()
 
     # -- what a method implements ---------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def record(pruned: Pruned, samples: Sequence[Mapping[str, Any]]) -> dict[str, An
         "schema": SCHEMA,
         "versions": versions(),
         "model": _model(pruned),
-        "strategies": describe(pruned.strategies),
+        "strategies": _strategies(pruned),
         "visual_tokens": _tokens(images),
         "samples": {
             "total": len(samples),
@@ -118,6 +118,13 @@ def record(pruned: Pruned, samples: Sequence[Mapping[str, Any]]) -> dict[str, An
         "seconds": {part: sum(sample["seconds"].get(part, 0.0) for sample in samples) for part in PARTS},
         "prefill_flops": _flops(flops),
     }
+
+
+def _strategies(pruned: Pruned) -> list[dict[str, Any]]:
+    """The configurations, and the positions that were chosen."""
+    depth = len(pruned.adapter.decoder_layers)
+    chosen = [{"positions": pruned.positions.of_strategy(s, depth)} for s in pruned.strategies]
+    return [entry | positions for entry, positions in zip(describe(pruned.strategies), chosen, strict=True)]
 
 
 def versions() -> dict[str, str]:

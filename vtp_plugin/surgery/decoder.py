@@ -126,9 +126,7 @@ class DecoderCuts:
 
         return enter
 
-    def _narrowed(
-        self, call: Call, number: int, hidden: Tensor, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any, Any]:
+    def _narrowed(self, call: Call, number: int, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The arguments of a layer in a pass over the whole prompt."""
         tables, cut = kwargs["position_embeddings"], self._seen(call, number, hidden)
         columns = _with_new(cut.columns, cut.length, tables[0].shape[1])
@@ -290,9 +288,7 @@ class DecoderCuts:
     def _grid(self) -> tuple[int, int]:
         return self.pruned.adapter.tower.grid
 
-    def _mask(
-        self, call: Call, kwargs: Any, cut: Cut, queries: Tensor | None, count: int, past: int
-    ) -> Tensor | None:
+    def _mask(self, call: Call, kwargs: Any, cut: Cut, queries: Tensor | None, count: int, past: int) -> Tensor | None:
         """The attention mask of `count` queries behind `past` cached columns."""
         mask = kwargs.get("attention_mask")
         if mask is not None:
