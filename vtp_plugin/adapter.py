@@ -91,7 +91,10 @@ class Adapter(ABC):
 
     def shared_space(self, checkpoint: str | None) -> SharedSpace:
         """CLIP's joint space, from `checkpoint` or the tower's own; PruningError if the tower has none."""
-        raise PruningError(f"{self.family} has no CLIP text encoder that matches its vision tower")
+        raise PruningError(
+            f"{self.family} has no CLIP text encoder that matches its vision tower: text_encoder=llm compares with the "
+            f"language model's embeddings of the question instead"
+        )
 
     @property
     def cls_attention(self) -> str:
@@ -113,6 +116,15 @@ class Adapter(ABC):
         if self.tokenizer is None:
             raise PruningError("this strategy reads the question: pass the model's processor (processor=...)")
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def encode_text(self, text: str) -> list[int]:
+        """The token ids of a text without special tokens; at least one."""
+        if self.tokenizer is None:
+            raise PruningError("this strategy reads the question: pass the model's processor (processor=...)")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise PruningError("text_encoder=llm: the prompt has images but no question")
+        return ids
 
 
 def find_adapter(

@@ -352,13 +352,13 @@ def _matters(cls: type[PruningStrategy], base: dict[str, Any], field: str) -> bo
 
 def _behaviour(strategy: PruningStrategy) -> Any:
     """Everything that a model would notice of a configuration."""
-    where = (strategy.stage, sorted(strategy.needs), strategy.tower_layer, strategy.clip_checkpoint, strategy.positions)
+    where = (strategy.stage, sorted(strategy.needs), strategy.tower_layer, strategy.clip_checkpoint)
     kept = [
         ([own.tolist() for own in s.sources], [round(float(v.float().sum()), 3) for v in s.tokens or ()])
         for kind in ("random", "repeated")
         for s in run(strategy, sample(strategy, 64, kind=kind, b=1))
     ]
-    return where, strategy.cut_layers(DEPTH), kept
+    return where, strategy.text_encoder, strategy.positions, strategy.cut_layers(DEPTH), kept
 
 
 def _cost(cls: type[PruningStrategy]) -> str:

@@ -23,6 +23,7 @@ from vtp_plugin.surgery.decoder import DecoderCuts
 from vtp_plugin.surgery.pixels import watch as watch_processor
 from vtp_plugin.surgery.positions import Choice, OriginalPositions
 from vtp_plugin.surgery.undo import Undo
+from vtp_plugin.surgery.vision import behind_projector
 from vtp_plugin.tokens import Selection, VisualTokens
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class Pruned:
         """Multiply-accumulates that strategies spend on text towers and on projecting candidates for one sample."""
         questions = {image.question for image in call.images if image.sample == sample}
         text = sum(space.text_macs([question]) for space in self.spaces.values() for question in sorted(questions))
-        projecting = {s.name for s in self.strategies if "projected" in s.needs}
+        projecting = {s.name for s in self.strategies if behind_projector(s)}
         candidates = [
             before
             for event in call.events

@@ -36,6 +36,7 @@ class PruningStrategy(ABC):
     merges: ClassVar[bool] = False  # True: survivors get new values, so no strategy may follow at the same stage
     default_keep_ratio: ClassVar[float] = 0.5
     default_positions: ClassVar[str | None] = None  # what the paper does; None: what the family or the stage does
+    text_encoder: ClassVar[str] = "clip"  # where `text` and `aligned` come from; a field of QuestionStrategy
     nominal: ClassVar[bool] = False  # True: keep_ratio is the paper's label of a setting, not what is left at the end
 
     keep_ratio: float | None = None  # kept / all, in (0, 1]
@@ -58,7 +59,9 @@ class PruningStrategy(ABC):
         self.check_choice("invert", (True, False))
         self.check("invert", self.ranks() or not self.invert, "needs a method that ranks all tokens by one score")
         self.check_choice("budget", UNITS)
-        self.check("positions", self.positions is None or self.positions in POSITIONS, f"must be one of {', '.join(POSITIONS)}")
+        self.check(
+            "positions", self.positions is None or self.positions in POSITIONS, f"must be one of {', '.join(POSITIONS)}"
+        )
         self.validate()
 
     # -- what a method implements ---------------------------------------------------------------------------------
@@ -191,6 +194,27 @@ class PlacedStrategy(PruningStrategy):
     @property
     def decoder_layer(self) -> int | None:
         return self.layer if self.stage is Stage.LLM else None
+
+
+@dataclass(kw_only=True)
+class QuestionStrategy(PruningStrategy):
+    """A method that compares patches with the question (`aligned`, `text`), and in which space it does.
+
+    text_encoder=clip: CLIP's text tower and the patches in CLIP's shared space, as the papers do.
+    text_encoder=llm: for towers without such a text tower. The question is the mean of the language model's input
+    embeddings of its tokens, a patch is what the projector makes of it; the layer of the tower plays no part.
+    """
+
+    text_encoder: str = "clip"
+    clip: str | None = None  # CLIP checkpoint with the text tower; None: the vision tower's own
+
+    def validate(self) -> None:
+        self.check_choice("text_encoder", ("clip", "llm"))
+        self.check("clip", self.clip is None or self.text_encoder == "clip", "needs text_encoder=clip")
+
+    @property
+    def clip_checkpoint(self) -> str | None:
+        return self.clip
 
 
 def _number(value: Any) -> float:

@@ -75,7 +75,7 @@ class Call:
 
     def once(self, name: str, key: tuple[Any, ...], source: Any, make: Callable[[], Any]) -> Any:
         """What `make` makes of `source`, remembered for the other decoder layers of the same pass."""
-        made = self.scratch.setdefault(("once", name), [])
+        made = self.scratch.setdefault(f"once {name}", [])
         for known, of, value in made:
             if of is source and known == key:
                 return value
