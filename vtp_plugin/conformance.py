@@ -82,6 +82,8 @@ def sample(
         "last_query_attention": lambda: row(b, n),
         "next_query_attention": lambda: row(b, n),
         "text_attention": lambda: row(b, WORDS, n),
+        "self_attention": lambda: row(b, n),
+        "cross_attention": lambda: row(b, n),
         "entry": lambda: normal(b, n, d),
         "text_entry": lambda: torch.randn(b, WORDS, d, generator=draw),
         "key_norms": lambda: normal(b, n, d).abs().sum(-1),
