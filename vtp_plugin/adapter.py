@@ -33,6 +33,7 @@ class Tower:
     patch_size: int
     projected: int  # block whose output is projected, negative counts from the last
     attention: str = "self_attn"  # where a block's attention is
+    between: tuple[str, str] | None = None  # a block's norm behind its attention, and the MLP behind that norm
     block: int = 1  # side of the square of patches that becomes one token of the prompt: dropped as a whole
 
 

@@ -40,7 +40,7 @@ class PruningEvent:
 
     strategy: str
     stage: Stage
-    layer: int | None  # llm stage: the first decoder layer without the dropped tokens
+    layer: int | None  # llm stage: the first decoder layer without the dropped tokens; vit: the block that merges
     images: list[int]  # numbers of the images within the call
     before: list[int]  # tokens per image
     after: list[int]

@@ -93,6 +93,12 @@ class TileCuts(VisionCuts):
                     f"or give keep_ratio"
                 )
 
+    def _check_merging(self, strategy: PruningStrategy) -> None:
+        raise strategy.error(
+            f"merging inside the blocks is not possible here, because {self._models} arranges the tower's tokens by "
+            f"their places"
+        )
+
     def _install_gather(self, undo: Undo) -> None:
         undo.after(self.tower.embeddings, self._gather)
 
