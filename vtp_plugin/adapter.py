@@ -33,6 +33,7 @@ class Tower:
     patch_size: int
     projected: int  # block whose output is projected, negative counts from the last
     attention: str = "self_attn"  # where a block's attention is
+    between: tuple[str, str] | None = None  # a block's norm behind its attention, and the MLP behind that norm
     block: int = 1  # side of the square of patches that becomes one token of the prompt: dropped as a whole
 
 
@@ -63,6 +64,8 @@ class Adapter(ABC):
     projector: nn.Module
     language_model: nn.Module | None  # None: an encoder without a language model
     decoder_layers: Sequence[nn.Module]
+    default_positions: str = "compact"  # of a shortened prompt, where neither the user nor the method says
+    fixed_positions: str = ""  # why the prompt has no positions to choose from
     first_cut: int = 1  # the first decoder layer that may see fewer tokens than the one before
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
@@ -89,7 +92,10 @@ class Adapter(ABC):
 
     def shared_space(self, checkpoint: str | None) -> SharedSpace:
         """CLIP's joint space, from `checkpoint` or the tower's own; PruningError if the tower has none."""
-        raise PruningError(f"{self.family} has no CLIP text encoder that matches its vision tower")
+        raise PruningError(
+            f"{self.family} has no CLIP text encoder that matches its vision tower: text_encoder=llm compares with the "
+            f"language model's embeddings of the question instead"
+        )
 
     @property
     def cls_attention(self) -> str:
@@ -111,6 +117,15 @@ class Adapter(ABC):
         if self.tokenizer is None:
             raise PruningError("this strategy reads the question: pass the model's processor (processor=...)")
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def encode_text(self, text: str) -> list[int]:
+        """The token ids of a text without special tokens; at least one."""
+        if self.tokenizer is None:
+            raise PruningError("this strategy reads the question: pass the model's processor (processor=...)")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise PruningError("text_encoder=llm: the prompt has images but no question")
+        return ids
 
 
 def find_adapter(

@@ -21,7 +21,9 @@ from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.call import Call, PruningEvent
 from vtp_plugin.surgery.decoder import DecoderCuts
 from vtp_plugin.surgery.pixels import watch as watch_processor
+from vtp_plugin.surgery.positions import Choice, OriginalPositions
 from vtp_plugin.surgery.undo import Undo
+from vtp_plugin.surgery.vision import behind_projector
 from vtp_plugin.tokens import Selection, VisualTokens
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ class Pruned:
                 raise PruningError(
                     f"{strategy.name}: {self.adapter.models} has no {strategy.stage.value} stage: {reason}"
                 )
+        self.positions = Choice.of(self.strategies, self.adapter)
         vision = self.adapter.vision(self)
         decoder = DecoderCuts(self, self.adapter.decoder_layers, [s for s in self.strategies if s.stage is Stage.LLM])
         vision.prepare()
@@ -82,6 +85,8 @@ class Pruned:
         self.spaces = vision.spaces
         vision.install(self._undo)
         decoder.install(self._undo)
+        if self.positions.prompt == "original":
+            OriginalPositions(self).install(self._undo)
         self.adapter.install(self, self._undo)
         if vision.pixels is not None:
             self._watch_processor(vision)
@@ -162,7 +167,7 @@ class Pruned:
         """Multiply-accumulates that strategies spend on text towers and on projecting candidates for one sample."""
         questions = {image.question for image in call.images if image.sample == sample}
         text = sum(space.text_macs([question]) for space in self.spaces.values() for question in sorted(questions))
-        projecting = {s.name for s in self.strategies if "projected" in s.needs}
+        projecting = {s.name for s in self.strategies if behind_projector(s)}
         candidates = [
             before
             for event in call.events
@@ -173,6 +178,8 @@ class Pruned:
         return text + sum(candidates) * self.adapter.shapes().projector
 
     def _prove(self, call: Call) -> None:
+        if call.positions is not None and not call.positions_used:
+            raise NothingPruned("positions=original: the language model's rotary embedding was never called")
         if not any(image.columns is None or len(image.columns) for image in call.images):
             return
         cut = {event.strategy for event in call.events}

@@ -35,6 +35,7 @@ def clip_tower(module: nn.Module, projected: int) -> Tower:
         grid=(side, side),
         patch_size=inner.config.patch_size,
         projected=projected if projected < 0 else projected - 1,
+        between=("layer_norm2", "mlp"),
     )
 
 

@@ -63,10 +63,9 @@ class LlavaAnyres(Llava):
         prompts = [row[mask] for row, mask in zip(input_ids, real, strict=True)]
         tiles = [image if image.ndim == 4 else image[None] for image in images]
         pairs = self._cut(call, prompts, {"tiles": tiles, "image_sizes": image_sizes})
-        self.counts = [len(rows) for rows, _ in pairs]
         blank = torch.zeros(len(tiles), 3, 1, 1, device=input_ids.device)  # one image each: no packing again
         merged = list(self._merged_with([rows for rows, _ in pairs], input_ids, *rest, blank, image_sizes))
-        self._place(call, prompts, merged[4].shape[1])
+        self._place(call, prompts, merged[4].shape[1], [kept.source for _, kept in pairs])
         for image, (_, kept) in zip(call.images, pairs, strict=True):
             image.columns = image.columns[kept.judged] if len(image.columns) == len(kept.judged) else image.columns
         if merged[5] is not None and any(s.stage is Stage.LLM for s in self.pruned.strategies):

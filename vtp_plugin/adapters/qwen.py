@@ -40,6 +40,7 @@ class QwenVL(RowsAdapter):
     """A Qwen-VL model; a family adds its name and its tower's own arguments."""
 
     stages = dict.fromkeys(Stage, "")
+    default_positions = "original"
     type_name: str  # of the model's class
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
@@ -111,8 +112,11 @@ class QwenVL(RowsAdapter):
     # -- positions ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def positions(self, shortened: Shortened, ids: Tensor, real: Tensor) -> Iterator[None]:
-        """Let the model compute positions for the full prompt, and give the kept columns theirs."""
+    def positions(self, shortened: Shortened, ids: Tensor, real: Tensor, *, compact: bool) -> Iterator[None]:
+        """Let the model compute positions for the full prompt, and give the kept columns theirs.
+
+        `compact`: prompts that lost tokens are counted like text instead, the same number on all three axes.
+        """
         types = sum((ids == token).int() * number for number, token in enumerate(self.tokens.values(), 1))
         dropped = real.sum(1, keepdim=True) - shortened.valid.sum(1, keepdim=True)
 
@@ -122,7 +126,12 @@ class QwenVL(RowsAdapter):
             table, delta = original(ids, **{k: v for k, v in kwargs.items() if k not in full}, **full)
             columns = shortened.origin.clamp(min=0).expand(3, -1, -1)
             table = torch.where(shortened.valid, table.gather(2, columns), 0)
-            return table.repeat_interleave(times, 1), (delta + dropped).repeat_interleave(times, 0)
+            delta = delta + dropped
+            if compact:
+                counted = (shortened.valid.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
+                table = torch.where(dropped > 0, counted, table)
+                delta = torch.where(dropped > 0, 0, delta)
+            return table.repeat_interleave(times, 1), delta.repeat_interleave(times, 0)
 
         with Undo() as undo:
             original = undo.override(self.core, "get_rope_index", index)

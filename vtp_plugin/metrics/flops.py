@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -33,11 +34,12 @@ class Transformer:
     query_width: int
     key_value_width: int
 
-    def layer_macs(self, tokens: int) -> int:
-        """One layer on that many tokens."""
+    def layer_macs(self, tokens: int, left: int | None = None) -> int:
+        """One layer on that many tokens; its MLP on those that are left where tokens are merged in between."""
+        left = tokens if left is None else left
         projections = tokens * self.width * 2 * (self.query_width + self.key_value_width)
         attention = 2 * tokens**2 * self.query_width
-        return projections + attention + tokens * self.width * self.mlp * (3 if self.gated else 2)
+        return projections + attention + left * self.width * self.mlp * (3 if self.gated else 2)
 
     def macs(self, tokens: int) -> int:
         """All layers on that many tokens."""
@@ -67,14 +69,17 @@ class Shapes:
             head=text.hidden_size * text.vocab_size,
         )
 
-    def tower_macs(self, patches: int, blocks_see: int, tiles: int = 1) -> int:
+    def tower_macs(self, patches: int, blocks_see: int | Sequence[int], tiles: int = 1) -> int:
         """Embed `patches`, then run the blocks on the `blocks_see` patches that are left and the prefix.
 
+        Several numbers: those that enter the first block, then those left behind the attention of each block.
         Tiles are sequences of their own, counted as equally long; windows inside one are counted as full attention.
         """
-        return patches * self.patch + tiles * self.tower.macs(blocks_see // tiles + self.prefix)
+        left = [blocks_see] if isinstance(blocks_see, int) else list(blocks_see)
+        left = [n // tiles + self.prefix for n in left + left[-1:] * (self.tower.layers + 1 - len(left))]
+        return patches * self.patch + tiles * sum(self.tower.layer_macs(a, b) for a, b in pairwise(left))
 
-    def prefill_macs(self, images: Sequence[tuple[int, int, int, int]], lengths: Sequence[int]) -> int:
+    def prefill_macs(self, images: Sequence[tuple[int, int | Sequence[int], int, int]], lengths: Sequence[int]) -> int:
         """One sample: per image (patches, patches in the blocks, tiles, tokens projected); prompt length per layer."""
         tower = sum(
             self.tower_macs(patches, seen, tiles) + projected * self.projector

@@ -54,8 +54,11 @@ def _sample(pruned: Pruned, call: Call, row: int) -> dict[str, Any]:
     return report
 
 
-def _passage(call: Call, number: int) -> dict[str, int]:
-    """How many tokens of an image the tower's blocks saw, the projector saw, and the last decoder layer saw."""
+def _passage(call: Call, number: int) -> dict[str, Any]:
+    """How many tokens of an image the tower's blocks saw, the projector saw, and the last decoder layer saw.
+
+    Where tokens are merged inside blocks, `seen` is a list: see `Shapes.tower_macs`.
+    """
     image = call.images[number]
     if image.patches is not None:
         return _arranged(image, [e for e in call.events if number in e.images], number)
@@ -63,7 +66,11 @@ def _passage(call: Call, number: int) -> dict[str, int]:
     for event in call.events:
         if number in event.images:
             kept = event.after[event.images.index(number)]
-            seen = kept if event.stage.order <= Stage.VIT.order else seen
+            if event.stage is Stage.VIT and event.layer is not None:
+                seen = [seen] if isinstance(seen, int) else seen
+                seen += seen[-1:] * (event.layer + 1 - len(seen)) + [kept]
+            elif event.stage.order <= Stage.VIT.order:
+                seen = kept
             projected = kept if event.stage.order <= Stage.PROJECTOR.order else projected
     same = {"total": total, "patches": total, "projectable": total}
     return same | {"tiles": 1, "seen": seen, "projected": projected, "entered": projected, "kept": kept}
@@ -108,7 +115,7 @@ def record(pruned: Pruned, samples: Sequence[Mapping[str, Any]]) -> dict[str, An
         "schema": SCHEMA,
         "versions": versions(),
         "model": _model(pruned),
-        "strategies": describe(pruned.strategies),
+        "strategies": _strategies(pruned),
         "visual_tokens": _tokens(images),
         "samples": {
             "total": len(samples),
@@ -118,6 +125,13 @@ def record(pruned: Pruned, samples: Sequence[Mapping[str, Any]]) -> dict[str, An
         "seconds": {part: sum(sample["seconds"].get(part, 0.0) for sample in samples) for part in PARTS},
         "prefill_flops": _flops(flops),
     }
+
+
+def _strategies(pruned: Pruned) -> list[dict[str, Any]]:
+    """The configurations, and the positions that were chosen."""
+    depth = len(pruned.adapter.decoder_layers)
+    chosen = [{"positions": pruned.positions.of_strategy(s, depth)} for s in pruned.strategies]
+    return [entry | positions for entry, positions in zip(describe(pruned.strategies), chosen, strict=True)]
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +40,7 @@ class PruningEvent:
 
     strategy: str
     stage: Stage
-    layer: int | None  # llm stage: the first decoder layer without the dropped tokens
+    layer: int | None  # llm stage: the first decoder layer without the dropped tokens; vit: the block that merges
     images: list[int]  # numbers of the images within the call
     before: list[int]  # tokens per image
     after: list[int]
@@ -57,6 +57,8 @@ class Call:
     scratch: dict[Any, Any] = field(default_factory=dict)  # signals on their way from a hook to a decision
     rows: int = 1  # prompts in the batch
     valid: Tensor | None = None  # [B, L] bool: columns of the assembled prompt that are not padding
+    positions: Tensor | None = None  # [B, n + 1]: look-up of original positions, see surgery.positions.lookup
+    positions_used: bool = False
     cuts: dict[int, Any] = field(default_factory=dict)  # llm stage: what was decided at each decoder layer
     events: list[PruningEvent] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by part: tower, selector, prefill, decode
@@ -70,6 +72,15 @@ class Call:
         finally:
             self.batch = []
             self.scratch.clear()
+
+    def once(self, name: str, key: tuple[Any, ...], source: Any, make: Callable[[], Any]) -> Any:
+        """What `make` makes of `source`, remembered for the other decoder layers of the same pass."""
+        made = self.scratch.setdefault(f"once {name}", [])
+        for known, of, value in made:
+            if of is source and known == key:
+                return value
+        made[:] = [*made[-7:], (key, source, make())]
+        return made[-1][2]
 
     def spend(self, part: str, seconds: float) -> None:
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
