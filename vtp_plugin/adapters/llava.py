@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from vtp_plugin.adapter import Adapter, SharedSpace
 from vtp_plugin.adapters.clip import ClipSpace, clip_tower
 from vtp_plugin.errors import PruningError
-from vtp_plugin.metrics.flops import Shapes
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.decoder import narrowed_labels, refuse_cropping, refuse_filled_cache
@@ -37,6 +36,7 @@ class Llava(Adapter):
     family = "llava"
     models = "LLaVA-1.5 (llava-torch)"
     stages = dict.fromkeys(Stage, "")
+    every_logit = True
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
@@ -190,10 +190,6 @@ class Llava(Adapter):
         vision = self.model.get_vision_tower()
         checkpoint = checkpoint or self.model.config.mm_vision_tower
         return ClipSpace(checkpoint, vision.hidden_size, vision.device, vision.dtype)
-
-    def shapes(self) -> Shapes:
-        vision, text = self.model.get_vision_tower().config, self.model.config
-        return Shapes.of(vision, text, self.tower, self.projector)
 
 
 def _plain(images: Any) -> Tensor:

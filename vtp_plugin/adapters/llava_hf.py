@@ -14,7 +14,6 @@ from torch import nn
 
 from vtp_plugin.adapter import Adapter, SharedSpace
 from vtp_plugin.adapters.clip import ClipSpace, checkpoint_of, clip_tower
-from vtp_plugin.metrics.flops import Shapes
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.prompt import PlaceholderCalls, Rows
@@ -96,7 +95,3 @@ class LlavaHf(Adapter):
     @property
     def pruned_device(self) -> torch.device:
         return self.tower.patch_embedding.weight.device
-
-    def shapes(self) -> Shapes:
-        vision, text = self.model.config.vision_config, self.model.config.text_config
-        return Shapes.of(vision, text, self.tower, self.projector)

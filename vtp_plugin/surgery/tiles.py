@@ -169,11 +169,13 @@ class TileCuts(VisionCuts):
         runs = []
         for group in _alike(units):
             self.columns = self.members[torch.stack([units[tile] for tile in group])].flatten(1).sort(-1).values
+            self._call.scratch["running"] = [self._call.scratch["owners"][tile] for tile in group]
             try:
                 output = self.forward(*_rows_of(args, group, len(units)), **_rows_of(kwargs, group, len(units)))
                 runs.append((group, self.columns, output, self._taken_signals()))
             finally:
                 self.columns = None
+                del self._call.scratch["running"]
         spread = _Spread(len(units), self._patches, self.tower.prefix, [run[:2] for run in runs])
         for key in runs[0][3]:
             self._call.scratch[key] = spread([run[3][key] for run in runs])

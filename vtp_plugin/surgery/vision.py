@@ -12,7 +12,7 @@ from vtp_plugin.adapter import SharedSpace, Tower
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
-from vtp_plugin.surgery.call import Call
+from vtp_plugin.surgery.call import ROW_SIGNALS, Call
 from vtp_plugin.surgery.merging import MASKABLE, MergingBlocks
 from vtp_plugin.surgery.pixels import Pixels, fingerprint, patches
 from vtp_plugin.surgery.question import EmbeddedQuestions
@@ -21,8 +21,6 @@ from vtp_plugin.tokens import Selection
 
 if TYPE_CHECKING:
     from vtp_plugin.pruning import Pruned
-
-ROW_SIGNALS = ("cls_attention", "keys", "raw_keys", "class_query")  # read where a block's attention begins
 
 
 class VisionCuts:
