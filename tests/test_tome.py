@@ -90,9 +90,7 @@ def test_every_schedule_ends_at_the_budget(n: int, k: int, steps: int, inflectio
 
 
 def test_inflection_moves_the_merges():
-    early, late = (
-        [a - b for a, b in pairwise(schedule(576, 24, keep_tokens=192, inflection=i))] for i in (-1.0, 1.0)
-    )
+    early, late = ([a - b for a, b in pairwise(schedule(576, 24, keep_tokens=192, inflection=i))] for i in (-1.0, 1.0))
     assert early == sorted(early, reverse=True)
     assert late == sorted(late)
     assert early[0] == late[-1] == 32
