@@ -84,7 +84,9 @@ def _saved(family: str, processor: Callable[[], Any], folder: Path) -> None:
 def _llava_next() -> Any:
     from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 
-    images = LlavaNextImageProcessor(size={"shortest_edge": 16}, crop_size=SIDE, image_grid_pinpoints=PINPOINTS, **MEANS)
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": 16}, crop_size=SIDE, image_grid_pinpoints=PINPOINTS, **MEANS
+    )
     return LlavaNextProcessor(
         images,
         tokenizer({IMAGE: "<image>"}),
@@ -194,12 +196,18 @@ HOSTS = {
     "llava-1.6": Host("llava", "llava_anyres", _llava_anyres, "device=cpu,device_map=auto", 3, False, False),
     "llava_hf-1.5": Host("llava_hf", "llava_hf", partial(_embedded, "hf"), CPU, 1, False, False),
     "llava_hf-next": Host("llava_hf", "llava_next", partial(_saved, "llava_next", _llava_next), CPU, 1, False, False),
-    "llava_hf-onevision": Host("llava_hf", "llava_onevision", partial(_saved, "llava_onevision", _onevision), CPU, 1, False),
-    "qwen2_vl": Host("qwen2_vl", "qwen2_vl", partial(_saved, "qwen2_vl", partial(_qwen, "Qwen2VL")), f"{CPU},{PIXELS}", 3),
+    "llava_hf-onevision": Host(
+        "llava_hf", "llava_onevision", partial(_saved, "llava_onevision", _onevision), CPU, 1, False
+    ),
+    "qwen2_vl": Host(
+        "qwen2_vl", "qwen2_vl", partial(_saved, "qwen2_vl", partial(_qwen, "Qwen2VL")), f"{CPU},{PIXELS}", 3
+    ),
     "qwen2_5_vl": Host(
         "qwen2_5_vl", "qwen2_5_vl", partial(_saved, "qwen2_5_vl", partial(_qwen, "Qwen2_5_VL")), f"{CPU},{PIXELS}", 3
     ),
-    "qwen3_vl": Host("qwen3_vl", "qwen3_vl", partial(_saved, "qwen3_vl", partial(_qwen, "Qwen3VL")), f"{CPU},{PIXELS}", 3),
+    "qwen3_vl": Host(
+        "qwen3_vl", "qwen3_vl", partial(_saved, "qwen3_vl", partial(_qwen, "Qwen3VL")), f"{CPU},{PIXELS}", 3
+    ),
     "internvl_hf": Host("internvl_hf", "internvl", partial(_saved, "internvl", _internvl), f"{CPU},max_patches=3"),
     "gemma3": Host("gemma3", "gemma3", partial(_saved, "gemma3", _gemma3), CPU, 3),
     "mistral3_vl": Host("mistral3_vl", "mistral3", partial(_saved, "mistral3", _mistral3), CPU, 3, video=False),

@@ -30,7 +30,7 @@ CLIPS = (((64, 64), 4), ((64, 32), 8))  # size and frames of every video; decord
 def call(command: Sequence[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command in a folder, offline; its data caches stay in that folder."""
     variables = os.environ | OFFLINE | {"HF_DATASETS_CACHE": str(cwd / "cache")} | environment
-    return subprocess.run([*command], cwd=cwd, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run([*command], cwd=cwd, env=variables, capture_output=True, text=True, timeout=900, check=False)
 
 
 def call_runs(

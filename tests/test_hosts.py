@@ -1,7 +1,8 @@
 """Every `--model` of lmms-eval that the package supports: pruned against unpruned, on checkpoints made by the tests.
 
-One process of the command line runs all of them from a `--config` list: with `none`, and pruned behind the tower and
-between decoder layers. What needs no process of its own (the host without pruning, pixels, videos) runs in this one.
+One process of the command line runs all of them from a `--config` list, pruned behind the tower and between decoder
+layers, and some with `none` (all of them if VTP_FULL_MATRIX=1: the host reads thousands of task files for every run).
+What needs no process of its own (the host that nobody wrapped, pixels, videos) runs in this one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ LATE = {
     "pruning_args": {"atp.alpha": 0, "atp.keep_tokens": FIRST, "fastv.layer": CUT, "fastv.keep_tokens": LAST},
 }
 VPRUNE = "pruning=vprune,pruning.chi2_threshold=40,pruning.cosine_threshold=0.2"
+UNPRUNED = list(HOSTS) if os.environ.get("VTP_FULL_MATRIX") else ["llava-1.6", "qwen2_5_vl", "internvl_hf"]
 NO_PIXELS = {"mistral3_vl"}
 TILED = {"llava-1.6": (checkpoints.LARGE_PINPOINTS, 168, 12), "llava_hf-next": (PINPOINTS, 16, 4)}
 TILED["llava_hf-onevision"] = TILED["llava_hf-next"]
@@ -84,7 +86,7 @@ class Work:
     def evaluate(self, key: str, model: Any = None, more: str = "", tasks: str = "pictures", **options: Any) -> Any:
         """A run in this process."""
         arguments = ",".join(filter(None, [self.arguments(key), more]))
-        manager = hosts.task_manager(HOSTS[key].name, str(self.folder / "tasks"))
+        manager = hosts.task_manager(include=str(self.folder / "tasks"))
         given = {**self.options(key), "task_manager": manager} | options
         return hosts.evaluate(model or HOSTS[key].name, arguments, tasks, **given)
 
@@ -102,11 +104,8 @@ def process(work: Work) -> Any:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trips\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[vtp]\ntrips = trips\n")
-    runs = [
-        work.entry(key, name, **pruning)
-        for key in HOSTS
-        for name, pruning in (("none", {"pruning": "none"}), ("late", LATE))
-    ]
+    runs = [work.entry(key, "none", pruning="none") for key in UNPRUNED]
+    runs += [work.entry(key, "late", **LATE) for key in HOSTS]
     runs.append(work.entry("internvl_hf", "trips", pruning="trips"))
     path = os.pathsep.join(filter(None, [str(work.folder), os.environ.get("PYTHONPATH")]))
     return hosts.call_runs(work.folder, runs, PYTHONPATH=path)
@@ -145,28 +144,33 @@ def newlines(key: str, document: int) -> list[int]:
 
 @pytest.mark.parametrize("key", HOSTS)
 def test_records_of_the_command_line(key: str, work: Work, process: Any) -> None:
-    """Family, samples, and the exact number of tokens of every picture before and after both cuts."""
-    (whole, before), (cut, after) = written(work, "none", key), written(work, "late", key)
-    shown = [len(hosts.PICTURES[line["doc_id"]]) for line in before]
-    for results in (whole, cut):
-        record = results["pruning"]
-        assert record["model"]["family"] == HOSTS[key].family
-        assert record["samples"]["total"] == len(shown) == len(before)
-        assert record["samples"]["with_images"] == sum(map(bool, shown))
-    assert [s["name"] for s in cut["pruning"]["strategies"]] == ["atp", "fastv"]
-    assert whole["pruning"]["samples"]["pruned"] == 0
-    assert cut["pruning"]["samples"]["pruned"] == sum(map(bool, shown))
-    for plain, line in zip(before, after, strict=True):
+    """Family, samples, and the exact number of tokens of every picture behind both cuts, and of the prompt."""
+    results, said = written(work, "late", key)
+    shown = [len(hosts.PICTURES[line["doc_id"]]) for line in said]
+    record = results["pruning"]
+    assert record["model"]["family"] == HOSTS[key].family
+    assert [s["name"] for s in record["strategies"]] == ["atp", "fastv"]
+    with_images = sum(map(bool, shown))
+    assert record["samples"] == {"total": len(shown), "with_images": with_images, "pruned": with_images}
+    assert len(shown) == HOSTS[key].text_only + len(hosts.PICTURES) - 1
+    for line in said:
         fixed = newlines(key, line["doc_id"])
-        assert images(plain, "after") == images(plain, "before") == images(line, "before")
         assert images(line, "after") == [LAST + rows for rows in fixed]
         if fixed:
             dropped = sum(count - FIRST - rows for count, rows in zip(images(line, "before"), fixed, strict=True))
             prompt = line["pruning"]["prompt_tokens"]
             assert prompt["before"] - prompt["after"] == dropped
             assert prompt["after"] - prompt["mean_over_layers"] == len(fixed) * (FIRST - LAST) * (4 - CUT) / 4
-    total = sum(sum(images(line, "after")) for line in after)
-    assert cut["pruning"]["visual_tokens"]["after"] == total
+    for when in ("before", "after"):
+        assert record["visual_tokens"][when] == sum(sum(images(line, when)) for line in said)
+
+
+@pytest.mark.parametrize("key", UNPRUNED)
+def test_pruned_against_unpruned(key: str, work: Work, process: Any) -> None:
+    (whole, plain), (_, pruned) = written(work, "none", key), written(work, "late", key)
+    assert whole["pruning"]["samples"]["pruned"] == 0
+    for one, other in zip(plain, pruned, strict=True):
+        assert images(one, "after") == images(one, "before") == images(other, "before")
 
 
 def test_an_error_that_the_host_swallows_ends_the_process_with_a_failure(work: Work, process: Any) -> None:
@@ -187,15 +191,17 @@ def test_counts_and_answers_of_the_host_itself(key: str, work: Work, process: An
     lm = get_model(HOSTS[key].name).create_from_arg_string(work.arguments(key), {"batch_size": HOSTS[key].batch})
     made = counting(lm.model) if HOSTS[key].name != "llava" else None
     results = work.evaluate(key, lm)
-    _, said = written(work, "none", key)
-    assert [line["filtered_resps"] for line in said] == [line["filtered_resps"] for line in lines(results)]
     assert "pruning" not in results
+    _, said = written(work, "late", key)
     counts = [sum(images(line, "before")) for line in said]
     if key in TILED:
         sizes = [hosts.PICTURES[line["doc_id"]] for line in said]
         assert counts == [sum(sum(anyres_rows((h, w), *TILED[key])) for w, h in each) for each in sizes]
     if made is not None:
         assert sorted(counts) == sorted(made)
+    if key in UNPRUNED:
+        _, said = written(work, "none", key)
+        assert [line["filtered_resps"] for line in said] == [line["filtered_resps"] for line in lines(results)]
 
 
 def counting(model: Any) -> list[int]:
