@@ -36,4 +36,4 @@ class SCOPE(PruningStrategy):
     def select(self, visual: VisualTokens) -> Selection:
         weight = visual.cls_attention.float() ** self.alpha
         picks = coverage(cosines(visual.tokens), weight, self.wanted(visual))
-        return Selection(mask(picks, visual.tokens.shape[1]))
+        return Selection(mask(picks, visual.tokens.shape[1]), scores=weight)

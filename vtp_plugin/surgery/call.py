@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vtp_plugin.stages import Stage
+from vtp_plugin.tokens import Selection
 
 
 @dataclass
@@ -48,6 +49,16 @@ class PruningEvent:
     seconds: float  # for signals and selection, device synchronised
 
 
+@dataclass(frozen=True)
+class Decision:
+    """One answer of a strategy as it gave it, kept for those who look on."""
+
+    strategy: str
+    owners: Sequence[tuple[int, int]]  # per row: image, and what to add to `index` to get a position in that image
+    index: Tensor  # [B, N] raster positions of what was judged
+    selection: Selection
+
+
 @dataclass
 class Call:
     """Lives from the host's call to its return."""
@@ -59,6 +70,7 @@ class Call:
     valid: Tensor | None = None  # [B, L] bool: columns of the assembled prompt that are not padding
     cuts: dict[int, Any] = field(default_factory=dict)  # llm stage: what was decided at each decoder layer
     events: list[PruningEvent] = field(default_factory=list)
+    decisions: list[Decision] | None = None  # None: nobody looks on
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by part: tower, selector, prefill, decode
 
     @contextmanager
