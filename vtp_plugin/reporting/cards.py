@@ -60,6 +60,7 @@ class Cards:
             "picture": self.name(picture, "jpeg") if picture else "",
             "ratio": f"{shown.grid[1]}/{shown.grid[0]}",
             "alt": f"{said}, {shown.view}" if shown.view else said,
+            "tiled": bool(shown.view),
             "kept": self.name(overlays.png(overlays.veil(shown.kept)), "png") if pruned else "",
             "scores": "" if shown.scores is None else self.name(overlays.png(overlays.heat(shown.scores)), "png"),
             "merged": "" if shown.into is None else self.name(overlays.png(overlays.clusters(shown.into)), "png"),

@@ -7,23 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vtp_plugin.reporting import charts
+import numpy as np
+
+from vtp_plugin.reporting import charts, comparison
 from vtp_plugin.reporting.cards import Cards
-from vtp_plugin.reporting.measures import Measures
+from vtp_plugin.reporting.comparison import Row
 from vtp_plugin.reporting.runs import BASELINE, Run
 from vtp_plugin.version import __version__
 
 TEMPLATES = Path(__file__).parent / "templates"
 COLOURS = 12  # that the page has for methods
-COSTS = {
-    "Visual tokens": ("visual tokens", lambda m: m.kept),
-    "FLOPs": ("prefill FLOPs", lambda m: m.flops),
-    "Time to first token": ("time to first token", lambda m: m.first_token),
-}
 CAPTION = (
-    "Accuracy in %, with 95 % intervals. Tokens: visual tokens per image that the last decoder layer sees, of all. "
-    "FLOPs: the whole prefill, vision tower included. TTFT: time to first token, vision tower and prefill. Both are "
-    "relative to the unpruned model. Change: of the mean, paired by question. Flips: answers that pruning made "
+    "Accuracy in %, with 95 % intervals. Change: of the mean, paired by question, in points. Tokens: visual tokens per "
+    "image that the last decoder layer sees, of all. FLOPs: the whole prefill, vision tower included. TTFT: time to "
+    "first token, vision tower and prefill. Both are relative to the unpruned model. Flips: answers that pruning made "
     "wrong / right, with McNemar's p. Same: answers equal to the unpruned ones."
 )
 
@@ -47,22 +44,21 @@ def page(run: Run, samples: int | None = None) -> str:
     """The page; `samples`: documents per task in its gallery, None for all that were recorded."""
     from jinja2 import Environment, FileSystemLoader
 
-    measures = [Measures(cell, run.baseline) for cell in run]
-    groups = methods(run)
-    images = Images()
+    lines, groups, images = _lines(run), methods(run), Images()
     cards = Cards(run, images.name).cards(samples)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
     return environment.get_template("report.html.j2").render(
         version=__version__,
-        title=_title(run),
+        title=f"Visual token pruning on {run.baseline.model[1]}",
         lead=_lead(run),
-        warnings=_warnings(run, measures),
+        warnings=_warnings(run),
         caption=CAPTION,
         columns=_columns(run),
-        rows=_rows(measures, groups),
-        charts=_charts(measures, groups),
+        rows=_rows(lines, groups),
+        charts=_charts(lines, groups),
         methods=[{"name": name, "group": group} for name, group in groups.items()],
         cards=cards,
+        tiled=any(image["tiled"] for card in cards for tile in card["tiles"] for image in tile["images"]),
         shown=[{"id": c.id, "label": c.label, "group": groups[c.pruning]} for c in run if c.pruning != BASELINE],
         tasks=run.tasks,
         images=images.data,
@@ -76,11 +72,25 @@ def methods(run: Run) -> dict[str, int]:
     return {name: number % COLOURS for number, name in enumerate(names)}
 
 
+def _lines(run: Run) -> list[dict[str, Any]]:
+    """The statistics of every configuration, the unpruned model first, with its time to first token."""
+    rows = comparison.rows(run)
+    said = comparison.summary(run)["rows"]
+    return [said[row.id] | {"first_token": _ratio(first_token(row), first_token(rows[0]))} for row in rows]
+
+
+def first_token(row: Row) -> float:
+    """Seconds per sample until the first token: vision tower and decoder layers, selection included."""
+    records = [cell.record for cell in row.cells]
+    spent = [(r["seconds"]["tower"] + r["seconds"]["prefill"]) / max(1, r["samples"]["total"]) for r in records]
+    return float(np.mean(spent))
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if part and whole else None
+
+
 # -- the head and the foot --------------------------------------------------------------------------------------------
-
-
-def _title(run: Run) -> str:
-    return f"Visual token pruning on {run.baseline.model[1]}"
 
 
 def _lead(run: Run) -> str:
@@ -92,109 +102,115 @@ def _lead(run: Run) -> str:
     )
 
 
-def _warnings(run: Run, measures: Sequence[Measures]) -> list[str]:
+def _warnings(run: Run) -> list[str]:
     """Whatever keeps a reader from trusting the numbers."""
-    said = [f"{cell.label} failed: {cell.error}" for cell in run.failed]
-    if run.unfinished:
-        said.append(f"Not finished yet: {', '.join(run.unfinished)}.")
-    return said
+    said = [text.removeprefix("WARNING: ").capitalize() for text in comparison.warnings(run)]
+    said += [f"{cell.label} failed: {cell.error}" for cell in run.failed]
+    return said + ([f"Not finished yet: {', '.join(run.unfinished)}."] if run.unfinished else [])
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    record = run.baseline.record
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    model = ", ".join(f"{name} {value}" for name, value in record["model"].items())
-    facts = [("Model", model), ("Versions", versions), ("FLOPs", record["prefill_flops"]["convention"])]
-    return facts + [(cell.label, cell.id) for cell in run.failed]
+    record, settings = run.baseline.record, run.settings
+    said = {name: settings.get(name) for name in ("model", "model_args", "limit")}
+    return [
+        ("Evaluation", _joined({"tasks": " ".join(settings.get("tasks") or []), **said})),
+        ("Model", _joined(record["model"])),
+        ("Versions", _joined(record["versions"])),
+        ("FLOPs", record["prefill_flops"]["convention"]),
+    ]
+
+
+def _joined(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value not in (None, ""))
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
-
-
-def short(task: str, tasks: Sequence[str]) -> str:
-    """A task's name without what all names of the run begin with."""
-    parts = [name.split("_") for name in tasks]
-    shared = next((n for n, words in enumerate(zip(*parts, strict=False)) if len(set(words)) > 1), 0)
-    return "_".join(task.split("_")[shared:])
 
 
 def _columns(run: Run) -> list[dict[str, str]]:
     names = {"configuration": "", "mean": "mean accuracy over the tasks", "change": "of the mean, in points"}
     names |= {"tokens": "", "FLOPs": "", "TTFT": "time to first token"}
     names |= {"flips": "answers that became wrong / right", "same": "answers equal to the unpruned model's"}
-    names |= {short(task, run.tasks): f"accuracy on {task}" for task in run.tasks}
+    names |= {short: f"accuracy on {task}" for short, task in zip(comparison.short(run.tasks), run.tasks, strict=True)}
     return [{"name": name, "title": title or name} for name, title in names.items()]
 
 
-def _rows(measures: Sequence[Measures], groups: Mapping[str, int]) -> list[dict[str, Any]]:
-    pruned = [m for m in measures if m.cell.pruning != BASELINE]
-    best = {task: max((m.accuracies[task].value for m in pruned), default=2.0) for task in measures[0].tasks}
-    top = max((m.mean.value for m in pruned), default=2.0)
+def _rows(lines: Sequence[Mapping[str, Any]], groups: Mapping[str, int]) -> list[dict[str, Any]]:
+    best = {task: max((_of(line, task) for line in lines[1:]), default=2.0) for task in [None, *lines[0]["tasks"]]}
     return [
         {
-            "label": m.cell.label,
-            "group": groups.get(m.cell.pruning, 0),
-            "unpruned": m.cell.pruning == BASELINE,
-            "cells": _cells(m, best, top),
+            "label": line["label"] if number else "unpruned",
+            "group": groups.get(line["pruning"], 0),
+            "unpruned": number == 0,
+            "cells": [_accuracy(line, None, best if number else {})]
+            + (_compared(line) if number else [_cell(None, "")])
+            + _costs(line)
+            + (_changed(line) if number else [_cell(None, "")] * 2)
+            + [_accuracy(line, task, best if number else {}) for task in line["tasks"]],
         }
-        for m in measures
+        for number, line in enumerate(lines)
     ]
 
 
-def _cells(m: Measures, best: Mapping[str, float], top: float) -> list[dict[str, Any]]:
-    pruned = m.cell.pruning != BASELINE
-    tokens = m.tokens
-    return [
-        _accuracy(m.mean, pruned and m.mean.value == top),
-        _change(m) if pruned else _cell(None, ""),
-        _cell(tokens["mean_after"], f"{tokens['mean_after']:.0f}", small=f"of {tokens['mean_before']:.0f}"),
-        _ratio(m.flops),
-        _ratio(m.first_token),
-        _flips(m) if pruned else _cell(None, ""),
-        _cell(m.agreement, f"{100 * m.agreement:.0f} %") if pruned else _cell(None, ""),
-        *(_accuracy(m.accuracies[task], pruned and m.accuracies[task].value == best[task]) for task in m.tasks),
+def _of(line: Mapping[str, Any], task: str | None) -> float:
+    """The accuracy on a task; the mean for None."""
+    return line["mean"] if task is None else line["tasks"][task]["accuracy"]["value"]
+
+
+def _accuracy(line: Mapping[str, Any], task: str | None, best: Mapping[str | None, float]) -> dict[str, Any]:
+    value, small = _of(line, task), ""
+    if task is not None:
+        interval = line["tasks"][task]["accuracy"]
+        small = f"{100 * interval['low']:.0f}\u2013{100 * interval['high']:.0f}"
+    return _cell(value, f"{100 * value:.1f}", small, best=best.get(task) == value)
+
+
+def _compared(line: Mapping[str, Any]) -> list[dict[str, Any]]:
+    value, low, high = (100 * line["difference"][name] for name in ("value", "low", "high"))
+    return [_cell(value, f"{value:+.1f}", f"{low:+.1f} \u2026 {high:+.1f}")]
+
+
+def _costs(line: Mapping[str, Any]) -> list[dict[str, Any]]:
+    before, after = line["tokens"]["before"], line["tokens"]["after"]
+    ratios = [line["flops_ratio"], line["first_token"]]
+    return [_cell(after, f"{after:.0f}", f"of {before:.0f}")] + [
+        _cell(ratio, "-" if ratio is None else f"{ratio:.2f}x") for ratio in ratios
     ]
 
 
-def _change(m: Measures) -> dict[str, Any]:
-    interval = f"{100 * m.change.low:+.1f} \u2026 {100 * m.change.high:+.1f}"
-    return _cell(m.change.value, f"{100 * m.change.value:+.1f}", small=interval)
+def _changed(line: Mapping[str, Any]) -> list[dict[str, Any]]:
+    p = line["mcnemar_p"]
+    small = "mean of the seeds" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    flips = f"\u2212{line['lost']:.0f} / +{line['won']:.0f}"
+    return [_cell(line["lost"], flips, small), _cell(line["agreement"], f"{100 * line['agreement']:.0f} %")]
 
 
-def _flips(m: Measures) -> dict[str, Any]:
-    small = "p < 0.001" if m.flips.p < 0.001 else f"p = {m.flips.p:.3f}"
-    return _cell(m.flips.lost, f"\u2212{m.flips.lost} / +{m.flips.won}", small=small)
-
-
-def _ratio(value: float | None) -> dict[str, Any]:
-    return _cell(value, "-" if value is None else f"{value:.2f}x")
-
-
-def _accuracy(estimate: Any, best: bool) -> dict[str, Any]:
-    small = f"{100 * estimate.low:.0f}\u2013{100 * estimate.high:.0f}"
-    return _cell(estimate.value, f"{100 * estimate.value:.1f}", small=small, best=best)
-
-
-def _cell(value: Any, text: str, *, small: str = "", best: bool = False) -> dict[str, Any]:
+def _cell(value: float | None, text: str, small: str = "", *, best: bool = False) -> dict[str, Any]:
     return {"value": "" if value is None else f"{value:g}", "text": text, "small": small, "best": best}
 
 
 # -- the charts -------------------------------------------------------------------------------------------------------
 
+COSTS = {  # title: name on the axis, and the cost relative to the unpruned model
+    "Visual tokens": ("visual tokens", lambda line: _ratio(line["tokens"]["after"], line["tokens"]["before"])),
+    "FLOPs": ("prefill FLOPs", lambda line: line["flops_ratio"]),
+    "Time to first token": ("time to first token", lambda line: line["first_token"]),
+}
 
-def _charts(measures: Sequence[Measures], groups: Mapping[str, int]) -> list[dict[str, str]]:
-    pruned = [m for m in measures if m.cell.pruning != BASELINE]
-    unpruned = next(m for m in measures if m.cell.pruning == BASELINE)
+
+def _charts(lines: Sequence[Mapping[str, Any]], groups: Mapping[str, int]) -> list[dict[str, str]]:
     drawn = []
     for number, (title, (cost, of)) in enumerate(COSTS.items()):
-        if not pruned or any(of(m) is None for m in measures):
+        if len(lines) < 2 or any(of(line) is None for line in lines):
             continue
-        points = [_point(m, groups[m.cell.pruning], of(m)) for m in pruned]
-        svg = charts.scatter(points, _point(unpruned, 0, of(unpruned)), cost, f"chart{number}")
-        drawn.append({"title": title, "svg": svg})
+        unpruned, *points = (_point(line, lines[0]["mean"], groups, of(line)) for line in lines)
+        drawn.append({"title": title, "svg": charts.scatter(points, unpruned, cost, f"chart{number}")})
     return drawn
 
 
-def _point(m: Measures, group: int, x: float) -> charts.Point:
-    mean = m.mean
-    return charts.Point(m.cell.label, group, x, 100 * mean.value, 100 * mean.low, 100 * mean.high)
+def _point(line: Mapping[str, Any], unpruned: float, groups: Mapping[str, int], x: float) -> charts.Point:
+    """With the interval of the difference from the unpruned accuracy."""
+    if line["pruning"] == BASELINE:
+        return charts.Point("unpruned", 0, x, 100 * line["mean"])
+    low, high = (100 * (unpruned + line["difference"][name]) for name in ("low", "high"))
+    return charts.Point(line["label"], groups[line["pruning"]], x, 100 * line["mean"], low, high)

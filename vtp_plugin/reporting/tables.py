@@ -16,6 +16,8 @@ LATEX = {  # what a letter of text is called in LaTeX
     "^": r"\textasciicircum{}",
     "\u2192": r"$\rightarrow$",
     "\u00b1": r"$\pm$",
+    "<": "$<$",
+    ">": "$>$",
     **{letter: "\\" + letter for letter in "&%$#_{}"},
 }
 
