@@ -50,6 +50,13 @@ def checkpoint_of(config: Any) -> str:
     return CHECKPOINTS[key]
 
 
+def space_of(model: nn.Module, tower: Tower, checkpoint: str | None) -> ClipSpace:
+    """The joint space of a transformers model with a CLIP tower, from the checkpoint or the one that fits its size."""
+    config, weight = model.config.vision_config, tower.patch_embedding.weight
+    checkpoint = checkpoint or getattr(model.config, "mm_vision_tower", None) or checkpoint_of(config)
+    return ClipSpace(checkpoint, config.hidden_size, weight.device, model.dtype)
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
     """Load something in transformers without its reports and progress bars."""

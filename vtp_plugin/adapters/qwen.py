@@ -40,11 +40,11 @@ class QwenVL(RowsAdapter):
 
     stages = dict.fromkeys(Stage, "")
     default_positions = "original"
+    parts = ("visual.merger", "language_model")
     type_name: str  # of the model's class
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
-        self.core = model.model
         visual = self.core.visual
         self.merge = visual.spatial_merge_size
         self.tower = Tower(
@@ -60,10 +60,6 @@ class QwenVL(RowsAdapter):
             attention="attn",
             block=self.merge,
         )
-        self.projector = visual.merger
-        self.language_model = self.core.language_model
-        self.decoder_layers = self.language_model.layers
-        self.image_token = model.config.image_token_id
         self.tokens = {"image": model.config.image_token_id, "video": model.config.video_token_id}
 
     @classmethod
@@ -209,7 +205,8 @@ class PackedCuts(TileCuts):
                     tokens, signals = self._signals_of(strategy, image, units[image] + start, values, images, maps)
                     number = self._call.batch[image]
                     picture = self._call.images[number]
-                    selection = cut.ask(tokens, units[image][None], [picture.fingerprint], picture.grid, signals)
+                    marks, owners = [picture.fingerprint], [(number, 0)]
+                    selection = cut.ask(tokens, units[image][None], marks, picture.grid, signals, owners)
                     units[image] = units[image][selection.sources[0]]
                 self._note(cut, before, units)
         return units
