@@ -32,7 +32,7 @@ def command(
     run = sweep.run(output, specs, **host, limit=limit, console=console)
     table = comparison.write(run, f"vtp-tiny, {_questions(limit)}, asked: keep_ratio={keep_ratio}")
     comparison.kept_picture(specs).savefig(output / "kept.png", dpi=130)
-    console.print(table.rich())
+    table.show(console)
     console.print(f"table and record: {output / 'table.md'}, {output / 'summary.json'}")
     console.print(f"what each strategy kept of three scenes: {output / 'kept.png'}")
     if run.failed:
