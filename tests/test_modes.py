@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, Processor
 from models import Tiny, prompts, tiny
 from test_families import batched, generated, model_of, prompts_of
 from test_promises import CASES, CLOSE, check_answer, expected, strategies
@@ -128,13 +128,12 @@ def test_offloaded_modules_and_accelerates_hooks(name: str, case: str, tmp_path:
     host = tiny("llava_hf") if name == "llava_hf" else None
     model = deepcopy(host.model if host else model_of(name, "sdpa"))
     inputs = host.inputs(prompts("batch")) if host else batched(FAMILIES[name], prompts_of(name, "batch"))
-    from families import Processor
-
     processor = host.processor if host else Processor()
     with vtp.prune(model, case, processor=processor):
         wanted = model(**inputs).logits
     whole = model(**inputs).logits
     parts = {f"model.{part}": "disk" for part, _ in model.model.named_children()} | {"lm_head": "cpu"}
+    parts |= {f"model.{name}": "cpu" for name, _ in model.model.named_parameters(recurse=False)}
     spread = accelerate.dispatch_model(model, parts, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     with vtp.prune(spread, case, processor=processor):
         assert spread(**inputs).logits.allclose(wanted, **CLOSE)
