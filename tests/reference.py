@@ -212,6 +212,47 @@ def clip_tower(tower: nn.Module, pixels: Tensor, kept: Sequence[int]) -> list[Bl
     return blocks
 
 
+def merging_tower(
+    tower: nn.Module, pixels: Tensor, left: Sequence[int], counts: Sequence[int], proportional: bool = True
+) -> tuple[list[Block], list[int]]:
+    """All blocks of a CLIP tower that merges to counts[l] patches inside block l; first patches of the survivors."""
+    inner = getattr(tower, "vision_model", tower)
+    h = inner.pre_layrnorm(inner.embeddings(pixels[None])[0])[[0, *(i + 1 for i in left)]]
+    groups, blocks, heads = [[-1], *([i] for i in left)], [], inner.config.num_attention_heads
+    for number, block in enumerate(inner.encoder.layers):
+        u, a = block.layer_norm1(h), block.self_attn
+        q, k, v = (split(p(u), heads) for p in (a.q_proj, a.k_proj, a.v_proj))
+        bias = torch.tensor([math.log(len(group)) if proportional else 0.0 for group in groups])
+        weights = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5 + bias).softmax(-1)
+        h = h + a.out_proj((weights @ v).transpose(0, 1).flatten(1))
+        if number < len(counts):
+            h, groups = merge_step(h, k.mean(0), groups, counts[number])
+            if number + 1 == len(counts):
+                order = sorted(range(len(groups)), key=lambda i: min(groups[i]))
+                h, groups = h[order], [groups[i] for i in order]
+        h = h + block.mlp(block.layer_norm2(h))
+        blocks.append(Block(h, weights, k))
+    return blocks, [min(group) for group in groups[1:]]
+
+
+def merge_step(
+    h: Tensor, keys: Tensor, groups: list[list[int]], count: int, protected: int = 1
+) -> tuple[Tensor, list[list[int]]]:
+    """ToMe's bipartite matching down to `count` tokens beside the protected first ones; h [L, D], keys [L, d]."""
+    a, b = list(range(0, len(h), 2)), list(range(1, len(h), 2))
+    rows = keys.double().tolist()
+    alike = {i: max((cosine(rows[i], rows[j]), -j) for j in b) for i in a if i >= protected} if b else {}
+    ranked = sorted(alike, key=lambda i: (-alike[i][0], i))[: len(h) - protected - count]
+    joined = {j: [i for i in ranked if -alike[i][1] == j] for j in b}
+    new, kept = [], []
+    for i in [*(i for i in a if i not in ranked), *b]:
+        members = [i, *joined.get(i, [])]
+        total = sum(len(groups[m]) for m in members)
+        new.append(sum(h[m].double() * len(groups[m]) for m in members) / total)
+        kept.append([patch for m in members for patch in groups[m]])
+    return torch.stack(new).to(h.dtype), kept
+
+
 def llama(
     tiny: Tiny, x: Tensor, hidden: dict[int, list[int]], positions: Sequence[int] = (), anew: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
@@ -268,7 +309,7 @@ class Expected:
 
 
 Plan = Sequence[tuple[str, dict[str, Any]]]  # (strategy, hyper-parameters), in the order of the stages
-ORDER = {"vprune": 0, "l2": 1, "stride": 2, "random": 2, "atp": 2, "visionzip": 3, "fastv": 4}
+ORDER = {"vprune": 0, "tome": 1.5, "l2": 1, "stride": 2, "random": 2, "atp": 2, "visionzip": 3, "fastv": 4}
 
 
 @torch.no_grad()
@@ -339,11 +380,19 @@ def vision(
     pixels = tiny.normalise([image])[0]
     left = list(range(N))
     for name, hyper in plan:
-        if place(name, hyper) < 2:
+        if place(name, hyper) < 1.5:  # ToMe merges later, inside the blocks
             left = embedded(tiny, image, pixels, left, name, hyper, drawn)
             expected.kept[name].append(left)
-    blocks = clip_tower(tiny.tower, pixels, left)
-    x = blocks[-2].output[[i + 1 for i in left]]
+    merging = dict(plan).get("tome")
+    if merging is None:
+        blocks = clip_tower(tiny.tower, pixels, left)
+        x = blocks[-2].output[[i + 1 for i in left]]
+    else:
+        steps, last = len(getattr(tiny.tower, "vision_model", tiny.tower).encoder.layers) - 1, floor(merging.get("keep_ratio", 1 / 3) * len(left))
+        counts = [len(left) - round((len(left) - last) * (step + 1) / steps) for step in range(steps)]
+        blocks, left = merging_tower(tiny.tower, pixels, left, counts, merging.get("proportional", True))
+        x = blocks[-2].output[1:]
+        expected.kept["tome"].append(left)
     for name, hyper in plan:
         if place(name, hyper) in (2, 3):
             x, left = projected(tiny, blocks, x, left, name, hyper, text, drawn)

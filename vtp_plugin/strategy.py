@@ -37,6 +37,7 @@ class PruningStrategy(ABC):
     default_keep_ratio: ClassVar[float] = 0.5
     default_positions: ClassVar[str | None] = None  # what the paper does; None: what the family or the stage does
     text_encoder: ClassVar[str] = "clip"  # where `text` and `aligned` come from; a field of QuestionStrategy
+    proportional: ClassVar[bool] = False  # True: inside the tower, a token's key weighs as many as it was merged from
     nominal: ClassVar[bool] = False  # True: keep_ratio is the paper's label of a setting, not what is left at the end
 
     keep_ratio: float | None = None  # kept / all, in (0, 1]
@@ -103,6 +104,13 @@ class PruningStrategy(ABC):
     def decoder_layer(self) -> int | None:
         """llm stage: the first decoder layer (0-based) that does not see the dropped tokens."""
         return None
+
+    def cut_blocks(self, depth: int) -> tuple[int, ...]:
+        """vit stage: the blocks inside which it merges, between attention and MLP, of the `depth` that count.
+
+        The last of them is the one whose output is projected. None: patch embeddings are cut before the first block.
+        """
+        return ()
 
     def cut_layers(self, depth: int) -> tuple[int, ...]:
         """llm stage: the same for every cut, ascending, in a model of `depth` layers; one cut by default."""

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from vtp_plugin.adapter import Adapter, SharedSpace
 from vtp_plugin.adapters.clip import ClipSpace, clip_tower
 from vtp_plugin.errors import PruningError
-from vtp_plugin.metrics.flops import Shapes
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.decoder import narrowed_labels, refuse_cropping, refuse_filled_cache
@@ -37,6 +36,7 @@ class Llava(Adapter):
     family = "llava"
     models = "LLaVA-1.5 (llava-torch)"
     stages = dict.fromkeys(Stage, "")
+    every_logit = True
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
@@ -104,18 +104,33 @@ class Llava(Adapter):
         call, rest = self.pruned.call, (position_ids, attention_mask, past_key_values, labels)
         if call is None or images is None or input_ids.shape[1] == 1:
             return self.merge(input_ids, *rest, images, image_sizes)
-        images = _plain(images)
+        refuse_filled_cache(past_key_values)
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         prompts = [row[mask] for row, mask in zip(input_ids, real, strict=True)]
-        refuse_filled_cache(past_key_values)
-        if attention_mask is None and self.pruned.one_by_one:
+        if attention_mask is None and self.uneven:
             rest = (position_ids, real, past_key_values, labels)
-        self._register(call, prompts, images)
-        merged = list(self.merge(input_ids, *rest, images, image_sizes))
-        self._place(call, prompts, merged[4].shape[1], [image.index for image in call.images])
+        merged = list(self._merged(call, prompts, (input_ids, *rest), images, image_sizes))
+        self._place(call, prompts, merged[4].shape[1], self._sources(call))
         if merged[5] is not None and any(s.stage is Stage.LLM for s in self.pruned.strategies):
             self.wanted_labels, merged[5] = merged[5], None  # the logits will be shorter: the loss is ours
         return tuple(merged)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether equally long prompts may come out of the merge with unequal lengths."""
+        return self.pruned.one_by_one
+
+    def _merged(self, call: Call, prompts: Sequence[Tensor], text: Any, images: Any, sizes: Any) -> tuple[Any, ...]:
+        """The host's merge of `text` (its first arguments) with pruned features; sets the images."""
+        images = _plain(images)
+        raster = torch.arange(self.tower.grid[0] * self.tower.grid[1], device=images.device)
+        owners, questions = self._owners(prompts, len(images)), self._questions(prompts)
+        call.images = [Image(total=len(raster), index=raster, sample=row, question=questions[row]) for row in owners]
+        return self.merge(*text, images, sizes)
+
+    def _sources(self, call: Call) -> list[Tensor]:
+        """Per image, which of the rows that the host makes each of its rows stands for, -1 for none."""
+        return [image.index for image in call.images]
 
     def _encode(self, images: Tensor) -> Tensor | list[Tensor]:
         """Projected features of images [B, 3, H, W]: [B, K, D], or a list where the images keep unequal numbers."""
@@ -131,14 +146,12 @@ class Llava(Adapter):
 
     # -- one image ------------------------------------------------------------------------------------------------
 
-    def _register(self, call: Call, prompts: Sequence[Tensor], images: Tensor) -> None:
-        """Which prompt every image belongs to; a prompt without placeholder still consumes one, as in the host."""
+    def _owners(self, prompts: Sequence[Tensor], given: int) -> list[int]:
+        """The prompt of every image; one without a placeholder still consumes an image, as in the host."""
         owners = [row for row, ids in enumerate(prompts) for _ in range(max(1, _placeholders(ids)))]
-        if len(owners) != len(images):
-            raise PruningError(f"the prompts ask for {len(owners)} images, {len(images)} were given")
-        questions = self._questions(prompts)
-        raster = torch.arange(self.tower.grid[0] * self.tower.grid[1], device=images.device)
-        call.images = [Image(total=len(raster), index=raster, sample=row, question=questions[row]) for row in owners]
+        if len(owners) != given:
+            raise PruningError(f"the prompts ask for {len(owners)} images, {given} were given")
+        return owners
 
     def _questions(self, prompts: Sequence[Tensor]) -> list[str]:
         if not any("text" in s.needs for s in self.pruned.strategies):
@@ -146,10 +159,7 @@ class Llava(Adapter):
         return [question_of(self.decode(ids[ids != PLACEHOLDER])) for ids in prompts]
 
     def _place(self, call: Call, prompts: Sequence[Tensor], length: int, sources: Sequence[Tensor]) -> None:
-        """Tell the call where the images are in the merged prompts [B, length].
-
-        `sources`: per image, which of the rows that the host makes each of its rows stands for, -1 for none.
-        """
+        """Tell the call where the images are in the merged prompts [B, length]; `sources` are those of `_sources`."""
         left = getattr(self.model.config, "tokenizer_padding_side", "right") == "left"
         valid = torch.zeros(len(prompts), length, dtype=torch.bool, device=prompts[0].device)
         positions, lengths = torch.zeros_like(valid, dtype=torch.long), []
@@ -190,10 +200,6 @@ class Llava(Adapter):
         vision = self.model.get_vision_tower()
         checkpoint = checkpoint or self.model.config.mm_vision_tower
         return ClipSpace(checkpoint, vision.hidden_size, vision.device, vision.dtype)
-
-    def shapes(self) -> Shapes:
-        vision, text = self.model.get_vision_tower().config, self.model.config
-        return Shapes.of(vision, text, self.tower, self.projector)
 
 
 def _plain(images: Any) -> Tensor:

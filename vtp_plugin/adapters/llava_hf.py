@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from vtp_plugin.adapter import Adapter, SharedSpace
-from vtp_plugin.adapters.clip import ClipSpace, checkpoint_of, clip_tower
-from vtp_plugin.metrics.flops import Shapes
+from vtp_plugin.adapters.clip import clip_tower, space_of
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.prompt import PlaceholderCalls, Rows
@@ -89,14 +88,4 @@ class LlavaHf(Adapter):
     # -- facts ----------------------------------------------------------------------------------------------------
 
     def shared_space(self, checkpoint: str | None) -> SharedSpace:
-        vision = self.model.config.vision_config
-        checkpoint = checkpoint or getattr(self.model.config, "mm_vision_tower", None) or checkpoint_of(vision)
-        return ClipSpace(checkpoint, vision.hidden_size, self.pruned_device, self.model.dtype)
-
-    @property
-    def pruned_device(self) -> torch.device:
-        return self.tower.patch_embedding.weight.device
-
-    def shapes(self) -> Shapes:
-        vision, text = self.model.config.vision_config, self.model.config.text_config
-        return Shapes.of(vision, text, self.tower, self.projector)
+        return space_of(self.model, self.tower, checkpoint)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from vtp_plugin.adapter import Tower
 from vtp_plugin.adapters.rows import VALUES, RowsAdapter
-from vtp_plugin.metrics.flops import Shapes, Transformer, of_config
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
@@ -41,11 +40,11 @@ class QwenVL(RowsAdapter):
 
     stages = dict.fromkeys(Stage, "")
     default_positions = "original"
+    parts = ("visual.merger", "language_model")
     type_name: str  # of the model's class
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
-        self.core = model.model
         visual = self.core.visual
         self.merge = visual.spatial_merge_size
         self.tower = Tower(
@@ -61,10 +60,6 @@ class QwenVL(RowsAdapter):
             attention="attn",
             block=self.merge,
         )
-        self.projector = visual.merger
-        self.language_model = self.core.language_model
-        self.decoder_layers = self.language_model.layers
-        self.image_token = model.config.image_token_id
         self.tokens = {"image": model.config.image_token_id, "video": model.config.video_token_id}
 
     @classmethod
@@ -92,6 +87,7 @@ class QwenVL(RowsAdapter):
             index=torch.arange(total, device=device),
             kind=kind,
             token=self.tokens[kind],
+            tiles=frames,
             patches=patches,
             projectable=total,
             grid=(frames * rows // self.merge, columns // self.merge),
@@ -137,21 +133,6 @@ class QwenVL(RowsAdapter):
             original = undo.override(self.core, "get_rope_index", index)
             yield
 
-    # -- facts ----------------------------------------------------------------------------------------------------
-
-    def shapes(self) -> Shapes:
-        text, block = self.model.config.get_text_config(), self.tower.blocks[0]
-        widths = [layer.out_features for layer in block.mlp.modules() if isinstance(layer, nn.Linear)]
-        width = block.attn.qkv.in_features
-        return Shapes(
-            tower=Transformer(len(self.tower.blocks), width, widths[0], len(widths) > 2, width, width),
-            prefix=0,
-            patch=self.tower.patch_embedding.proj.weight[0].numel() * width,
-            projector=sum(p.numel() for p in self.projector.parameters() if p.ndim == 2),
-            llm=of_config(text, gated=True),
-            head=text.hidden_size * text.vocab_size,
-        )
-
 
 class PackedCuts(TileCuts):
     """The cuts of a tower that takes the patches of all images in one sequence, [S, C]."""
@@ -168,6 +149,7 @@ class PackedCuts(TileCuts):
         levels = self._levels(values) if self.pixels else None
         self._identify(levels)
         units = self._decided(values, levels, kwargs)
+        self._call.scratch["packed"] = [len(kept) * self._unit for kept in units]
         kept = torch.cat([unit + start for unit, start in zip(units, self.offsets[:-1], strict=True)])
         order, arguments = self._shortened(kept)
         if len(kept) == self.offsets[-1]:

@@ -1,9 +1,10 @@
-"""One table, three ways to print it."""
+"""One table, four ways to print it."""
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -54,9 +55,22 @@ class Table:
         csv.writer(text).writerows([self.columns, *self.rows])
         return text.getvalue()
 
+    def latex(self) -> str:
+        """For a paper; needs the package booktabs."""
+        align = "".join("r" if self._numeric(number) else "l" for number in range(len(self.columns)))
+        lines = [" & ".join(map(_escaped, line)) + r" \\" for line in (self.columns, *self.rows)]
+        body = [rf"\begin{{tabular}}{{{align}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+        said = [f"% {text}" for text in (self.title, self.caption) if text]
+        return "\n".join([*said, *body, r"\end{tabular}", ""])
+
     def _numeric(self, number: int) -> bool:
         cells = [row[number].rstrip(" %x*").split(" ")[0] for row in self.rows if row[number] not in ("", "-")]
         return bool(cells) and all(_is_number(cell) for cell in cells)
+
+
+def _escaped(text: str) -> str:
+    """Text as TeX prints it."""
+    return re.sub(r"([&%$#_{}])", r"\\\1", text).replace("<", "$<$").replace(">", "$>$")
 
 
 def _is_number(text: str) -> bool:

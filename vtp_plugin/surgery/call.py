@@ -12,6 +12,8 @@ from torch import Tensor
 
 from vtp_plugin.stages import Stage
 
+ROW_SIGNALS = ("cls_attention", "keys", "raw_keys", "class_query")  # read where a block's attention begins
+
 
 @dataclass
 class Image:
@@ -33,6 +35,11 @@ class Image:
     entered: int | None = None  # tokens that entered the prompt, where events do not tell
     fixed: int = 0  # tokens among `total` that are always kept: newline rows
 
+    @property
+    def counted(self) -> bool:
+        """False for an image that only a prompt without a place for it consumed."""
+        return self.columns is None or len(self.columns) > 0
+
 
 @dataclass(frozen=True)
 class PruningEvent:
@@ -40,7 +47,7 @@ class PruningEvent:
 
     strategy: str
     stage: Stage
-    layer: int | None  # llm stage: the first decoder layer without the dropped tokens
+    layer: int | None  # llm stage: the first decoder layer without the dropped tokens; vit: the block that merges
     images: list[int]  # numbers of the images within the call
     before: list[int]  # tokens per image
     after: list[int]
@@ -61,7 +68,16 @@ class Call:
     positions_used: bool = False
     cuts: dict[int, Any] = field(default_factory=dict)  # llm stage: what was decided at each decoder layer
     events: list[PruningEvent] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)  # wall time by part: tower, selector, prefill, decode
+    seen: list[Any] = field(default_factory=list)  # shapes that passed the tower: metrics.counting.Seen
+    seconds: dict[str, float] = field(default_factory=dict)  # wall time by part, see metrics.latency
+    running: list[list[Any]] = field(default_factory=list)  # parts that are being timed, the innermost last
+    started: float = 0.0  # on the clock of metrics.latency
+    first_token: float | None = None  # seconds until the first token was chosen
+    passes: int = 0  # through the language model, if timed: the prefill and decoding steps
+    columns: int = 0  # of the prompt in the prefill, padding included
+    copies: int = 1  # sequences per prompt: beams, returned sequences
+    steps: list[tuple[int, int, bool]] = field(default_factory=list)  # decoding, if timed: tokens, those before, cached
+    warmup: bool = False  # the first call of a model
 
     @contextmanager
     def in_tower(self, batch: Sequence[int]) -> Iterator[None]:

@@ -29,7 +29,14 @@ if TYPE_CHECKING:
 
 CROPPING = ("assistant_model", "prompt_lookup_num_tokens")
 IGNORED = -100  # the label that every loss of transformers leaves out
-LAYER_SIGNALS = ("last_query_attention", "text_attention", "key_norms", "text_key_norms")  # of the layer before a cut
+LAYER_SIGNALS = (  # of the layer before a cut
+    "last_query_attention",
+    "text_attention",
+    "self_attention",
+    "cross_attention",
+    "key_norms",
+    "text_key_norms",
+)
 ENTRY_SIGNALS = ("entry", "text_entry")  # of the first layer
 
 
@@ -265,6 +272,8 @@ class DecoderCuts:
             "last_query_attention": lambda: call.scratch["last_query", number][sample, where],
             "next_query_attention": lambda: call.scratch["next_query", number][sample, where],
             "text_attention": lambda: reading.rows(sample, text)[:, where],
+            "self_attention": lambda: reading.strongest(sample, where)[:, where].mean(0),
+            "cross_attention": lambda: reading.strongest(sample, text)[:, where].sum(0),
             "key_norms": lambda: reading.norms(sample)[where],
             "text_key_norms": lambda: reading.norms(sample)[text],
             "normed": lambda: norm(hidden[sample, where]),

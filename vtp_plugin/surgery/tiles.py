@@ -93,6 +93,12 @@ class TileCuts(VisionCuts):
                     f"or give keep_ratio"
                 )
 
+    def _check_merging(self, strategy: PruningStrategy) -> None:
+        raise strategy.error(
+            f"merging inside the blocks is not possible here, because {self._models} arranges the tower's tokens by "
+            f"their places"
+        )
+
     def _install_gather(self, undo: Undo) -> None:
         undo.after(self.tower.embeddings, self._gather)
 
@@ -163,11 +169,13 @@ class TileCuts(VisionCuts):
         runs = []
         for group in _alike(units):
             self.columns = self.members[torch.stack([units[tile] for tile in group])].flatten(1).sort(-1).values
+            self._call.scratch["running"] = [self._call.scratch["owners"][tile] for tile in group]
             try:
                 output = self.forward(*_rows_of(args, group, len(units)), **_rows_of(kwargs, group, len(units)))
                 runs.append((group, self.columns, output, self._taken_signals()))
             finally:
                 self.columns = None
+                del self._call.scratch["running"]
         spread = _Spread(len(units), self._patches, self.tower.prefix, [run[:2] for run in runs])
         for key in runs[0][3]:
             self._call.scratch[key] = spread([run[3][key] for run in runs])

@@ -12,7 +12,8 @@ from vtp_plugin.adapter import SharedSpace, Tower
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
-from vtp_plugin.surgery.call import Call
+from vtp_plugin.surgery.call import ROW_SIGNALS, Call
+from vtp_plugin.surgery.merging import MASKABLE, MergingBlocks
 from vtp_plugin.surgery.pixels import Pixels, fingerprint, patches
 from vtp_plugin.surgery.question import EmbeddedQuestions
 from vtp_plugin.surgery.undo import Undo
@@ -20,8 +21,6 @@ from vtp_plugin.tokens import Selection
 
 if TYPE_CHECKING:
     from vtp_plugin.pruning import Pruned
-
-ROW_SIGNALS = ("cls_attention", "keys", "raw_keys", "class_query")  # read where a block's attention begins
 
 
 class VisionCuts:
@@ -33,9 +32,13 @@ class VisionCuts:
         self.pruned, self.tower, self.projector = pruned, tower, projector
         self.pixels: Pixels | None = None
         self.spaces: dict[tuple[str, str | None], SharedSpace] = {}
+        self.merging: list[PruningStrategy] = []  # those that cut inside blocks
 
     def prepare(self) -> None:
         """Load what the strategies need; raises before anything is attached."""
+        self.merging = [s for s in self._at(Stage.VIT) if s.cut_blocks(self._block(None) + 1)]
+        for strategy in self.merging:
+            self._check_merging(strategy)
         for strategy in self.pruned.strategies:
             if strategy.budget == "total" and strategy.stage not in self.shared_budgets:
                 raise strategy.error(f"budget=total is not possible at the {strategy.stage.value} stage of this model")
@@ -56,6 +59,8 @@ class VisionCuts:
         if self._at(Stage.VIT):
             undo.after(self.tower.patch_embedding, self._patches_embedded)
         self._install_readers(undo)
+        for strategy in self.merging:
+            MergingBlocks(self.pruned, self.tower, strategy, self._block(None) + 1).install(undo)
         if self._at(Stage.PROJECTOR):
             undo.before(self.projector, self._projecting)
 
@@ -71,6 +76,21 @@ class VisionCuts:
         for layer in outputs:
             undo.after(self.tower.blocks[layer], self._output_reader(layer))
 
+    def _check_merging(self, strategy: PruningStrategy) -> None:
+        """Refuse what merges inside blocks where the tower cannot do it."""
+        if self.tower.between is None:
+            raise strategy.error(f"merging inside the blocks is not possible in the tower of {self._models}")
+        kernel = self.tower.module.config._attn_implementation
+        if strategy.proportional and kernel not in MASKABLE:
+            raise strategy.error(
+                f"proportional attention needs a tower with {' or '.join(MASKABLE)} attention, this one has {kernel}; "
+                f"say proportional=false"
+            )
+
+    @property
+    def _models(self) -> str:
+        return self.pruned.adapter.models
+
     # -- pixels and vit -------------------------------------------------------------------------------------------
 
     def _patches_embedded(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -85,7 +105,7 @@ class VisionCuts:
         images = self.pixels.images(values) if self.pixels else None
         self._identify(images)
         columns, made = self._every_patch(output), False
-        for strategy in self._at(Stage.PIXELS) + self._at(Stage.VIT):
+        for strategy in self._at(Stage.PIXELS) + [s for s in self._at(Stage.VIT) if s not in self.merging]:
             selection = self._cut_patches(strategy, columns, values, images, output)
             if selection.places is not None:
                 values, output = self._remade(selection, values, output)
@@ -159,7 +179,8 @@ class VisionCuts:
                 keys = attention.heads(module, "k_proj", hidden)  # [B, H, 1 + N, d]
                 if self.tower.prefix:
                     query = attention.heads(module, "q_proj", hidden[:, :1])[:, :, 0]  # [B, H, d]
-                    weights = attention.row(query, keys, attention.scale(module))
+                    bias = self._call.scratch.get("key_weights")
+                    weights = attention.row(query, keys, attention.scale(module), bias=bias)
                 else:  # no class token: the attention that a patch receives from all of them
                     weights = attention.received(
                         attention.heads(module, "q_proj", hidden), keys, attention.scale(module)
