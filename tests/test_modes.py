@@ -177,3 +177,36 @@ def quantise(module: nn.Module, bnb: Any, bits: int) -> None:
             layer = bnb.nn.Linear4bit(*sizes, bias=child.bias is not None, quant_type="nf4")
         layer.load_state_dict(child.state_dict())
         setattr(module, name, layer.to("cpu"))
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_loglikelihood_requests_through_the_host(ratio: float):
+    """The unmodified `llava` class: its loss is that of a prompt whose columns were taken out by hand."""
+    pytest.importorskip("llava")
+    models = pytest.importorskip("lmms_eval.models")
+    import hosts
+    from lmms_eval.api.instance import Instance
+
+    arguments = f"pretrained=vtp-tiny,device_map=auto,pruning=stride,pruning.keep_ratio={ratio}"
+    lm = models.get_model("llava").create_from_arg_string(arguments, {"batch_size": 1, "device": "cpu"})
+    lm.task_dict = {"scenes": {"test": [{"image": hosts.picture(1)}]}}
+    request = ("Is there a red circle?", "yes", lambda doc: [doc["image"]], 0, "scenes", "test")
+    seen: list[dict[str, Any]] = []
+    handle = lm.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    metadata = {"task": "scenes", "doc_id": 0, "repeats": 1}
+    ((loss, _),) = lm.loglikelihood([Instance("loglikelihood", request, 0, metadata)])
+    handle.remove()
+    pruned, told = vars(lm.model)["_vtp_pruned"], seen[0]
+    (kept,) = pruned.events[-1].kept
+    pruned.detach()
+    start = int((told["input_ids"][0] == -200).nonzero())
+    with torch.no_grad():
+        *_, embeds, labels = lm.model.prepare_inputs_labels_for_multimodal(
+            told["input_ids"], None, None, None, told["labels"], told["images"]
+        )
+        keep = torch.ones(embeds.shape[1], dtype=torch.bool)
+        keep[start : start + pruned.events[-1].before[0]] = False
+        keep[start + kept] = True
+        expected = lm.model(inputs_embeds=embeds[:, keep], labels=labels[:, keep]).loss
+    assert keep.all() == (ratio == 1)
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
