@@ -61,6 +61,7 @@ class Adapter(ABC):
     family: ClassVar[str]
     models: ClassVar[str]  # what users know it as
     stages: ClassVar[Mapping[Stage, str]]
+    overview: ClassVar[int] = 0  # the tile that shows the whole picture, where an image has several; -1: the last
 
     tower: Tower
     projector: nn.Module

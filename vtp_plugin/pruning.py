@@ -19,7 +19,7 @@ from vtp_plugin.metrics import counting, latency
 from vtp_plugin.metrics.latency import clock
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.surgery.call import Call, PruningEvent
+from vtp_plugin.surgery.call import Call, Decision, PruningEvent
 from vtp_plugin.surgery.decoder import DecoderCuts
 from vtp_plugin.surgery.pixels import watch as watch_processor
 from vtp_plugin.surgery.positions import Choice, OriginalPositions
@@ -66,6 +66,7 @@ class Pruned:
         self.failure: BaseException | None = None  # the first exception inside a call, even if the host swallowed it
         self._processed = 0.0  # seconds of image processing since the last call
         self._called = False
+        self.looking = False  # keep every decision until the call has ended
         self._undo = Undo()
         try:
             self._attach(measure)
@@ -123,6 +124,10 @@ class Pruned:
         """Give the model back as it was, hooks and all; harmless when repeated."""
         self._undo.close()
 
+    def on_detach(self, callback: Callable[[], None]) -> None:
+        """Call this when the model is given back."""
+        self._undo.callback(callback)
+
     def __enter__(self) -> Pruned:
         return self
 
@@ -134,7 +139,7 @@ class Pruned:
     @contextmanager
     def calling(self) -> Iterator[Call]:
         """One call of the host model; proves at its end that every strategy has cut."""
-        self.call = call = Call(warmup=not self._called)
+        self.call = call = Call(warmup=not self._called, decisions=[] if self.looking else None)
         self._called = True
         call.spend("image_processing", self._processed)
         self._processed, call.started = 0.0, clock(self.device)
@@ -216,7 +221,8 @@ class Judgement:
         """Ask the strategy about tokens [B, N, D] of the given images, and remember what is left of them."""
         judged = [self.call.images[number] for number in images]
         index = torch.stack([image.index for image in judged]).to(tokens.device)
-        selection = self.ask(tokens, index, [image.fingerprint for image in judged], grid, signals, **facts)
+        marks, owners = [image.fingerprint for image in judged], [(number, 0) for number in images]
+        selection = self.ask(tokens, index, marks, grid, signals, owners, **facts)
         for number, image, columns, row in zip(images, judged, selection.sources, index, strict=True):
             image.index = torch.where(columns >= 0, row[columns.clamp(min=0)], -1)
             self.note(number, tokens.shape[1], image.index)
@@ -229,9 +235,10 @@ class Judgement:
         fingerprint: Sequence[int],
         grid: tuple[int, int],
         signals: Mapping[str, Tensor | None],
+        owners: Sequence[tuple[int, int]] = (),
         **facts: Any,
     ) -> Selection:
-        """Ask the strategy about rows of tokens [B, N, D] that need not be images."""
+        """Ask the strategy about rows of tokens [B, N, D] that need not be images; `owners` as in `Decision`."""
         visual = VisualTokens(
             tokens=tokens,
             grid=grid,
@@ -241,7 +248,10 @@ class Judgement:
             **facts,
             **{name: value for name, value in signals.items() if name in self.strategy.needs},
         )
-        return self.strategy.decide(visual)
+        selection = self.strategy.decide(visual)
+        if self.call.decisions is not None:
+            self.call.decisions.append(Decision(self.strategy.name, owners, index, selection))
+        return selection
 
     def note(self, image: int, before: int, kept: Tensor) -> None:
         """Remember what was decided about (a part of) an image."""

@@ -79,7 +79,7 @@ class PruningStrategy(ABC):
         scores = self.score(visual)
         if not torch.isfinite(scores).all():
             raise self.error("a score is not finite")
-        return Selection(top_k(-scores if self.invert else scores, self.wanted(visual)))
+        return Selection(top_k(-scores if self.invert else scores, self.wanted(visual)), scores=scores)
 
     def rounded(self, exact: float) -> int:
         """How keep_ratio * N becomes a whole number; int() unless the method's source says otherwise."""

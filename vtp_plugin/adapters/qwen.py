@@ -205,7 +205,8 @@ class PackedCuts(TileCuts):
                     tokens, signals = self._signals_of(strategy, image, units[image] + start, values, images, maps)
                     number = self._call.batch[image]
                     picture = self._call.images[number]
-                    selection = cut.ask(tokens, units[image][None], [picture.fingerprint], picture.grid, signals)
+                    marks, owners = [picture.fingerprint], [(number, 0)]
+                    selection = cut.ask(tokens, units[image][None], marks, picture.grid, signals, owners)
                     units[image] = units[image][selection.sources[0]]
                 self._note(cut, before, units)
         return units

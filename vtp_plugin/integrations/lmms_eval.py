@@ -37,6 +37,7 @@ from vtp_plugin import config, plugins
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.integrations import llava
 from vtp_plugin.pruning import Pruned
+from vtp_plugin.reporting.gallery import Recorder
 from vtp_plugin.reporting.record import record, samples_of
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.call import Call
@@ -323,6 +324,7 @@ class Run:
         self.lm, self.pruned, self.strategies = lm, pruned, strategies
         self.asked = Asked()
         self.samples: list[dict[str, Any]] = []
+        self.gallery = Recorder.wanted(pruned)
         pruned.finished.append(self._finished)
 
     def install(self) -> None:
@@ -339,6 +341,8 @@ class Run:
             results = original(*args, **kwargs)
         finally:
             self.pruned.detach()
+        if self.gallery is not None:
+            self.gallery.write()
         everyone = gathered((self.samples, self.pruned.failure and _sentence(self.pruned.failure)))
         samples = _unpadded([sample for part, _ in everyone for sample in part])
         self._check(samples, [failure for _, failure in everyone if failure])
@@ -359,6 +363,8 @@ class Run:
         documents = self.asked.take(len(reports))
         if len(documents) == len(reports):
             reports = [r | {"task": task, "doc_id": doc} for r, (task, doc) in zip(reports, documents, strict=True)]
+            if self.gallery is not None:
+                self.gallery.add(call, documents)
         self.samples.extend(reports)
 
     def _check(self, samples: list[dict[str, Any]], failures: list[str]) -> None:

@@ -178,9 +178,9 @@ def _ratio(part: float, whole: float) -> float | None:
 def table(run: Run, title: str = "") -> Table:
     """Accuracy per task, difference from the unpruned model, flips, tokens, FLOPs and prefill time."""
     everything = rows(run)
-    short = _short(run.tasks)
+    names = short(run.tasks)
     changes = ["difference", "lost/won", "p", "same"]
-    result = Table(["strategy", *short, "mean", *changes, "tokens", "FLOPs", "prefill"], title=title)
+    result = Table(["strategy", *names, "mean", *changes, "tokens", "FLOPs", "prefill"], title=title)
     for row in everything:
         result.add(row.label, *_accuracies(row), *_compared(row, everything[0]), *_costs(row, everything[0]))
     result.caption = " ".join([*CAPTION, *_left_out(run), *warnings(run)])
@@ -227,7 +227,7 @@ def points(estimate: Estimate) -> str:
     return f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
 
 
-def _short(tasks: Sequence[str]) -> list[str]:
+def short(tasks: Sequence[str]) -> list[str]:
     """Names of tasks without what all of them begin with: vtp_scenes_count becomes count."""
     first = tasks[0].split("_") if len(tasks) > 1 else []
     while first and not all(task.startswith("_".join(first) + "_") for task in tasks):

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rich import box
 from rich import table as rich_table
+
+LATEX = {  # what a letter of text is called in LaTeX
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\u2192": r"$\rightarrow$",
+    "\u00b1": r"$\pm$",
+    "<": "$<$",
+    ">": "$>$",
+    **{letter: "\\" + letter for letter in "&%$#_{}"},
+}
 
 
 @dataclass
@@ -57,20 +67,23 @@ class Table:
 
     def latex(self) -> str:
         """For a paper; needs the package booktabs."""
-        align = "".join("r" if self._numeric(number) else "l" for number in range(len(self.columns)))
-        lines = [" & ".join(map(_escaped, line)) + r" \\" for line in (self.columns, *self.rows)]
-        body = [rf"\begin{{tabular}}{{{align}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
-        said = [f"% {text}" for text in (self.title, self.caption) if text]
-        return "\n".join([*said, *body, r"\end{tabular}", ""])
+        columns = "".join("r" if self._numeric(number) else "l" for number in range(len(self.columns)))
+        head, *body = (" & ".join(map(latex_escaped, line)) + r" \\" for line in [self.columns, *self.rows])
+        inner = [r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+        tabular = [rf"\begin{{tabular}}{{{columns}}}", *inner, r"\end{tabular}"]
+        said = latex_escaped(". ".join(filter(None, [self.title, self.caption])))
+        caption = [rf"\caption{{{said}}}"] if said else []
+        lines = [r"\begin{table}", r"\centering", *caption, *tabular, r"\end{table}"]
+        return "% needs \\usepackage{booktabs}\n" + "\n".join(lines) + "\n"
 
     def _numeric(self, number: int) -> bool:
         cells = [row[number].rstrip(" %x*").split(" ")[0] for row in self.rows if row[number] not in ("", "-")]
         return bool(cells) and all(_is_number(cell) for cell in cells)
 
 
-def _escaped(text: str) -> str:
-    """Text as TeX prints it."""
-    return re.sub(r"([&%$#_{}])", r"\\\1", text).replace("<", "$<$").replace(">", "$>$")
+def latex_escaped(text: str) -> str:
+    """Text as LaTeX prints it."""
+    return "".join(LATEX.get(letter, letter) for letter in text)
 
 
 def _is_number(text: str) -> bool:

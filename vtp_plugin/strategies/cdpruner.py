@@ -48,7 +48,8 @@ class CDPruner(QuestionStrategy):
         relevance = self.relevance_sign * cosine_similarity(visual.aligned, visual.text[:, None], dim=-1)
         r = _scaled(relevance)
         kernel = r[:, :, None] * cosines(visual.projected) * r[:, None]
-        return Selection(mask(determinantal(kernel, self.wanted(visual), spare=relevance), r.shape[1]))
+        picks = determinantal(kernel, self.wanted(visual), spare=relevance)
+        return Selection(mask(picks, r.shape[1]), scores=relevance)
 
 
 def _scaled(relevance: Tensor) -> Tensor:

@@ -57,14 +57,14 @@ class VTP(QuestionStrategy):
     def select(self, visual: VisualTokens) -> Selection:
         importance, k = self.importance(visual), self.wanted(visual)
         if self.control == "none":
-            return Selection(top_k(importance, k))
+            return Selection(top_k(importance, k), scores=importance)
         similarity = cosines(visual.tokens)
         if self.control == "coverage":
             picks = coverage(similarity, importance, k, demand=importance)
         else:
             kernel = importance[:, :, None] * similarity * importance[:, None]
             picks = determinantal(kernel, k, spare=importance)
-        return Selection(mask(picks, importance.shape[1]))
+        return Selection(mask(picks, importance.shape[1]), scores=importance)
 
     def importance(self, visual: VisualTokens) -> Tensor:
         """u of every token, [B, N]."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vtp_plugin.stages import Stage
+from vtp_plugin.tokens import Selection
 
 ROW_SIGNALS = ("cls_attention", "keys", "raw_keys", "class_query")  # read where a block's attention begins
 
@@ -55,6 +56,16 @@ class PruningEvent:
     seconds: float  # for signals and selection, device synchronised
 
 
+@dataclass(frozen=True)
+class Decision:
+    """One answer of a strategy as it gave it, kept for those who look on."""
+
+    strategy: str
+    owners: Sequence[tuple[int, int]]  # per row: image, and what to add to `index` to get a position in that image
+    index: Tensor  # [B, N] raster positions of what was judged
+    selection: Selection
+
+
 @dataclass
 class Call:
     """Lives from the host's call to its return."""
@@ -78,6 +89,7 @@ class Call:
     copies: int = 1  # sequences per prompt: beams, returned sequences
     steps: list[tuple[int, int, bool]] = field(default_factory=list)  # decoding, if timed: tokens, those before, cached
     warmup: bool = False  # the first call of a model
+    decisions: list[Decision] | None = None  # None: nobody looks on
 
     @contextmanager
     def in_tower(self, batch: Sequence[int]) -> Iterator[None]:

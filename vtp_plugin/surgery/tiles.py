@@ -134,9 +134,14 @@ class TileCuts(VisionCuts):
         index = torch.stack([units[tile] for tile in group])  # [G, U]
         tokens, signals = self._unit_signals(cut.strategy, group, index, *seen)
         marks = [self._call.scratch["fingerprints"][tile] for tile in group] if self.pixels else [0] * len(group)
-        selection = cut.ask(tokens, index, marks, self._unit_grid, signals)
+        selection = cut.ask(tokens, index, marks, self._unit_grid, signals, [self._owner(tile) for tile in group])
         for tile, columns in zip(group, selection.sources, strict=True):
             units[tile] = units[tile][columns]
+
+    def _owner(self, tile: int) -> tuple[int, int]:
+        """The image of a tile, and how many units its earlier tiles have."""
+        owners = self._call.scratch["owners"]
+        return owners[tile], (tile - owners.index(owners[tile])) * len(self.members)
 
     def _unit_signals(
         self, strategy: PruningStrategy, group: list[int], index: Tensor, values: Tensor, images: Any, embedded: Any
@@ -287,7 +292,8 @@ class TileCuts(VisionCuts):
         grid = image.grid if image.grid and len(group) == 1 else (1, int(offset[-1]))
         names = [name for name in cut.strategy.needs if name != "fingerprint"]
         signals = {name: self._row_signal(name, cut.strategy, group) for name in names}
-        selection = cut.ask(tokens[None], index[None], [image.fingerprint], grid, signals)
+        owners = [(group[0][0].number, 0)] if len(group) == 1 else ()
+        selection = cut.ask(tokens[None], index[None], [image.fingerprint], grid, signals, owners)
         chosen = selection.sources[0]
         tokens = selection.apply(tokens[None])[0]
         if selection.tokens is None:
