@@ -178,7 +178,9 @@ class Pruned:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where the model computes: the device of its first weights that are not offloaded."""
+        devices = (weight.device for weight in self.model.parameters())
+        return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
     @property
     def one_by_one(self) -> bool:

@@ -51,6 +51,7 @@ class FitPrune(PruningStrategy):
     needs = ("self_attention", "cross_attention")
     nominal = True
     default_keep_ratio = 0.4
+    default_positions = "original"
 
     schedule: str | list[int] | None = None  # a calibrated file, or tokens of 576 that leave behind each layer
     start: int = 1  # first decoder layer that sees fewer tokens
