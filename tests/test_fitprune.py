@@ -107,8 +107,10 @@ def slowly_fitted(samples: list, alpha: float) -> list[float]:
         for signals in layers:
             gone = []
             for values in (signal.tolist() for signal in signals):
-                order = sorted(present, key=lambda i: (values[i], i))  # noqa: B023
-                good = [m for m in range(len(order) + 1) if sum(values[i] for i in order[m:]) >= (1 - alpha) * sum(values)]
+                order = sorted(present, key=lambda i: (values[i], i))
+                good = [
+                    m for m in range(len(order) + 1) if sum(values[i] for i in order[m:]) >= (1 - alpha) * sum(values)
+                ]
                 gone.append(set(order[: max(good, default=0)]))
             present -= gone[0] & gone[1]
             row.append(len(present) / n)

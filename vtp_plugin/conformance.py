@@ -159,7 +159,9 @@ def _left(seen: VisualTokens, selection: Selection) -> VisualTokens:
         return torch.stack([row[own] for row, own in zip(value, columns, strict=True)]) if per_token else value
 
     fields = {name: taken(name, value) for name, value in vars(seen).items()}
-    new = selection.tokens or selection.apply(seen.tokens)  # unrounded: the judgement is compared, not the model's dtype
+    new = selection.tokens or selection.apply(
+        seen.tokens
+    )  # unrounded: the judgement is compared, not the model's dtype
     return VisualTokens(**{**fields, "tokens": torch.stack(new)})
 
 
