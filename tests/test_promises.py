@@ -19,7 +19,7 @@ from vtp_plugin.strategies.stride import Stride
 CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "l2": [("l2", {"keep_ratio": 0.4})],
     "l2-center": [("l2", {"center": True, "keep_ratio": 0.3})],
-    "l2-positions": [("l2", {"positions": True})],
+    "l2-positioned": [("l2", {"positioned": True})],
     "atp": [("atp", {})],
     "atp-cls": [("atp", {"alpha": 0.0})],
     "atp-switched": [("atp", {"alpha": 0.7, "layer": -2, "relevance_sign": -1, "normalization": "zscore"})],

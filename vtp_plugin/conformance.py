@@ -371,7 +371,7 @@ def _behaviour(strategy: PruningStrategy) -> Any:
         for kind in ("random", "repeated")
         for s in run(strategy, sample(strategy, 64, kind=kind, b=1))
     ]
-    return where, _cuts(strategy), kept
+    return where, strategy.text_encoder, strategy.positions, _cuts(strategy), kept
 
 
 def _cost(cls: type[PruningStrategy]) -> str:

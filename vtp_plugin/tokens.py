@@ -63,6 +63,8 @@ class Selection:
     source: tuple[Tensor, ...] | None = None  # per image [K] long: column of each new token, -1 for none (CLS)
     owner: Tensor | None = None  # inside a block, [B, N] long: the new token that every token becomes part of
     places: tuple[Tensor, ...] | None = None  # pixels stage, new patches: per image [K, 2], row and column in the grid
+    scores: Tensor | None = None  # [B, N], higher is kept: what the method ranked by, for pictures only
+    into: tuple[Tensor, ...] | None = None  # per image [N]: column that a token was merged into, -1: none; for pictures
 
     @property
     def sources(self) -> tuple[Tensor, ...]:

@@ -44,4 +44,4 @@ class SCOPE(PruningStrategy):
         one = torch.ones_like(weight)
         factor, bonus = (weight, None) if self.gain == "product" else (one, weight)
         picks = coverage(cosines(visual.tokens), factor, self.wanted(visual), bonus=bonus)
-        return Selection(mask(picks, visual.tokens.shape[1]))
+        return Selection(mask(picks, visual.tokens.shape[1]), scores=weight)
