@@ -75,13 +75,12 @@ class Pruned:
             raise
 
     def _attach(self, measure: bool) -> None:
-        for strategy in self.strategies:
-            if reason := self.adapter.stages[strategy.stage]:
-                raise PruningError(
-                    f"{strategy.name}: {self.adapter.models} has no {strategy.stage.value} stage: {reason}"
-                )
         self.positions = Choice.of(self.strategies, self.adapter)
         vision = self.adapter.vision(self)
+        for strategy in self.strategies:
+            if reason := self._unfit(strategy, vision):
+                possible = [name for name, cls in plugins.strategies().items() if not self._unfit(cls(), vision)]
+                raise strategy.error(f"{reason}; possible here: {', '.join(possible)}")
         decoder = DecoderCuts(self, self.adapter.decoder_layers, [s for s in self.strategies if s.stage is Stage.LLM])
         vision.prepare()
         decoder.prepare()
@@ -98,6 +97,12 @@ class Pruned:
             self._measure()
         object.__setattr__(self.model, MARK, self)
         self._undo.callback(object.__delattr__, self.model, MARK)
+
+    def _unfit(self, strategy: PruningStrategy, vision: VisionCuts) -> str:
+        """Why the model cannot give the strategy what it needs; "" if it can."""
+        if reason := self.adapter.stages[strategy.stage]:
+            return f"{self.adapter.models} has no {strategy.stage.value} stage: {reason}"
+        return vision.lacking(strategy)
 
     def _watch_processor(self, vision: VisionCuts) -> None:
         """Let pixels-stage strategies see images at full precision, as they leave the image processor."""

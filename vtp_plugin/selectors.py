@@ -67,7 +67,7 @@ def farthest_points(similarity: Tensor, k: int) -> Tensor:
 def coverage(
     similarity: Tensor, weight: Tensor, k: int, demand: Tensor | None = None, bonus: Tensor | None = None
 ) -> Tensor:
-    """Weighted facility location: gain_j = bonus_j + weight_j sum_i demand_i max(0, sim_ij - covered_i), covered from 0.
+    """Weighted facility location: gain_j = bonus_j + weight_j sum_i demand_i max(0, sim_ij - covered_i), from 0 on.
 
     similarity [B, N, N], weight, demand and bonus [B, N]; no demand counts every token once, no bonus is 0.
     """

@@ -93,11 +93,14 @@ class TileCuts(VisionCuts):
                     f"or give keep_ratio"
                 )
 
-    def _check_merging(self, strategy: PruningStrategy) -> None:
-        raise strategy.error(
-            f"merging inside the blocks is not possible here, because {self._models} arranges the tower's tokens by "
-            f"their places"
-        )
+    def lacking(self, strategy: PruningStrategy) -> str:
+        if "class_query" in strategy.needs and self.tower.prefix:
+            return f"it needs one class token per image, {self.pruned.adapter.models} has one per tile"
+        return super().lacking(strategy)
+
+    def _unmergeable(self, strategy: PruningStrategy) -> str:
+        models = self.pruned.adapter.models
+        return f"merging inside the blocks is not possible, {models} arranges the tower's tokens by their places"
 
     def _install_gather(self, undo: Undo) -> None:
         undo.after(self.tower.embeddings, self._gather)
@@ -308,6 +311,8 @@ class TileCuts(VisionCuts):
     def _row_signal(self, name: str, strategy: PruningStrategy, group: list[tuple[Part, Tensor]]) -> Tensor | None:
         """One field of VisualTokens for the rows of a group, [1, N, ...]."""
         layer, scratch = self._layer(strategy), self._call.scratch
+        if name == "projected":
+            return torch.cat([part.features[where] for part, where in group])[None]
         if name == "cls":
             return self._class_feature(group[0][0].number)
         if name == "text":
