@@ -185,7 +185,7 @@ def test_an_error_that_the_host_swallows_ends_the_process_with_a_failure(work: W
 
 @pytest.mark.parametrize("key", HOSTS)
 def test_counts_and_answers_of_the_host_itself(key: str, work: Work, process: Any) -> None:
-    """`none` answers like a model that was never wrapped, and counts the placeholders that the host's processor made."""
+    """`none` answers like a model that was never wrapped; counted are the placeholders of the host's processor."""
     from lmms_eval.models import get_model
 
     lm = get_model(HOSTS[key].name).create_from_arg_string(work.arguments(key), {"batch_size": HOSTS[key].batch})
