@@ -34,7 +34,8 @@ LATE = {
 VPRUNE = "pruning=vprune,pruning.chi2_threshold=40,pruning.cosine_threshold=0.2"
 UNPRUNED = list(HOSTS) if os.environ.get("VTP_FULL_MATRIX") else ["llava-1.6", "qwen2_5_vl", "internvl_hf"]
 NO_PIXELS = {"mistral3_vl"}
-TILED = {"llava-1.6": (checkpoints.LARGE_PINPOINTS, 168, 12), "llava_hf-next": (PINPOINTS, 16, 4)}
+TURNED = [[height, width] for width, height in checkpoints.LARGE_PINPOINTS]  # the authors' package says width first
+TILED = {"llava-1.6": (TURNED, 168, 12), "llava_hf-next": (PINPOINTS, 16, 4)}
 TILED["llava_hf-onevision"] = TILED["llava_hf-next"]
 VIDEOS = {"llava_hf-onevision": 1, "qwen2_vl": 0, "qwen2_5_vl": 0, "qwen3_vl": 0, "gemma3": 0}  # and newlines of each
 
