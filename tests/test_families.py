@@ -105,13 +105,14 @@ def generated(model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> Any:
     return model.generate(**inputs, **{**settings, **kwargs})
 
 
-def kept_by_sample(events: list[Any], prompts: tuple[Prompt, ...], stage: str) -> list[Kept]:
+def kept_by_sample(events: list[Any], prompts: tuple[Prompt, ...], stage: str, positions: str = "") -> list[Kept]:
     """The decisions of the events, sample by sample."""
     kept = {number: k for event in events for number, k in zip(event.images, event.kept, strict=True)}
     field = {"pixels": "units", "vit": "units", "projector": "rows", "llm": "late"}[stage]
     numbers = iter(range(len(kept)))
     merged = any(event.strategy == Shifted.name for event in events)
-    return [Kept(**{field: [kept[next(numbers)] for _ in prompt.totals]}, shifted=merged) for prompt in prompts]
+    common = {"positions": positions, "shifted": merged}
+    return [Kept(**{field: [kept[next(numbers)] for _ in prompt.totals]}, **common) for prompt in prompts]
 
 
 def decided(model: nn.Module, family: Family, prompts: tuple[Prompt, ...], name: Any, fields: dict[str, Any]) -> Any:
@@ -137,9 +138,9 @@ def test_promises(name: str, stage: str, attention: str, layout: str) -> None:
 def check_reference(model: Any, family: Family, prompts: Any, stage: str, strategy: Any, fields: Any) -> None:
     """Cached generation of the batch equals the slow reference of every sample; budgets and lengths are exact."""
     output, events = decided(model, family, prompts, strategy, fields)
-    inputs = batched(family, prompts)
+    inputs, decisions = batched(family, prompts), kept_by_sample(events, prompts, stage, fields.get("positions", ""))
     assert torch.equal(output.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
-    for row, (prompt, kept) in enumerate(zip(prompts, kept_by_sample(events, prompts, stage), strict=True)):
+    for row, (prompt, kept) in enumerate(zip(prompts, decisions, strict=True)):
         alone = batched(family, (prompt,))
         reference = Reference(model, alone, prompt.totals, kept)
         check_lengths(output.past_key_values, reference, kept, len(prompts) == 1)

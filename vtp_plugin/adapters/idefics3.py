@@ -28,6 +28,7 @@ class Idefics3(RowsAdapter):
     family = "idefics3"
     models = "Idefics3, SmolVLM"
     parts = ("connector", "text_model")
+    overview = -1
     stages = {Stage.PIXELS: MASKED, Stage.VIT: MASKED, Stage.PROJECTOR: "", Stage.LLM: ""}
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:

@@ -26,6 +26,7 @@ class InternVL(RowsAdapter):
 
     family = "internvl"
     models = "InternVL (transformers)"
+    overview = -1
     stages = dict.fromkeys(Stage, "")
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:

@@ -50,14 +50,17 @@ class LlavaAnyres(Llava):
     def _merged(self, call: Call, prompts: Sequence[Tensor], text: Any, images: Any, sizes: Any) -> tuple[Any, ...]:
         tiles = [image if image.ndim == 4 else image[None] for image in images]
         pairs = self._cut(call, prompts, {"tiles": tiles, "image_sizes": sizes})
-        self.counts, self.judged = [len(rows) for rows, _ in pairs], [kept.judged for _, kept in pairs]
+        self.kept = [kept for _, kept in pairs]
         blank = torch.zeros(len(tiles), 3, 1, 1, device=text[0].device)  # one image each: no packing again
         return self._merged_with([rows for rows, _ in pairs], *text, blank, sizes)
 
-    def _place(self, call: Call, prompts: Sequence[Tensor], length: int) -> None:
-        super()._place(call, prompts, length)
-        for image, judged in zip(call.images, self.judged, strict=True):
-            image.columns = image.columns[judged[: len(image.columns)]]  # fewer where the host truncates, or shows none
+    def _sources(self, call: Call) -> list[Tensor]:
+        return [kept.source for kept in self.kept]
+
+    def _place(self, call: Call, prompts: Sequence[Tensor], length: int, sources: Sequence[Tensor]) -> None:
+        super()._place(call, prompts, length, sources)
+        for image, kept in zip(call.images, self.kept, strict=True):  # fewer where the host truncates, or shows none
+            image.columns = image.columns[kept.judged[: len(image.columns)]]
 
     def _cut(self, call: Call, prompts: Sequence[Tensor], inputs: Mapping[str, Any]) -> list[tuple[Tensor, Rows]]:
         """Encode all tiles, pack them as the host does, and take rows out."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from vtp_plugin.adapter import Adapter, Tower
 from vtp_plugin.adapters.clip import clip_tower
-from vtp_plugin.metrics.flops import Shapes
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.prompt import PlaceholderCalls, Rows
 from vtp_plugin.surgery.tiles import TileCuts
@@ -119,12 +118,6 @@ class RowsAdapter(Adapter):
             if levels is not None:
                 outputs[kind].deepstack_features = [[level[image] for image in order] for level in levels]
         return outputs
-
-    # -- facts ----------------------------------------------------------------------------------------------------
-
-    def shapes(self) -> Shapes:
-        vision, text = self.model.config.vision_config, self.model.config.get_text_config()
-        return Shapes.of(vision, text, self.tower, self.projector)
 
 
 def _answering(output: Any) -> Callable[..., Any]:

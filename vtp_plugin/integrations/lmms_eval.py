@@ -23,7 +23,8 @@ import inspect
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ from vtp_plugin import config, plugins
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.integrations import llava
 from vtp_plugin.pruning import Pruned
+from vtp_plugin.reporting.gallery import Recorder
 from vtp_plugin.reporting.record import record, samples_of
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.call import Call
@@ -92,6 +94,23 @@ def _offer_tasks() -> None:
         return original(manager, include_path=[*paths, str(TASKS)], include_defaults=include_defaults)
 
     _wrap(TaskManager, "initialize_tasks", around)
+
+
+def check_names(model: str, tasks: Sequence[str]) -> None:
+    """PruningError for a model or a task that the host does not have; patterns and files of tasks are let through."""
+    from lmms_eval.models import list_available_models
+
+    if model not in (models := list_available_models(include_aliases=True)):
+        raise unknown("model", model, models)
+    named = [task for task in tasks if "*" not in task and not Path(task).exists()]
+    if named:
+        from lmms_eval.tasks import TaskManager
+
+        known = TaskManager("ERROR", model_name=model).all_tasks
+        for task in named:
+            if task not in known:
+                close = ", ".join(get_close_matches(task, known, n=3)) or "see `lmms-eval tasks list`"
+                raise PruningError(f"unknown task '{task}'. Nearest: {close}")
 
 
 # -- the command line -------------------------------------------------------------------------------------------------
@@ -151,6 +170,8 @@ def _evaluating(original: Callable, args: argparse.Namespace) -> Any:
     """One configuration of the command line: fold our options into model_args, remember a failure."""
     global _failed
     settings = vars(args)
+    if os.environ.get("VTP_GALLERY_EACH") and args.output_path:
+        os.environ["VTP_GALLERY"] = str(Path(args.output_path) / "gallery")
     try:
         args.model_args = folded(settings.get("model_args"), settings.get(KEY), settings.get("pruning_args"))
         return original(args)
@@ -303,6 +324,7 @@ class Run:
         self.lm, self.pruned, self.strategies = lm, pruned, strategies
         self.asked = Asked()
         self.samples: list[dict[str, Any]] = []
+        self.gallery = Recorder.wanted(pruned)
         pruned.finished.append(self._finished)
 
     def install(self) -> None:
@@ -319,11 +341,14 @@ class Run:
             results = original(*args, **kwargs)
         finally:
             self.pruned.detach()
+        if self.gallery is not None:
+            self.gallery.write()
         everyone = gathered((self.samples, self.pruned.failure and _sentence(self.pruned.failure)))
         samples = _unpadded([sample for part, _ in everyone for sample in part])
         self._check(samples, [failure for _, failure in everyone if failure])
         if results is not None:
             results[KEY] = record(self.pruned, samples)
+            report_latency(results[KEY])
             _annotate(results.get("samples") or {}, samples)
         return results
 
@@ -338,6 +363,8 @@ class Run:
         documents = self.asked.take(len(reports))
         if len(documents) == len(reports):
             reports = [r | {"task": task, "doc_id": doc} for r, (task, doc) in zip(reports, documents, strict=True)]
+            if self.gallery is not None:
+                self.gallery.add(call, documents)
         self.samples.extend(reports)
 
     def _check(self, samples: list[dict[str, Any]], failures: list[str]) -> None:
@@ -348,6 +375,25 @@ class Run:
         if asked and images and all(image["after"] >= image["before"] for image in images):
             names = "+".join(s.name for s in asked)
             raise PruningError(f"{names}: {len(images)} images went in and not one token was cut with {asked}")
+
+
+def report_latency(entry: Mapping[str, Any]) -> None:
+    """Let the host's `results["throughput"]` have the times to first token that it does not measure itself.
+
+    The host puts `avg_` in front of every name. Where its model class logs no throughput at all, ours stands in.
+    """
+    from lmms_eval.models.model_utils import gen_metrics
+
+    measured = entry["latency"]
+    if not measured["samples"]:
+        return
+    extras = {f"ttft_{name}": seconds for name, seconds in measured["ttft"].items()}
+    extras |= {f"decode_per_token_{name}": seconds for name, seconds in measured["decode_per_token"].items()}
+    tokens, seconds = 0, 0.0
+    if not gen_metrics.get_logged_metrics_history():
+        tokens, seconds = measured["new_tokens"], entry["seconds"]["total"]
+        extras["total_requests"] = entry["samples"]["total"]
+    gen_metrics.log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0, extras)
 
 
 _waiting: list[Run] = []  # runs whose model was built and not evaluated yet
