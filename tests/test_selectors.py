@@ -62,7 +62,7 @@ def determinant_gains(kernel: Tensor, picks: list[int]) -> list[dict[int, float]
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 1), (17, 6), (17, 17)])
 def test_farthest_points(kind: str, n: int, k: int):
     x = slow.tokens(kind, n)
-    picks = selectors.farthest_points(selectors.cosines(x), k)
+    picks = selectors.farthest_points(1 - selectors.cosines(x), k)
     for row, chosen in zip(x, picks.tolist(), strict=True):
         follows(chosen, diversity_gains(slow.cosines(row), chosen))
 
@@ -109,7 +109,7 @@ def test_a_batch_is_its_images_alone():
     assert together.equal(torch.cat([selectors.cosines(one[None]) for one in x]))
     kernel = w[:, :, None] * together * w[:, None]
     for select in (
-        lambda s: selectors.farthest_points(together[s], 20),
+        lambda s: selectors.farthest_points(1 - together[s], 20),
         lambda s: selectors.coverage(together[s], w[s], 20, w[s]),
         lambda s: selectors.determinantal(kernel[s], 20, w[s]),
     ):
