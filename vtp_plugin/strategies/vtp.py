@@ -10,7 +10,7 @@ are, the more of them are spent on difference.
 
 Why: attention averages over the tokens that it finds alike, so what is left must keep the proportions of the picture.
 Every method that ranks by importance, and every one that only diversifies, raises the share of object tokens, and the
-embedded model then counts too many objects. `focus` weighs step 1 by importance, u = 0.1 + min-max per image of the CLS
+embedded model then miscounts. `focus` weighs step 1 by importance, u = 0.1 + min-max per image of the CLS
 attention (at=llm: the attention of the last prompt token); the default 0 reads neither, because importance lowered
 accuracy. The choices were made on validation scenes, never on the test scenes (docs/fidelity.md).
 """
