@@ -114,9 +114,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     said = {name: settings.get(name) for name in ("model", "model_args", "limit")}
     return [
         ("Evaluation", _joined({"tasks": " ".join(settings.get("tasks") or []), **said})),
-        ("Model", _joined(record["model"])),
-        ("Versions", _joined(record["versions"])),
-        ("FLOPs", record["prefill_flops"]["convention"]),
+        ("Model", _joined(record.get("model", {}))),
+        ("Versions", _joined(record.get("versions", {}))),
+        ("FLOPs", record["prefill_flops"].get("convention", "")),
     ]
 
 
