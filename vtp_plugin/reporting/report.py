@@ -104,7 +104,7 @@ def _lead(run: Run) -> str:
 
 def _warnings(run: Run) -> list[str]:
     """Whatever keeps a reader from trusting the numbers."""
-    said = [text.removeprefix("WARNING: ").capitalize() for text in comparison.warnings(run)]
+    said = [text.replace("WARNING: not", "Not", 1) for text in comparison.warnings(run)]
     said += [f"{cell.label} failed: {cell.error}" for cell in run.failed]
     return said + ([f"Not finished yet: {', '.join(run.unfinished)}."] if run.unfinished else [])
 
