@@ -45,7 +45,8 @@ def entry(id: str) -> dict[str, Any]:
     keep = next((float(part) for part in rest if not part.startswith("seed")), None)
     given = {"keep_ratio": keep, "seed": seed}
     arguments = {key: value for key, value in given.items() if value is not None}
-    return {"id": id, "label": id, "pruning": name, "pruning_args": arguments, "seed": seed, "keep": keep}
+    label = "unpruned" if id == "none" else id
+    return {"id": id, "label": label, "pruning": name, "pruning_args": arguments, "seed": seed, "keep": keep}
 
 
 def line(number: int, answer: str, target: str, after: int) -> dict[str, Any]:

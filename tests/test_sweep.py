@@ -17,6 +17,7 @@ import filelock
 import pytest
 import runfolder
 import yaml
+from typer.testing import CliRunner
 
 from vtp_plugin import cli, list_strategies
 from vtp_plugin.errors import PruningError
@@ -359,16 +360,14 @@ OFFLINE = {**os.environ, **sweep.OFFLINE, "OMP_NUM_THREADS": "1", "NO_COLOR": "1
     ],
 )
 def test_bad_input_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, arguments: list[str], sentence: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], sentence: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["vtp", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert sentence in said
-    assert said.count("\n") == 1
+    cli.vtp_register_commands(cli=cli.app)
+    refusal = CliRunner().invoke(cli.app, arguments).exception
+    assert isinstance(refusal, PruningError)
+    assert sentence in str(refusal)
+    assert "\n" not in str(refusal)
     assert not list(tmp_path.iterdir())
 
 

@@ -20,8 +20,8 @@ c the number of clusters; separation = distance to the nearest token of higher d
 densest); the c tokens with the largest density x separation are centres, and the others join the nearest centre.
 
 Ours: ties by index instead of random noise (of two equally dense tokens the earlier counts as denser); a merged token
-takes the place and the position of its centre, and all survivors keep their positions. The code appends merged tokens
-behind the kept ones and numbers anew. If no text token rates above the mean, all of them are raters.
+takes the place of its centre; the code appends merged tokens behind the kept ones. Positions are counted anew at every
+stage, as there; `positions=original` is what v2 does. If no text token rates above the mean, all of them are raters.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class SparseVLM(PruningStrategy):
     needs = ("entry", "text_entry", "text_attention")
     merges = True
     nominal = True
+    default_positions = "compact"
     default_keep_ratio = 192 / 576
 
     layers: str | list[int] | None = None  # three first layers without what a stage drops
