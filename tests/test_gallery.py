@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -123,6 +124,25 @@ def test_the_view_of_a_picture_of_tiles() -> None:
     assert view_of(Passing(total=36, index=index, tiles=4, grid=(12, 3)), tower, -1) == ((3, 3), 27, said)
     assert view_of(Passing(total=4, index=index), tower, 0) is None
     assert view_of(Passing(total=9, index=index, kind="video"), tower, 0) is None
+
+
+@pytest.mark.parametrize("name", sorted(families.FAMILIES))
+def test_every_family_with_a_grid_can_be_looked_at(name: str) -> None:
+    family = families.FAMILIES[name]
+    inputs, found, calls = family.batch([family.sample(0, 1)]), [], []
+    with prune(family.build("sdpa"), "random", keep_ratio=0.5, processor=families.Processor()) as pruned:
+        looking = Looking(pruned)
+        pruned.finished.append(lambda call: (found.extend(looking.looks(call)), calls.append(call)))
+        with torch.no_grad():
+            pruned.model(**inputs)
+    for look, image in zip(found, calls[0].images, strict=True):
+        rows, columns = look.grid
+        assert look.left == len(image.index) + image.fixed
+        assert not look.scores.isnan().any()
+        assert look.pixels.shape[1] * columns == look.pixels.shape[2] * rows  # square patches
+        if not look.view:
+            assert look.kept == sorted(image.index.tolist())
+            assert sorted(look.scores.sort(descending=True).indices[: len(look.kept)].tolist()) == look.kept
 
 
 # -- the gallery ------------------------------------------------------------------------------------------------------
