@@ -72,7 +72,9 @@ def load_weights(*parts: str, prefixed: bool = False) -> dict:
 
     with safe_open(WEIGHTS / "model.safetensors", "pt") as file:
         names = [name for name in file.keys() if name.split(".")[0] in parts]  # noqa: SIM118
-        return {name.split(".", 1)[1] if len(parts) == 1 and not prefixed else name: file.get_tensor(name) for name in names}
+        return {
+            name.split(".", 1)[1] if len(parts) == 1 and not prefixed else name: file.get_tensor(name) for name in names
+        }
 
 
 # -- the three layouts -------------------------------------------------------------------------------------------------
