@@ -1,7 +1,7 @@
 """Harder inputs for any lmms-eval task: `--pruning_args perturb=noise:2` corrupts pictures or rewords questions.
 
-Corruptions are scikit-image's, with the strengths of ImageNet-C (arXiv 1903.12261) at its severities 1, 3 and 5 where it
-has them. A picture's random numbers follow from its own pixels, so every strategy sees the same corrupted picture.
+Corruptions are scikit-image's, with the strengths of ImageNet-C (arXiv 1903.12261) at its severities 1, 3 and 5 where
+it has them. A picture's random numbers follow from its own pixels, so every strategy sees the same corrupted picture.
 """
 
 from __future__ import annotations

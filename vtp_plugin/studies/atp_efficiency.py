@@ -60,7 +60,7 @@ class AtpEfficiency(Evaluated):
                 "" if id == "none" else points(entry["difference"]),
             )
         table.caption = (
-            f"Keep {paper:g}. Accuracy in %, the caption task in % F1; differences to full in points, paired bootstrap, 95 %. "
+            f"Keep {paper:g}. Accuracy in %, captions in % F1; differences to full in points, paired bootstrap, 95 %. "
             "TTFT: tower, selection and prefill, per sample."
         )
         return table

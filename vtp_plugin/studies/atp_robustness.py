@@ -81,8 +81,8 @@ class AtpRobustness(Evaluated):
                 verdict(effect["added_by_pruning"]),
             )
         table.caption = (
-            "Mean accuracy over tasks in %, drops against the clean questions in points. Added by pruning: how much less "
-            "(+) or more (-) the pruned model loses; paired bootstrap, 95 %."
+            "Mean accuracy over tasks in %, drops against the clean questions in points. Added by pruning: how much "
+            "less (+) or more (-) the pruned model loses; paired bootstrap, 95 %."
         )
         return table
 

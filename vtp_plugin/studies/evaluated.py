@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ Cells = dict[str, tuple[str, dict[str, Any]]]  # id -> strategies, hyper-paramet
 CONFIDENCE = 0.95
 
 
-@dataclass
 class Evaluated(Study):
     """A study of answers. `cells` says which configurations; every question is answered by each."""
 

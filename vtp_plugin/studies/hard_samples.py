@@ -1,7 +1,7 @@
 """hard-samples: what pruning does to the questions that a picture at lower resolution does not answer.
 
-Source: the criticism of VTC-Bench (arXiv 2510.07143): most benchmark questions are answered from a down-sampled picture,
-so a method shows its worth on the others; and small objects, counting and position suffer first.
+Source: the criticism of VTC-Bench (arXiv 2510.07143): most benchmark questions are answered from a down-sampled
+picture, so a method shows its worth on the others; and small objects, counting and position suffer first.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class HardSamples(Evaluated):
             cells = ["-" if value is None else f"{100 * value:.1f}" for value in values]
             table.add("unpruned" if id == "none" else id, f"{tokens[id]['tokens']['after']:.0f}", *cells)
         sizes = ", ".join(f"{group} {groups[group]['none']['questions']}" for group in groups)
-        table.caption = f"Accuracy in %. Questions: {sizes}. Hard: wrong when the picture is down-sampled to the same number of tokens."
+        table.caption = (
+            f"Accuracy in %. Questions: {sizes}. Hard: wrong when the picture is down-sampled to as many tokens."
+        )
         return [table]
 
     def figures(self, results: Mapping[str, Any]) -> dict[str, Figure]:

@@ -32,7 +32,7 @@ CONFIGS = (INSTALLED if INSTALLED.is_dir() else INSTALLED.parents[1] / "plugin_c
 
 @dataclass
 class Study(ABC):
-    """One study. `measure` is the work; `tables` and `figures` are functions of what it returned, and of nothing else."""
+    """One study. `measure` is the work; `tables` and `figures` only show what it returned."""
 
     name: ClassVar[str]
     source: ClassVar[str]  # whose claim it is, and what is claimed

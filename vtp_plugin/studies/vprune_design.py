@@ -1,7 +1,7 @@
 """vprune-design: what the group, the two thresholds and the choice of the patch are worth.
 
-Source: V-PRUNE, Appl. Sci. 2025, 15(17), 9463, sections 4.2.5 and 5.3: groups of 2x2, 3x3 and 4x4, chi-square thresholds
-5, 10 and 20, cosine thresholds and their interaction. `random` at equal removal shows what the choice itself is worth.
+Source: V-PRUNE, Appl. Sci. 2025, 15(17), 9463, sections 4.2.5 and 5.3: groups of 2x2, 3x3 and 4x4, chi-square
+thresholds 5, 10 and 20, cosine thresholds and their interaction. `random` at equal removal shows what the choice itself is worth.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ class VPruneDesign(Evaluated):
                 points(results["over_random"][id]),
             )
         table.caption = (
-            "Removed: share of the visual tokens in %. Accuracy: mean over tasks in %. Random: as many patches, chosen at "
-            "random before the first block. Differences in points, paired bootstrap, 95 %."
+            "Removed: share of the visual tokens in %. Accuracy: mean over tasks in %. Random: as many patches, chosen "
+            "at random before the first block. Differences in points, paired bootstrap, 95 %."
         )
         return table
 

@@ -1,7 +1,7 @@
 """vprune-main: V-PRUNE against FastV and VisionZip at matched reduction, laid out like the article's main table.
 
-Source: V-PRUNE, Appl. Sci. 2025, 15(17), 9463. Its thresholds decide how much goes; the others get the same share, task by
-task, as the article does. `random`, which the article lacks, stands beside them.
+Source: V-PRUNE, Appl. Sci. 2025, 15(17), 9463. Its thresholds decide how much goes; the others get the same share, task
+by task, as the article does. `random`, which the article lacks, stands beside them.
 """
 
 from __future__ import annotations
@@ -66,9 +66,8 @@ class VPruneMain(Evaluated):
             gap = points(found[LEADER]["difference"])
             table.add(short(task), *cells, gap, against(found[LEADER], found.get("random")))
         table.caption = (
-            "Accuracy in %, seconds of the model's calls over all questions, removed share of the visual tokens in %: what "
-            "the article calls FLOPs ratio. Differences in points with 95 % paired bootstrap intervals (to random: exact "
-            "means of the same questions)."
+            "Accuracy in %, seconds of the model's calls over all questions, removed share of the visual tokens in %: "
+            "what the article calls FLOPs ratio. V-PRUNE - full: points, paired bootstrap, 95 %; - random: points."
         )
         return table
 
