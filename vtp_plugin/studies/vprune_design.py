@@ -1,7 +1,8 @@
 """vprune-design: what the group, the two thresholds and the choice of the patch are worth.
 
 Source: V-PRUNE, Appl. Sci. 2025, 15(17), 9463, sections 4.2.5 and 5.3: groups of 2x2, 3x3 and 4x4, chi-square
-thresholds 5, 10 and 20, cosine thresholds and their interaction. `random` at equal removal shows what the choice itself is worth.
+thresholds 5, 10 and 20, cosine thresholds and their interaction. `random` at equal removal shows what the choice of the
+patches is worth.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 `draw` makes the scenes. Then every stage trains what TRAINS names and keeps its own checkpoint: `vision` the CLIP, from
 patch labels and captions; `symbols` the LLaMA, from symbolic scenes; `sharpen` the CLIP once more; `fit` the projector,
-from the CLIP's features to the symbols; `join` projector and LLaMA, from pictures; `caption` the same, captions among the questions. `test` answers the
-questions, `export` puts the weights into the package, `testset` its test scenes.
+from the CLIP's features to the symbols; `join` projector and LLaMA, from pictures; `caption` the same, captions among
+the questions. `test` answers the questions, `export` puts the weights into the package, `testset` its test scenes.
 """
 
 from __future__ import annotations
