@@ -23,7 +23,8 @@ import inspect
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,6 +97,23 @@ def _offer_tasks() -> None:
     _wrap(TaskManager, "initialize_tasks", around)
 
 
+def check_names(model: str, tasks: Sequence[str]) -> None:
+    """PruningError for a model or a task that the host does not have; patterns and files of tasks are let through."""
+    from lmms_eval.models import list_available_models
+
+    if model not in (models := list_available_models(include_aliases=True)):
+        raise unknown("model", model, models)
+    named = [task for task in tasks if "*" not in task and not Path(task).exists()]
+    if named:
+        from lmms_eval.tasks import TaskManager
+
+        known = TaskManager("ERROR", model_name=model).all_tasks
+        for task in named:
+            if task not in known:
+                close = ", ".join(get_close_matches(task, known, n=3)) or "see `lmms-eval tasks list`"
+                raise PruningError(f"unknown task '{task}'. Nearest: {close}")
+
+
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +171,8 @@ def _evaluating(original: Callable, args: argparse.Namespace) -> Any:
     """One configuration of the command line: fold our options into model_args, remember a failure."""
     global _failed
     settings = vars(args)
+    if os.environ.get("VTP_GALLERY_EACH") and args.output_path:
+        os.environ["VTP_GALLERY"] = str(Path(args.output_path) / "gallery")
     try:
         args.model_args = folded(settings.get("model_args"), settings.get(KEY), settings.get("pruning_args"))
         return original(args)

@@ -24,6 +24,7 @@ from vtp_plugin.errors import PruningError, unknown
 SCHEMA = 1
 BASELINE = "none"
 SETTINGS, CELLS, CELL, RESULTS = "sweep.yaml", "cells", "cell.json", "results.json"
+LOG = "samples_{}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,40 @@ class Answer:
     report: Mapping[str, Any]  # the sample's part of the record: images, prompt_tokens, prefill_flops, seconds
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One configuration: what cell.json says; results and answers are read when they are asked for."""
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One configuration that is asked for."""
 
-    folder: Path
-    id: str
+    id: str  # readable and unique in a run folder: none, vprune, atp-0.25, random-0.25-seed3
     label: str
-    pruning: str
+    pruning: str  # as after --pruning; "none" for the unpruned model
     pruning_args: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
     keep: float | None = None
-    status: str = "done"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell(Spec):
+    """One configuration and how it ended, as cell.json says; results and answers are read when they are asked for."""
+
+    folder: Path
+    status: str = "done"  # or "failed"
     error: str | None = None
     command: Sequence[str] = ()
+
+    def check(self) -> Cell:
+        """The cell itself, if its results are whole. PruningError if not."""
+        missing = {"results", "configs", "n-samples", "pruning"} - set(self.results)
+        logs = {task: self.folder / LOG.format(task) for task in self.results.get("configs", {})}
+        missing |= {log.name for log in logs.values() if not log.is_file()}
+        if missing:
+            raise PruningError(f"{self.folder}: half-written, no {', '.join(sorted(missing))}")
+        return self
 
     @cached_property
     def results(self) -> dict[str, Any]:
         """The host's results file."""
-        return _json(self.folder / RESULTS)
+        return read_json(self.folder / RESULTS)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -108,7 +124,7 @@ class Cell:
     def _lines(self, task: str) -> list[dict[str, Any]]:
         """A task's log in the order of its documents; of several filters the first, which comes first in the log."""
         first: dict[int, dict[str, Any]] = {}
-        for line in _json_lines(self.folder / f"samples_{task}.jsonl"):
+        for line in _json_lines(self.folder / LOG.format(task)):
             first.setdefault(line["doc_id"], line)
         expected = self.results["n-samples"][task]["effective"]
         if len(first) != expected or not first:
@@ -213,20 +229,11 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _cell(folder: Path) -> Cell:
-    said = _json(folder / CELL)
+    said = read_json(folder / CELL)
     if said.pop("schema", None) != SCHEMA:
         raise PruningError(f"{folder / CELL}: not written by this version (expected schema {SCHEMA})")
     cell = Cell(folder=folder, **said)
-    if cell.status == "done":
-        missing = {"results", "configs", "n-samples", "pruning"} - set(cell.results)
-        missing |= {task for task in cell.results.get("configs", {}) if not _log(cell, task).is_file()}
-        if missing:
-            raise PruningError(f"{folder}: half-written, no {', '.join(sorted(missing))}")
-    return cell
-
-
-def _log(cell: Cell, task: str) -> Path:
-    return cell.folder / f"samples_{task}.jsonl"
+    return cell.check() if cell.status == "done" else cell
 
 
 def _check_same(cells: Sequence[Cell]) -> None:
@@ -242,7 +249,7 @@ def _check_same(cells: Sequence[Cell]) -> None:
             )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
