@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vtp_plugin import config
 from vtp_plugin.errors import PruningError
 from vtp_plugin.integrations.host import Host, Listener
+from vtp_plugin.integrations.perturb import Perturbation
 from vtp_plugin.reporting import runs
 from vtp_plugin.reporting.runs import BASELINE, Cell, Run, Spec
 
@@ -56,7 +57,7 @@ def cell(spec: str, keep: float | None = None, seed: int | None = None, **fields
     named = {"id": fields.pop("id", None), "label": fields.pop("label", None)}
     arguments = {"keep_ratio": keep, "seed": seed}
     arguments = {key: value for key, value in arguments.items() if value is not None} | fields
-    config.resolve(spec, arguments)
+    _resolve(spec, arguments)
     name = Path(spec).stem if spec.endswith((".yaml", ".yml")) else spec
     parts = [name, f"{keep:g}" if keep is not None else "", f"seed{seed}" if seed is not None else ""]
     id = named["id"] or "-".join(filter(None, parts))
@@ -134,7 +135,15 @@ def _check(settings: Mapping[str, Any]) -> None:
     if not all(settings["tasks"]):
         raise PruningError("a comparison needs tasks")
     for entry in settings["cells"]:
-        config.resolve(entry["pruning"], entry["pruning_args"])
+        _resolve(entry["pruning"], entry["pruning_args"])
+
+
+def _resolve(spec: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse strategies, hyper-parameters and a perturbation that there are not."""
+    said = dict(arguments)
+    if perturbation := said.pop("perturb", None):
+        Perturbation.parse(perturbation)
+    config.resolve(spec, said)
 
 
 def check_host(model: str, tasks: Sequence[str]) -> None:

@@ -37,7 +37,7 @@ class Evaluated(Study):
         said = self.settings
         run = sweep.run(
             self.folder / where,
-            [sweep.cell(id, spec, fields) for id, (spec, fields) in cells.items()],
+            [sweep.cell(spec, id=id, **fields) for id, (spec, fields) in cells.items()],
             model=said["model"],
             model_args=said["model_args"],
             tasks=",".join(tasks) or said["tasks"],

@@ -46,7 +46,7 @@ PLANS = {
     "sharpen": Plan(steps=850, rate=1e-3, batch=32),
     "fit": Plan(steps=250, rate=3e-3, batch=32, warmup=10),
     "join": Plan(steps=1200, rate=1e-3, batch=16, warmup=40),
-    "caption": Plan(steps=1000, rate=6e-4, batch=16, warmup=40),
+    "caption": Plan(steps=800, rate=6e-4, batch=16, warmup=40),
 }
 SHIPPED = ("clip", "projector", "llama")
 
