@@ -131,6 +131,7 @@ def test_the_comparison_says_who_does_not_beat_random() -> None:
     assert ("atp", "50.0", "50.0", "36/144", "0.25x", "0.50x") in table.rows
 
 
-def test_the_readme_is_up_to_date() -> None:
-    text = readme.README.read_text()
+@pytest.mark.parametrize("page", readme.PAGES, ids=str)
+def test_a_generated_page_is_up_to_date(page: Path) -> None:
+    text = page.read_text()
     assert readme.filled(text) == text, "run `make readme`"
