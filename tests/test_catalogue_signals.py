@@ -145,7 +145,11 @@ def test_keeping_everything_changes_no_bit(name: str):
 @torch.no_grad()
 def test_strategies_of_several_cuts_share_their_layers():
     host, rows = models.tiny("llava_hf", "sdpa"), models.prompts("batch")
-    chosen = [make(host, "pyramiddrop", layers="1 3"), make(host, "sparsevlm"), make(host, "fastv", layer=1)]
+    chosen = [
+        make(host, "pyramiddrop", layers="1 3"),
+        make(host, "sparsevlm"),
+        make(host, "fastv", layer=1, positions="compact"),
+    ]
     with host.prune(chosen) as pruned:
         together = host.generate(rows)
         alone = [host.generate([row]) for row in rows]

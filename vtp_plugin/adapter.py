@@ -35,6 +35,7 @@ class Tower:
     patch_size: int
     projected: int  # block whose output is projected, negative counts from the last
     attention: str = "self_attn"  # where a block's attention is
+    between: tuple[str, str] | None = None  # a block's norm behind its attention, and the MLP behind that norm
     block: int = 1  # side of the square of patches that becomes one token of the prompt: dropped as a whole
 
 
@@ -60,11 +61,14 @@ class Adapter(ABC):
     family: ClassVar[str]
     models: ClassVar[str]  # what users know it as
     stages: ClassVar[Mapping[Stage, str]]
+    overview: ClassVar[int] = 0  # the tile that shows the whole picture, where an image has several; -1: the last
 
     tower: Tower
     projector: nn.Module
     language_model: nn.Module | None  # None: an encoder without a language model
     decoder_layers: Sequence[nn.Module]
+    default_positions: str = "compact"  # of a shortened prompt, where neither the user nor the method says
+    fixed_positions: str = ""  # why the prompt has no positions to choose from
     every_logit: bool = False  # whether its prefill computes the logits of all columns, not only of the last
     first_cut: int = 1  # the first decoder layer that may see fewer tokens than the one before
 
@@ -88,7 +92,10 @@ class Adapter(ABC):
 
     def shared_space(self, checkpoint: str | None) -> SharedSpace:
         """CLIP's joint space, from `checkpoint` or the tower's own; PruningError if the tower has none."""
-        raise PruningError(f"{self.family} has no CLIP text encoder that matches its vision tower")
+        raise PruningError(
+            f"{self.family} has no CLIP text encoder that matches its vision tower: text_encoder=llm compares with the "
+            f"language model's embeddings of the question instead"
+        )
 
     # -- what FLOPs are counted from ------------------------------------------------------------------------------
 
@@ -143,6 +150,15 @@ class Adapter(ABC):
         if self.tokenizer is None:
             raise PruningError("this strategy reads the question: pass the model's processor (processor=...)")
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def encode_text(self, text: str) -> list[int]:
+        """The token ids of a text without special tokens; at least one."""
+        if self.tokenizer is None:
+            raise PruningError("this strategy reads the question: pass the model's processor (processor=...)")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise PruningError("text_encoder=llm: the prompt has images but no question")
+        return ids
 
 
 def find_adapter(

@@ -19,9 +19,10 @@ from vtp_plugin.metrics import counting, latency
 from vtp_plugin.metrics.latency import clock
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.surgery.call import Call, PruningEvent
+from vtp_plugin.surgery.call import Call, Decision, PruningEvent
 from vtp_plugin.surgery.decoder import DecoderCuts
 from vtp_plugin.surgery.pixels import watch as watch_processor
+from vtp_plugin.surgery.positions import Choice, OriginalPositions
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.tokens import Selection, VisualTokens
 
@@ -65,6 +66,7 @@ class Pruned:
         self.failure: BaseException | None = None  # the first exception inside a call, even if the host swallowed it
         self._processed = 0.0  # seconds of image processing since the last call
         self._called = False
+        self.looking = False  # keep every decision until the call has ended
         self._undo = Undo()
         try:
             self._attach(measure)
@@ -73,18 +75,20 @@ class Pruned:
             raise
 
     def _attach(self, measure: bool) -> None:
-        for strategy in self.strategies:
-            if reason := self.adapter.stages[strategy.stage]:
-                raise PruningError(
-                    f"{strategy.name}: {self.adapter.models} has no {strategy.stage.value} stage: {reason}"
-                )
+        self.positions = Choice.of(self.strategies, self.adapter)
         vision = self.adapter.vision(self)
+        for strategy in self.strategies:
+            if reason := self._unfit(strategy, vision):
+                possible = [name for name, cls in plugins.strategies().items() if not self._unfit(cls(), vision)]
+                raise strategy.error(f"{reason}; possible here: {', '.join(possible)}")
         decoder = DecoderCuts(self, self.adapter.decoder_layers, [s for s in self.strategies if s.stage is Stage.LLM])
         vision.prepare()
         decoder.prepare()
         self.spaces = vision.spaces
         vision.install(self._undo)
         decoder.install(self._undo)
+        if self.positions.prompt == "original":
+            OriginalPositions(self).install(self._undo)
         self.adapter.install(self, self._undo)
         counting.watch(self, self._undo)
         if vision.pixels is not None:
@@ -93,6 +97,12 @@ class Pruned:
             self._measure()
         object.__setattr__(self.model, MARK, self)
         self._undo.callback(object.__delattr__, self.model, MARK)
+
+    def _unfit(self, strategy: PruningStrategy, vision: VisionCuts) -> str:
+        """Why the model cannot give the strategy what it needs; "" if it can."""
+        if reason := self.adapter.stages[strategy.stage]:
+            return f"{self.adapter.models} has no {strategy.stage.value} stage: {reason}"
+        return vision.lacking(strategy)
 
     def _watch_processor(self, vision: VisionCuts) -> None:
         """Let pixels-stage strategies see images at full precision, as they leave the image processor."""
@@ -119,6 +129,10 @@ class Pruned:
         """Give the model back as it was, hooks and all; harmless when repeated."""
         self._undo.close()
 
+    def on_detach(self, callback: Callable[[], None]) -> None:
+        """Call this when the model is given back."""
+        self._undo.callback(callback)
+
     def __enter__(self) -> Pruned:
         return self
 
@@ -130,7 +144,7 @@ class Pruned:
     @contextmanager
     def calling(self) -> Iterator[Call]:
         """One call of the host model; proves at its end that every strategy has cut."""
-        self.call = call = Call(warmup=not self._called)
+        self.call = call = Call(warmup=not self._called, decisions=[] if self.looking else None)
         self._called = True
         call.spend("image_processing", self._processed)
         self._processed, call.started = 0.0, clock(self.device)
@@ -169,7 +183,9 @@ class Pruned:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where the model computes: the device of its first weights that are not offloaded."""
+        devices = (weight.device for weight in self.model.parameters())
+        return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
     @property
     def one_by_one(self) -> bool:
@@ -177,6 +193,8 @@ class Pruned:
         return any(not s.budgeted for s in self.strategies if s.stage is not Stage.LLM)
 
     def _prove(self, call: Call) -> None:
+        if call.positions is not None and not call.positions_used:
+            raise NothingPruned("positions=original: the language model's rotary embedding was never called")
         if not any(image.columns is None or len(image.columns) for image in call.images):
             return
         cut = {event.strategy for event in call.events}
@@ -208,7 +226,8 @@ class Judgement:
         """Ask the strategy about tokens [B, N, D] of the given images, and remember what is left of them."""
         judged = [self.call.images[number] for number in images]
         index = torch.stack([image.index for image in judged]).to(tokens.device)
-        selection = self.ask(tokens, index, [image.fingerprint for image in judged], grid, signals, **facts)
+        marks, owners = [image.fingerprint for image in judged], [(number, 0) for number in images]
+        selection = self.ask(tokens, index, marks, grid, signals, owners, **facts)
         for number, image, columns, row in zip(images, judged, selection.sources, index, strict=True):
             image.index = torch.where(columns >= 0, row[columns.clamp(min=0)], -1)
             self.note(number, tokens.shape[1], image.index)
@@ -221,9 +240,10 @@ class Judgement:
         fingerprint: Sequence[int],
         grid: tuple[int, int],
         signals: Mapping[str, Tensor | None],
+        owners: Sequence[tuple[int, int]] = (),
         **facts: Any,
     ) -> Selection:
-        """Ask the strategy about rows of tokens [B, N, D] that need not be images."""
+        """Ask the strategy about rows of tokens [B, N, D] that need not be images; `owners` as in `Decision`."""
         visual = VisualTokens(
             tokens=tokens,
             grid=grid,
@@ -233,7 +253,10 @@ class Judgement:
             **facts,
             **{name: value for name, value in signals.items() if name in self.strategy.needs},
         )
-        return self.strategy.decide(visual)
+        selection = self.strategy.decide(visual)
+        if self.call.decisions is not None:
+            self.call.decisions.append(Decision(self.strategy.name, owners, index, selection))
+        return selection
 
     def note(self, image: int, before: int, kept: Tensor) -> None:
         """Remember what was decided about (a part of) an image."""

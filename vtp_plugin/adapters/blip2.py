@@ -39,6 +39,8 @@ class Blip2(Adapter):
         Stage.LLM: "its language model sees the queries of the Q-Former, which belong to no place of the image",
     }
 
+    fixed_positions = "the Q-Former always answers with the same number of tokens"
+
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
         vision = model.vision_model

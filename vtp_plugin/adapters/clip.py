@@ -35,6 +35,7 @@ def clip_tower(module: nn.Module, projected: int) -> Tower:
         grid=(side, side),
         patch_size=inner.config.patch_size,
         projected=projected if projected < 0 else projected - 1,
+        between=("layer_norm2", "mlp"),
     )
 
 
@@ -47,6 +48,13 @@ def checkpoint_of(config: Any) -> str:
             f"name the one that it was taken from (atp.clip=PATH)"
         )
     return CHECKPOINTS[key]
+
+
+def space_of(model: nn.Module, tower: Tower, checkpoint: str | None) -> ClipSpace:
+    """The joint space of a transformers model with a CLIP tower, from the checkpoint or the one that fits its size."""
+    config, weight = model.config.vision_config, tower.patch_embedding.weight
+    checkpoint = checkpoint or getattr(model.config, "mm_vision_tower", None) or checkpoint_of(config)
+    return ClipSpace(checkpoint, config.hidden_size, weight.device, model.dtype)
 
 
 @contextmanager

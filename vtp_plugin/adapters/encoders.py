@@ -37,6 +37,7 @@ class Encoder(Adapter):
     """A vision transformer that is called with pixel values."""
 
     stages = ENCODER
+    fixed_positions = "an encoder has no prompt"
     names: tuple[str, ...]  # of the model classes
     language_model = None
     decoder_layers: Sequence[nn.Module] = ()

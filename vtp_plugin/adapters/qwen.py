@@ -39,11 +39,12 @@ class QwenVL(RowsAdapter):
     """A Qwen-VL model; a family adds its name and its tower's own arguments."""
 
     stages = dict.fromkeys(Stage, "")
+    default_positions = "original"
+    parts = ("visual.merger", "language_model")
     type_name: str  # of the model's class
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
-        self.core = model.model
         visual = self.core.visual
         self.merge = visual.spatial_merge_size
         self.tower = Tower(
@@ -59,10 +60,6 @@ class QwenVL(RowsAdapter):
             attention="attn",
             block=self.merge,
         )
-        self.projector = visual.merger
-        self.language_model = self.core.language_model
-        self.decoder_layers = self.language_model.layers
-        self.image_token = model.config.image_token_id
         self.tokens = {"image": model.config.image_token_id, "video": model.config.video_token_id}
 
     @classmethod
@@ -111,8 +108,11 @@ class QwenVL(RowsAdapter):
     # -- positions ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def positions(self, shortened: Shortened, ids: Tensor, real: Tensor) -> Iterator[None]:
-        """Let the model compute positions for the full prompt, and give the kept columns theirs."""
+    def positions(self, shortened: Shortened, ids: Tensor, real: Tensor, *, compact: bool) -> Iterator[None]:
+        """Let the model compute positions for the full prompt, and give the kept columns theirs.
+
+        `compact`: prompts that lost tokens are counted like text instead, the same number on all three axes.
+        """
         types = sum((ids == token).int() * number for number, token in enumerate(self.tokens.values(), 1))
         dropped = real.sum(1, keepdim=True) - shortened.valid.sum(1, keepdim=True)
 
@@ -122,7 +122,12 @@ class QwenVL(RowsAdapter):
             table, delta = original(ids, **{k: v for k, v in kwargs.items() if k not in full}, **full)
             columns = shortened.origin.clamp(min=0).expand(3, -1, -1)
             table = torch.where(shortened.valid, table.gather(2, columns), 0)
-            return table.repeat_interleave(times, 1), (delta + dropped).repeat_interleave(times, 0)
+            delta = delta + dropped
+            if compact:
+                counted = (shortened.valid.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
+                table = torch.where(dropped > 0, counted, table)
+                delta = torch.where(dropped > 0, 0, delta)
+            return table.repeat_interleave(times, 1), delta.repeat_interleave(times, 0)
 
         with Undo() as undo:
             original = undo.override(self.core, "get_rope_index", index)
@@ -200,7 +205,8 @@ class PackedCuts(TileCuts):
                     tokens, signals = self._signals_of(strategy, image, units[image] + start, values, images, maps)
                     number = self._call.batch[image]
                     picture = self._call.images[number]
-                    selection = cut.ask(tokens, units[image][None], [picture.fingerprint], picture.grid, signals)
+                    marks, owners = [picture.fingerprint], [(number, 0)]
+                    selection = cut.ask(tokens, units[image][None], marks, picture.grid, signals, owners)
                     units[image] = units[image][selection.sources[0]]
                 self._note(cut, before, units)
         return units

@@ -28,9 +28,15 @@ class RowsAdapter(Adapter):
     """A family whose prompt has one placeholder per feature row; `core` has `get_image_features`."""
 
     tokenwise = False  # the projector works token by token
-    core: nn.Module
-    image_token: int
+    parts = ("multi_modal_projector", "language_model")  # where the core has its projector and its language model
     cuts: TileCuts
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        super().__init__(model, processor)
+        self.core = model.model
+        self.projector, self.language_model = (self.core.get_submodule(path) for path in self.parts)
+        self.decoder_layers = self.language_model.layers
+        self.image_token: int = model.config.image_token_id
 
     def install(self, pruned: Pruned, undo: Undo) -> None:
         PlaceholderCalls(pruned, self).install(undo)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vtp_plugin.metrics.flops import Costs
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import ROW_SIGNALS, Call, Image
+from vtp_plugin.surgery.vision import behind_projector
 
 if TYPE_CHECKING:
     from vtp_plugin.adapter import Adapter
@@ -193,10 +194,10 @@ def selector_macs(pruned: Pruned, call: Call, row: int) -> int:
     questions = {image.question for image in call.images if image.sample == row}
     text = sum(space.text_macs([question]) for space in pruned.spaces.values() for question in sorted(questions))
     candidates = 0
-    needs = {strategy.name: strategy.needs for strategy in pruned.strategies}
+    projecting = {strategy.name for strategy in pruned.strategies if behind_projector(strategy)}
     for event in call.events:
         mine = [n for image, n in zip(event.images, event.before, strict=True) if call.images[image].sample == row]
-        if "projected" in needs[event.strategy]:
+        if event.strategy in projecting:
             candidates += sum(mine)
     projecting = candidates * sum(pruned.adapter.costs.projectors[:1])
     return text + projecting + _rows_macs(pruned, call, row) + _next_keys_macs(pruned, call, row)

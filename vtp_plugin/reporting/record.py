@@ -77,7 +77,7 @@ def record(pruned: Pruned, samples: Sequence[Mapping[str, Any]]) -> dict[str, An
         "schema": SCHEMA,
         "versions": versions(),
         "model": _model(pruned),
-        "strategies": describe(pruned.strategies),
+        "strategies": _strategies(pruned),
         "visual_tokens": _tokens(images),
         "samples": {
             "total": len(samples),
@@ -92,6 +92,13 @@ def record(pruned: Pruned, samples: Sequence[Mapping[str, Any]]) -> dict[str, An
         "kv_cache_bytes": _ratio([s["kv_cache_bytes"] for s in samples if "kv_cache_bytes" in s]),
         "peak_bytes": peak_bytes(pruned.device),
     }
+
+
+def _strategies(pruned: Pruned) -> list[dict[str, Any]]:
+    """The configurations, and the positions that were chosen."""
+    depth = len(pruned.adapter.decoder_layers)
+    chosen = [{"positions": pruned.positions.of_strategy(s, depth)} for s in pruned.strategies]
+    return [entry | positions for entry, positions in zip(describe(pruned.strategies), chosen, strict=True)]
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ host's own arrangement as extra channels (`arrange`), so a row of several tokens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,11 +25,12 @@ from vtp_plugin.surgery import attention
 from vtp_plugin.surgery.pixels import fingerprint, patches
 from vtp_plugin.surgery.prompt import Rows
 from vtp_plugin.surgery.undo import Undo
-from vtp_plugin.surgery.vision import VisionCuts
+from vtp_plugin.surgery.vision import VisionCuts, behind_projector, space_of
 
 if TYPE_CHECKING:
     from vtp_plugin.pruning import Judgement, Pruned
 
+MIXED = 0.02  # the variance of token numbers within a row that is made of several
 WHOLE = 1e-4  # a row whose tokens are all left has this much of them missing at most
 
 
@@ -37,7 +39,8 @@ class Arranging(Protocol):
 
     tower: Tower
     projector: nn.Module
-    tokenwise: bool  # the projector works token by token: a strategy sees tower features, not projected rows
+    tokenwise: bool  # the projector works token by token: a strategy sees tower features, not projected rows,
+    # unless the host interpolates the projected ones
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         """Channels of the tower's tokens, [T, N, C] or [S, C], as the host arranges features: per image [n, C].
@@ -93,6 +96,15 @@ class TileCuts(VisionCuts):
                     f"or give keep_ratio"
                 )
 
+    def lacking(self, strategy: PruningStrategy) -> str:
+        if "class_query" in strategy.needs and self.tower.prefix:
+            return f"it needs one class token per image, {self.pruned.adapter.models} has one per tile"
+        return super().lacking(strategy)
+
+    def _unmergeable(self, strategy: PruningStrategy) -> str:
+        models = self.pruned.adapter.models
+        return f"merging inside the blocks is not possible, {models} arranges the tower's tokens by their places"
+
     def _install_gather(self, undo: Undo) -> None:
         undo.after(self.tower.embeddings, self._gather)
 
@@ -128,9 +140,14 @@ class TileCuts(VisionCuts):
         index = torch.stack([units[tile] for tile in group])  # [G, U]
         tokens, signals = self._unit_signals(cut.strategy, group, index, *seen)
         marks = [self._call.scratch["fingerprints"][tile] for tile in group] if self.pixels else [0] * len(group)
-        selection = cut.ask(tokens, index, marks, self._unit_grid, signals)
+        selection = cut.ask(tokens, index, marks, self._unit_grid, signals, [self._owner(tile) for tile in group])
         for tile, columns in zip(group, selection.sources, strict=True):
             units[tile] = units[tile][columns]
+
+    def _owner(self, tile: int) -> tuple[int, int]:
+        """The image of a tile, and how many units its earlier tiles have."""
+        owners = self._call.scratch["owners"]
+        return owners[tile], (tile - owners.index(owners[tile])) * len(self.members)
 
     def _unit_signals(
         self, strategy: PruningStrategy, group: list[int], index: Tensor, values: Tensor, images: Any, embedded: Any
@@ -206,6 +223,7 @@ class TileCuts(VisionCuts):
         """What is left of the rows that the host made of the images in the tower."""
         self.kind, self.inputs = kind, inputs
         self.arranged: dict[Any, list[Tensor]] = {}
+        self.tokenwise = self.family.tokenwise and bool(self._at(Stage.PROJECTOR)) and self._one_token_a_row()
         parts = self._parts(features)
         for strategy in self._at(Stage.PROJECTOR):
             with self.pruned.judging(strategy) as cut:
@@ -220,7 +238,7 @@ class TileCuts(VisionCuts):
     def _parts(self, features: Sequence[Tensor]) -> list[Part]:
         layout = self._layout()
         tokens: Sequence[Tensor] = features
-        if self.family.tokenwise and self._at(Stage.PROJECTOR):
+        if self.tokenwise:
             tokens = self._arranged("features", self._call.scratch["features"])
         parts = []
         for number, rows, seen, (alive, tile) in zip(self._call.batch, features, tokens, layout, strict=True):
@@ -234,6 +252,13 @@ class TileCuts(VisionCuts):
             source = (~newline & (alive > 0.5)).nonzero().flatten()
             parts.append(Part(number, source, seen[source], rows[source], tile, newline.nonzero().flatten()))
         return parts
+
+    def _one_token_a_row(self) -> bool:
+        """Whether the host takes tokens as they are; one that interpolates would have projected them before."""
+        numbers = torch.arange(math.prod(self._map_shape), device=self.pruned.device).view(self._map_shape) % 251.0
+        maps = torch.stack([numbers, numbers**2], dim=-1)
+        means = [rows.unbind(-1) for rows in self.family.arrange(maps, self.kind, self.inputs)]
+        return not any((square - mean**2 > MIXED).any() for mean, square in means)
 
     def _layout(self) -> list[tuple[Tensor, Tensor]]:
         """Per image and row: the share of its tokens that is left (nan for a newline), and its tile."""
@@ -281,13 +306,14 @@ class TileCuts(VisionCuts):
         grid = image.grid if image.grid and len(group) == 1 else (1, int(offset[-1]))
         names = [name for name in cut.strategy.needs if name != "fingerprint"]
         signals = {name: self._row_signal(name, cut.strategy, group) for name in names}
-        selection = cut.ask(tokens[None], index[None], [image.fingerprint], grid, signals)
+        owners = [(group[0][0].number, 0)] if len(group) == 1 else ()
+        selection = cut.ask(tokens[None], index[None], [image.fingerprint], grid, signals, owners)
         chosen = selection.sources[0]
         tokens = selection.apply(tokens[None])[0]
         if selection.tokens is None:
             features = features[chosen]
         else:
-            features = self.projector(tokens[None])[0] if self.family.tokenwise else tokens
+            features = self.projector(tokens[None])[0] if self.tokenwise else tokens
         source = torch.where(chosen >= 0, source[chosen.clamp(min=0)], -1)
         owner = torch.where(chosen >= 0, owner[chosen.clamp(min=0)], 0)
         left = [owner == number for number in range(len(group))]
@@ -296,15 +322,19 @@ class TileCuts(VisionCuts):
     def _row_signal(self, name: str, strategy: PruningStrategy, group: list[tuple[Part, Tensor]]) -> Tensor | None:
         """One field of VisualTokens for the rows of a group, [1, N, ...]."""
         layer, scratch = self._layer(strategy), self._call.scratch
+        if name == "projected":
+            return torch.cat([part.features[where] for part, where in group])[None]
         if name == "cls":
             return self._class_feature(group[0][0].number)
         if name == "text":
             question = self._call.images[group[0][0].number].question
-            return self.spaces[strategy.clip_checkpoint].text([question]).to(self.pruned.device)
+            return self.spaces[space_of(strategy)].text([question]).to(self.pruned.device)
+        if name in behind_projector(strategy):
+            return torch.cat([part.features[where] for part, where in group])[None]
         if name == "aligned":
             hidden = scratch["output", layer][:, self.tower.prefix :]
-            maps = self.spaces[strategy.clip_checkpoint].patches(self.tower.post_layernorm(hidden))
-            rows = self._arranged((name, layer, strategy.clip_checkpoint), maps)
+            maps = self.spaces[space_of(strategy)].patches(self.tower.post_layernorm(hidden))
+            rows = self._arranged((name, layer, *space_of(strategy)), maps)
         else:
             rows = self._arranged((name, layer), scratch[name, layer])
         order = {number: n for n, number in enumerate(self._call.batch)}
@@ -312,7 +342,7 @@ class TileCuts(VisionCuts):
 
     def _class_feature(self, number: int) -> Tensor | None:
         """The class token of the image's first tile, [1, D], where it lives in the space of the tokens."""
-        if not self.tower.prefix or not self.family.tokenwise:
+        if not self.tower.prefix or not self.tokenwise:
             return None
         return self._call.scratch["output", self._block(None)][self._call.scratch["owners"].index(number), :1]
 
