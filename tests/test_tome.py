@@ -9,7 +9,7 @@ import pytest
 import reference
 import slow
 import torch
-from models import N, picture, tiny
+from models import VISION, N, picture, tiny
 from torch import Tensor
 
 import vtp_plugin as vtp
@@ -121,21 +121,21 @@ def test_signals_are_merged_with_their_tokens(attention: str, proportional: bool
 
 
 def test_the_record_counts_every_block():
+    """Block l attends over what enters it, its MLP runs on what is left behind the merge; both with the class token."""
     from vtp_plugin.reporting.record import samples_of
 
     host, found = tiny("llava_hf"), []
     with host.prune("tome", keep_tokens=18) as pruned:
         pruned.finished.append(lambda call: found.extend(samples_of(pruned, call)))
         host.generate([[1, 5, picture(3), 9]])
-        shapes = pruned.adapter.shapes()
+        costs = pruned.adapter.costs
     (sample,) = found
     assert sample["images"] == [{"before": N, "after": 18}]
-    d, m = shapes.tower.width, shapes.tower.mlp
-    tower = N * shapes.patch
+    d, m, tower = VISION["hidden_size"], VISION["intermediate_size"], N * costs.patch
     for attends, feeds in ((36, 30), (30, 24), (24, 18), (18, 18)):  # four blocks, the last one is not projected
         tower += 4 * (attends + 1) * d * d + 2 * (attends + 1) ** 2 * d + 2 * (feeds + 1) * d * m
-    language = sum(shapes.llm.layer_macs(18 + 3) for _ in range(4)) + shapes.head
-    assert sample["prefill_flops"]["after"] == 2 * (tower + 18 * shapes.projector + language)
+    language = sum(layer.macs(18 + 3) for layer in costs.layers) + costs.head
+    assert sample["prefill_flops"]["after"] == 2 * (tower + 18 * sum(costs.projectors) + language)
 
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_vl", "internvl", "gemma3"])
