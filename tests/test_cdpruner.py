@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import models
 import pytest
 import slow
 import torch
+from transformers import AutoTokenizer, CLIPModel
 
-from vtp_plugin import VisualTokens, get_strategy
+from vtp_plugin import Selection, VisualTokens, get_strategy
 
 
 def restated(seen: VisualTokens, b: int, k: int, sign: int) -> list[int]:
@@ -64,3 +66,62 @@ def test_the_kernel_of_orthogonal_tokens_keeps_the_most_relevant():
     relevance = -torch.nn.functional.cosine_similarity(seen.aligned, seen.text[:, None], dim=-1)
     kept = get_strategy("cdpruner")(keep_tokens=5).decide(seen)
     assert slow.columns(kept) == [slow.best(row.tolist(), 5) for row in relevance]
+
+
+# -- questions above the text tower's length --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def pieces(question: str) -> torch.Tensor:
+    """Text embeddings of 77 tokens each, every piece encoded by itself and unpadded; pooled where transformers does."""
+    clip, tokenizer = (cls.from_pretrained(models.clip_folder()) for cls in (CLIPModel, AutoTokenizer))
+    ids, rows = tokenizer(question, verbose=False)["input_ids"], []
+    for start in range(0, len(ids), 77):
+        piece = ids[start : start + 77]
+        hidden = clip.text_model(torch.tensor([piece])).last_hidden_state[0]
+        rows.append(clip.text_projection(hidden[piece.index(513) if 513 in piece else 0]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("words", [8, 30, 60])
+@torch.no_grad()
+def test_a_long_question_is_judged_in_segments(words: int):
+    host, shown = models.tiny("llava_hf", "sdpa"), []
+    strategy = get_strategy("cdpruner")(keep_tokens=9, clip=str(host.clip))
+    select = strategy.select
+    object.__setattr__(strategy, "select", lambda visual: _noted(shown, visual, select(visual)))
+    row = [1, models.picture(0), *range(10, 10 + words)]
+    with host.prune(strategy) as pruned:
+        host.forward([row])
+    texts = pieces(models.words([1, *range(10, 10 + words)])).double()
+    assert len(texts) == {8: 1, 30: 2, 60: 3}[words]
+    (seen, selection) = shown[0]
+    patches = seen.aligned[0].double().tolist()
+    relevance = [-sum(slow.cosine(patch, text) for text in texts.tolist()) / len(texts) for patch in patches]
+    unit = VisualTokens(**{**vars(seen), "text": torch.nn.functional.normalize(texts, dim=-1).mean(0)[None].float()})
+    assert slow.columns(selection) == [restated(unit, 0, 9, -1)]
+    length = float(unit.text.norm())
+    torch.testing.assert_close(
+        selection.scores[0].double() * length, torch.tensor(relevance).double(), atol=1e-5, rtol=1e-5
+    )
+    assert pruned.events[0].after == [9]
+
+
+@torch.no_grad()
+def test_truncation_is_the_switch_and_a_short_question_does_not_notice():
+    host, kept = models.tiny("llava_hf", "sdpa"), {}
+    for words in (8, 60):
+        for segments in (True, False):
+            strategy = get_strategy("cdpruner")(keep_tokens=9, clip=str(host.clip), segments=segments)
+            with host.prune(strategy) as pruned:
+                host.forward([[1, models.picture(0), *range(10, 10 + words)]])
+            kept[words, segments] = pruned.events[0].kept[0].tolist()
+    assert kept[8, True] == kept[8, False]
+    assert kept[60, True] != kept[60, False]
+    with pytest.raises(ValueError, match="cdpruner: segments must be one of True, False"):
+        get_strategy("cdpruner")(segments="yes")
+
+
+def _noted(shown: list, visual: VisualTokens, selection: Selection) -> Selection:
+    shown.append((visual, selection))
+    return selection

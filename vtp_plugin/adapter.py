@@ -42,8 +42,10 @@ class Tower:
 class SharedSpace(Protocol):
     """CLIP's joint space of patches and questions, from the checkpoint that the vision tower comes from."""
 
+    segments: bool  # what becomes of questions above the text tower's length: mean over pieces, else truncated
+
     def text(self, questions: Sequence[str]) -> Tensor:
-        """Text embeddings [B, E] fp32, truncated to the text tower's length."""
+        """Text embeddings [B, E] fp32."""
 
     def patches(self, normed: Tensor) -> Tensor:
         """Visual projection of post-layer-normed patches, [B, N, D] -> [B, N, E] fp32."""

@@ -37,6 +37,7 @@ class PruningStrategy(ABC):
     default_keep_ratio: ClassVar[float] = 0.5
     default_positions: ClassVar[str | None] = None  # what the paper does; None: what the family or the stage does
     text_encoder: ClassVar[str] = "clip"  # where `text` and `aligned` come from; a field of QuestionStrategy
+    segments: ClassVar[bool] = False  # True: `text` of a question too long for CLIP is a mean over pieces, not cut off
     proportional: ClassVar[bool] = False  # True: inside the tower, a token's key weighs as many as it was merged from
     nominal: ClassVar[bool] = False  # True: keep_ratio is the paper's label of a setting, not what is left at the end
 

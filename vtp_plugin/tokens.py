@@ -27,7 +27,7 @@ class VisualTokens:
     cls_attention: Tensor | None = None  # [B, N] fp32: attention CLS -> patch, mean over heads, of block `tower_layer`
     keys: Tensor | None = None  # [B, N, d] fp32: keys of block `tower_layer`, mean over heads, bias included
     aligned: Tensor | None = None  # [B, N, E] fp32: output of block `tower_layer` in CLIP's shared space
-    text: Tensor | None = None  # [B, E] fp32: CLIP text embedding of the image's question
+    text: Tensor | None = None  # [B, E] fp32: CLIP text embedding of the image's question; `segments`: of unit pieces
     projected: Tensor | None = None  # [B, N, L]: what the projector makes of the tokens
     class_query: Tensor | None = None  # [B, d'] fp32: query of CLS in block `tower_layer`, heads side by side, unscaled
     raw_keys: Tensor | None = None  # [B, N, d'] fp32: keys of block `tower_layer`, heads side by side

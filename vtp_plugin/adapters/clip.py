@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize, pad
 
 from vtp_plugin.adapter import Tower
 from vtp_plugin.errors import PruningError
@@ -76,6 +77,8 @@ def quietly() -> Iterator[None]:
 class ClipSpace:
     """The text tower and both projections of a CLIP checkpoint."""
 
+    segments = False  # longer questions are truncated to the text tower's length; True: cut into pieces of it
+
     def __init__(self, checkpoint: str, width: int, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import AutoTokenizer, CLIPModel
 
@@ -97,22 +100,42 @@ class ClipSpace:
         self.visual_projection = clip.visual_projection.to(device)
 
     def text(self, questions: Sequence[str]) -> Tensor:
-        """[B, E] fp32; each distinct question is encoded once."""
+        """[B, E] fp32; each distinct question is encoded once. With `segments`: the mean of its unit pieces."""
         distinct = sorted(set(questions))
-        tokens = self._tokens(distinct).to(self.text_projection.weight.device)
-        with torch.no_grad():
-            embedded = self.text_projection(self.text_model(**tokens).pooler_output).float()
+        if self.segments:
+            pieces = [self._embedded(self._pieces(question)) for question in distinct]
+            embedded = torch.stack([normalize(piece, dim=-1).mean(0) for piece in pieces])
+        else:
+            embedded = self._embedded(self._tokens(distinct))
         return embedded[[distinct.index(question) for question in questions]]
+
+    def _embedded(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        tokens = {name: tensor.to(self.text_projection.weight.device) for name, tensor in tokens.items()}
+        with torch.no_grad():
+            return self.text_projection(self.text_model(**tokens).pooler_output).float()
 
     def patches(self, normed: Tensor) -> Tensor:
         with torch.no_grad():
             return self.visual_projection(normed.to(self.visual_projection.weight)).float()
 
     def text_macs(self, questions: Sequence[str]) -> int:
-        lengths = self._tokens(sorted(set(questions)))["attention_mask"].sum(1).tolist()
+        distinct = sorted(set(questions))
+        tokens = [self._pieces(question) for question in distinct] if self.segments else [self._tokens(distinct)]
+        lengths = [length for each in tokens for length in each["attention_mask"].sum(1).tolist()]
         layers = [Layer.of(layer) for layer in self.text_model.encoder.layers]
         return sum(layer.macs(length) for length in lengths for layer in layers)
 
     def _tokens(self, questions: list[str]) -> Any:
         length = self.config.max_position_embeddings
         return self.tokenizer(questions, padding=True, truncation=True, max_length=length, return_tensors="pt")
+
+    def _pieces(self, question: str) -> dict[str, Tensor]:
+        """Ids and mask [S, L] of a question cut at the text tower's length L, the last piece filled up with zeros.
+
+        Only the first piece has the start token, only the last the end token. A short question is one piece.
+        """
+        ids = torch.tensor(self.tokenizer(question, verbose=False)["input_ids"])
+        length = min(len(ids), self.config.max_position_embeddings)
+        missing = -len(ids) % length
+        mask = pad(torch.ones_like(ids), (0, missing))
+        return {"input_ids": pad(ids, (0, missing)).view(-1, length), "attention_mask": mask.view(-1, length)}

@@ -9,8 +9,13 @@ Source: arXiv 2506.10967 (NeurIPS 2025) and the authors' code:
 4. greedy MAP of the DPP of L~ with K picks (Cholesky recursion, O(N K^2)), ascending order, positions renumbered.
 
 Our reading: with K above the rank of L the recursion has nothing left to pick (the released code then returns NaN and
-fewer than K tokens); the rest is taken by the highest relevance. Equal relevances count as 1. The question is truncated
-to the text tower's 77 tokens; the code splits longer ones into segments and averages. K = int(r N).
+fewer than K tokens); the rest is taken by the highest relevance. Equal relevances count as 1. K = int(r N).
+
+A question above the text tower's 77 tokens is cut into pieces of 77, as in the code (start token in the first, end
+token in the last, zeros behind it), and the cosines with the pieces are averaged; `segments=false` truncates instead.
+A piece without an end token is read where transformers' CLIP reads it, which is its first token, or that of the highest
+id with a configuration from before the end token was corrected. The mean of cosines is the cosine with the mean of unit
+vectors times its length: the length drops out of r, but for the 1e-6.
 """
 
 from __future__ import annotations
@@ -39,10 +44,12 @@ class CDPruner(QuestionStrategy):
     default_keep_ratio = 64 / 576
 
     relevance_sign: int = -1  # -1 as in the code, +1 as in the paper
+    segments: bool = True  # a question above 77 tokens: cosines averaged over pieces; false: truncated
 
     def validate(self) -> None:
         super().validate()
         self.check_choice("relevance_sign", (1, -1))
+        self.check_choice("segments", (True, False))
 
     def select(self, visual: VisualTokens) -> Selection:
         relevance = self.relevance_sign * cosine_similarity(visual.aligned, visual.text[:, None], dim=-1)

@@ -34,6 +34,8 @@ def question_of(prompt: str) -> str:
 class EmbeddedQuestions:
     """The input space of a language model: what stands in for CLIP's shared space (text_encoder=llm)."""
 
+    segments = False  # no question is too long for it
+
     def __init__(self, adapter: Adapter) -> None:
         if adapter.stages[Stage.LLM]:  # the reason why its language model holds no patches
             raise PruningError(

@@ -31,7 +31,7 @@ class VisionCuts:
     def __init__(self, pruned: Pruned, tower: Tower, projector: nn.Module) -> None:
         self.pruned, self.tower, self.projector = pruned, tower, projector
         self.pixels: Pixels | None = None
-        self.spaces: dict[tuple[str, str | None], SharedSpace] = {}
+        self.spaces: dict[tuple[str, str | None, bool], SharedSpace] = {}
         self.merging: list[PruningStrategy] = []  # those that cut inside blocks
 
     def prepare(self) -> None:
@@ -49,7 +49,9 @@ class VisionCuts:
         for strategy in self._needing("text"):
             adapter, checkpoint = self.pruned.adapter, strategy.clip_checkpoint
             llm = strategy.text_encoder == "llm"
-            self.spaces[space_of(strategy)] = EmbeddedQuestions(adapter) if llm else adapter.shared_space(checkpoint)
+            space = EmbeddedQuestions(adapter) if llm else adapter.shared_space(checkpoint)
+            space.segments = strategy.segments
+            self.spaces[space_of(strategy)] = space
 
     def install(self, undo: Undo) -> None:
         if self._at(Stage.PIXELS) or self._at(Stage.VIT) or self._needing("fingerprint"):
@@ -274,9 +276,9 @@ class VisionCuts:
         return layer + blocks if layer < 0 else layer
 
 
-def space_of(strategy: PruningStrategy) -> tuple[str, str | None]:
-    """Which space a strategy compares patches and questions in."""
-    return strategy.text_encoder, strategy.clip_checkpoint
+def space_of(strategy: PruningStrategy) -> tuple[str, str | None, bool]:
+    """Which space a strategy compares patches and questions in, and what it does with long questions."""
+    return strategy.text_encoder, strategy.clip_checkpoint, strategy.segments
 
 
 def behind_projector(strategy: PruningStrategy) -> list[str]:
