@@ -27,6 +27,7 @@ OWN_FILE = {  # restated elsewhere
     "pooling",
     "prumerge",
     "prumerge_plus",
+    "hired",
     "scope",
     "sparsevlm",
     "tome",
@@ -50,7 +51,6 @@ SCORES: dict[str, Callable[[VisualTokens, int], list[float]]] = {
     "atp": lambda seen, b: reference.atp_scores(seen.cls_attention[b], seen.aligned[b], seen.text[b], 0.5),
     "fastv": _of("last_query_attention"),
     "fastervlm": _of("cls_attention"),
-    "hired": _of("cls_attention"),
     "pyramiddrop": _of("next_query_attention"),
     "fitprune": _product,
 }

@@ -65,6 +65,8 @@ class Adapter(ABC):
     stages: ClassVar[Mapping[Stage, str]]
     overview: ClassVar[int] = 0  # the tile that shows the whole picture, where an image has several; -1: the last
 
+    several_views: ClassVar[bool] = False  # whether it says how sub-images lie, `Image.views`, behind such a tile 0
+
     tower: Tower
     projector: nn.Module
     language_model: nn.Module | None  # None: an encoder without a language model

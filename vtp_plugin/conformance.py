@@ -21,7 +21,7 @@ from vtp_plugin.tokens import Selection, VisualTokens
 
 SIZES = (1, 2, 7, 36, 144)
 KINDS = ("random", "equal", "zero", "repeated", "large")
-DEPTH, PATCH, WORDS, BASE = 32, 4, 5, ("tokens", "grid", "index", "layer", "cut", "entered")
+DEPTH, PATCH, WORDS, BASE = 32, 4, 5, ("tokens", "grid", "index", "layer", "cut", "entered", "views")
 VALUES = (True, False, 0, 1, 2, 3, 5, 8, 64, -1, -2, 0.0, 0.1, 0.5, 0.9, 1.0, 3.0, 40.0, "1 2 3", "2 5 9", "other")
 PREFILL = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # multiply-accumulates per token of a LLaVA-1.5-7B, attention aside
 
@@ -112,6 +112,9 @@ def sample(
         "text_key_norms": lambda: torch.rand(b, WORDS, generator=draw),
         "normed": lambda: normal(b, n, llm),
         "text_normed": lambda: torch.randn(b, WORDS, llm, generator=draw),
+        "view": lambda: (torch.arange(n) * 5 // n).expand(b, n),
+        "place": lambda: torch.rand(b, n, 2, generator=draw),
+        "first_attention": lambda: row(b, n),
         "fingerprint": lambda: tuple(range(7, 7 + b)),
     }
     unknown = [name for name in strategy.needs if name not in fields]
@@ -122,7 +125,8 @@ def sample(
     made = {name: fields[name]() for name in fields if name in strategy.needs}
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()}
     index = torch.arange(n, device=device).expand(b, n)
-    return VisualTokens(tokens=tokens.to(device), grid=_grid(n), index=index, **moved)
+    views = (2, 2) if "view" in moved else None
+    return VisualTokens(tokens=tokens.to(device), grid=_grid(n), index=index, views=views, **moved)
 
 
 def _of_kind(kind: str, x: Tensor) -> Tensor:

@@ -46,6 +46,12 @@ class VisualTokens:
     layer: int | None = (
         None  # llm stage: the decoder layer that will not see the dropped tokens; vit: the merging block
     )
+    view: Tensor | None = (
+        None  # [B, N] long: 0 for the picture of the whole image, 1 ... for its sub-images, row by row
+    )
+    place: Tensor | None = None  # [B, N, 2] fp32: middle of the token in its view, down and across, in (0, 1)
+    first_attention: Tensor | None = None  # [B, N] fp32: as `cls_attention`, of the tower's first block
+    views: tuple[int, int] | None = None  # rows and columns of sub-images; None, as the three above: one view
     cut: tuple[int, int] = (0, 1)  # which cut of the strategy this is, and of how many
     entered: int | None = None  # tokens of the image at the strategy's first cut; None: this is the first
 

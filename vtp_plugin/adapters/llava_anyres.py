@@ -33,6 +33,7 @@ class LlavaAnyres(Llava):
     models = "LLaVA-1.6 (llava-torch)"
     stages = dict.fromkeys(Stage, "")
     tokenwise = True
+    several_views = True
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -66,6 +67,8 @@ class LlavaAnyres(Llava):
         """Encode all tiles, pack them as the host does, and take rows out."""
         tiles, everything = inputs["tiles"], list(range(len(inputs["tiles"])))
         call.images = self._images(prompts, tiles)
+        for image, size in zip(call.images, inputs["image_sizes"] or (), strict=False):
+            image.views = self._views(size) if image.tiles > 1 else None
         with call.in_tower(everything):
             call.scratch["owners"] = [number for number in everything for _ in tiles[number]]
             rows = self.arrange(self.encode(torch.cat(list(tiles))), "image", inputs)
@@ -90,6 +93,14 @@ class LlavaAnyres(Llava):
             )
             for row, image in zip(self._owners(prompts, len(tiles)), tiles, strict=True)
         ]
+
+    def _views(self, size: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the crops of an image of this size (width, height), as the host lays them out."""
+        from llava.mm_utils import get_anyres_image_grid_shape
+
+        side = self.model.get_vision_tower().config.image_size
+        columns, rows = get_anyres_image_grid_shape(size, self.model.config.image_grid_pinpoints, side)
+        return rows, columns
 
     # -- the host's packing ---------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ class LlavaNext(RowsAdapter):
     models = "LLaVA-NeXT (transformers)"
     stages = dict.fromkeys(Stage, "")
     tokenwise = True
+    several_views = True
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
@@ -54,8 +55,9 @@ class LlavaNext(RowsAdapter):
                 tiles=n,
                 patches=n * patches,
                 projectable=n * patches,
+                views=views,
             )
-            for n, rows in zip(tiles, packed, strict=True)
+            for n, rows, views in zip(tiles, packed, self._views(inputs), strict=True)
         ]
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
@@ -74,6 +76,14 @@ class LlavaNext(RowsAdapter):
         config = self.model.config
         side = config.vision_config.image_size
         return [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in inputs["image_sizes"]]
+
+    def _views(self, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Rows and columns of every image's crops, as the host lays them out."""
+        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+        config = self.model.config
+        side = config.vision_config.image_size
+        return [get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side) for size in inputs["image_sizes"]]
 
     def shared_space(self, checkpoint: str | None) -> SharedSpace:
         return space_of(self.model, self.tower, checkpoint)

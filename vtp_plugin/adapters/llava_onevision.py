@@ -11,6 +11,7 @@ Positions are renumbered after a cut.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class LlavaOnevision(RowsAdapter):
     models = "LLaVA-OneVision (transformers)"
     stages = dict.fromkeys(Stage, "")
     tokenwise = True
+    several_views = True
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
@@ -48,7 +50,8 @@ class LlavaOnevision(RowsAdapter):
         if inputs.get("pixel_values") is not None:
             tiles = self._tiles(inputs)
             packed = self._packed(torch.zeros(sum(tiles), patches, 1, device=inputs["pixel_values"].device), inputs)
-            found += [self._image("image", len(rows), n, rows.device) for n, rows in zip(tiles, packed, strict=True)]
+            made = zip(tiles, packed, self._views(inputs, tiles), strict=True)
+            found += [replace(self._image("image", len(rows), n, rows.device), views=views) for n, rows, views in made]
         if inputs.get("pixel_values_videos") is not None:
             videos = inputs["pixel_values_videos"]
             rows = -(-self.tower.grid[0] // 2) * -(-self.tower.grid[1] // 2) * videos.shape[1] + 1
@@ -94,4 +97,15 @@ class LlavaOnevision(RowsAdapter):
         return [
             image_size_to_num_patches(size, config.image_grid_pinpoints, side) if single else 1
             for size, single in zip(sizes, alone, strict=True)
+        ]
+
+    def _views(self, inputs: Mapping[str, Any], tiles: Sequence[int]) -> list[tuple[int, int] | None]:
+        """Rows and columns of every image's crops, as the host lays them out; None for an image of one tile."""
+        from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape
+
+        config = self.model.config
+        side, points = config.vision_config.image_size, config.image_grid_pinpoints
+        return [
+            get_anyres_image_grid_shape(size, points, side) if n > 1 else None
+            for size, n in zip(inputs["image_sizes"], tiles, strict=True)
         ]

@@ -217,6 +217,8 @@ def _rows_macs(pruned: Pruned, call: Call, row: int) -> int:
     reading = [s for s in pruned.strategies if s.stage is Stage.PROJECTOR and set(s.needs) & set(ROW_SIGNALS)]
     layers = [adapter.tower.projected if s.tower_layer is None else s.tower_layer for s in reading]
     wanted = {layer % depth for layer in layers}
+    if adapter.several_views and any("first_attention" in s.needs for s in reading):
+        wanted.add(0)
     mine = {number for number, image in enumerate(call.images) if image.sample == row}
     return sum(
         adapter.costs.blocks[seen.number].reading(tokens, adapter.tower.prefix)

@@ -1,34 +1,86 @@
-"""HiRED: a token budget, spent by CLS attention.
+"""HiRED: a token budget, spent by CLS attention, divided among the views of a high-resolution picture.
 
-Source: arXiv 2408.10945 (AAAI 2025). For one view (LLaVA-1.5) the method is the top int(rate N) patches by the CLS
+Source: arXiv 2408.10945 (AAAI 2025) and the authors' code. One view (LLaVA-1.5): the top int(rate N) patches by the CLS
 attention of the projected block (sum over heads, which ranks as the mean does): rate -> `keep_ratio`, 0.2 by default,
-115 of 576.
+115 of 576. Several views (a picture of the whole and sub-images), with a budget of B tokens:
+1. the picture of the whole gets min(int(alpha B), all of it);
+2. on it, the int((1 - alpha) N) tokens with the highest CLS attention in the FIRST block are marked and counted by the
+   region that each sub-image shows; sub-image j gets int(share_j of the rest), as far as it has as many tokens;
+3. every view spends its part on its tokens with the highest attention of the projected block.
 
-Not here: the division of one budget among the sub-images of a high-resolution picture (alpha, first-block attention on
-the base view), because no family of this package hands over several views of one picture yet. With one view HiRED
-differs from FasterVLM only by the rounding and by the default.
+Switches: `shares`: marks, as the code counts, or attention, the paper's sum of scores over a region.
+`regions`: spatial, what a sub-image shows, or strips, which is what the code counts in: it cuts the raster of the
+picture of the whole into equal pieces, one per sub-image, which are horizontal strips.
+
+Ours: B is the budget over the tokens that enter the prompt (without padding and newlines), and is spent exactly: what
+rounding and small sub-images leave over goes to the highest attention among the rest. The code loses it, and what it
+spends on padding. The padding around a picture does not move the regions, as in the code. budget=per_tile and
+budget=total rank all tokens that they count over.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.tokens import VisualTokens
+from vtp_plugin.tokens import VisualTokens, top_k
 
 
 @dataclass(kw_only=True)
 class HiRED(PruningStrategy):
-    """Keep the patches with the highest CLS attention; the form for pictures of a single view."""
+    """Keep the patches with the highest CLS attention, in every view as many as its region deserves."""
 
     name = "hired"
     stage = Stage.PROJECTOR
     paper = "HiRED: High-Resolution Early Dropping, https://arxiv.org/abs/2408.10945"
-    needs = ("cls_attention",)
+    needs = ("cls_attention", "first_attention", "view", "place")
     default_keep_ratio = 0.2
 
+    alpha: float = 0.5  # share of the budget for the picture of the whole
+    shares: str = "marks"  # of sub-images: marks as in the code, attention as in the paper
+    regions: str = "spatial"  # of sub-images in the picture of the whole: spatial, or strips as in the code
+
+    def validate(self) -> None:
+        self.check_number("alpha", 0, 1)
+        self.check_choice("shares", ("marks", "attention"))
+        self.check_choice("regions", ("spatial", "strips"))
+
     def score(self, visual: VisualTokens) -> Tensor:
-        return visual.cls_attention
+        """CLS attention, one more for the tokens that a view spends its part of the budget on."""
+        attention = visual.cls_attention
+        if visual.views is None:
+            return attention
+        score, budget = attention.clone(), self.wanted(visual)
+        for b, view in enumerate(visual.view):
+            for number, part in enumerate(self._parts(visual, b, budget)):
+                mine = (view == number).nonzero().flatten()
+                score[b, mine[top_k(attention[b, mine][None], part)[0]]] += 1
+        return score
+
+    def _parts(self, visual: VisualTokens, b: int, budget: int) -> list[int]:
+        """What every view of image b gets of the budget, the picture of the whole first."""
+        rows, columns = visual.views
+        whole = visual.view[b] == 0
+        first = min(int(self.alpha * budget), int(whole.sum()))
+        weights = self._weights(visual.first_attention[b, whole].double())
+        region = self._regions(visual.place[b, whole], rows, columns)
+        shares = weights.new_zeros(rows * columns).scatter_add(0, region, weights)
+        parts = (shares / weights.sum().clamp(min=1e-12) * (budget - first) + 1e-9).long()
+        return [first, *parts.tolist()]
+
+    def _weights(self, attention: Tensor) -> Tensor:
+        """What a token of the picture of the whole [N] counts for its region."""
+        if self.shares == "attention":
+            return attention
+        return top_k(attention[None], int((1 - self.alpha) * len(attention) + 1e-9))[0].to(attention)
+
+    def _regions(self, place: Tensor, rows: int, columns: int) -> Tensor:
+        """The sub-image that shows each of the places [N, 2], counted row by row."""
+        if self.regions == "strips":
+            return torch.arange(len(place), device=place.device) * (rows * columns) // max(1, len(place))
+        down, across = (place * place.new_tensor([rows, columns])).long().unbind(-1)
+        return down * columns + across

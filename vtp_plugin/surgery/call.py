@@ -14,6 +14,7 @@ from vtp_plugin.stages import Stage
 from vtp_plugin.tokens import Selection
 
 ROW_SIGNALS = ("cls_attention", "keys", "raw_keys", "class_query")  # read where a block's attention begins
+VIEW_SIGNALS = ("view", "place", "first_attention")  # of images with several views
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Image:
     grid: tuple[int, int] | None = None  # rows and columns of its tokens, where they are not the tower's
     projectable: int = 0  # tokens that the projector sees, where `patches` is given
     entered: int | None = None  # tokens that entered the prompt, where events do not tell
+    views: tuple[int, int] | None = None  # rows and columns of its sub-images, where a picture of the whole is first
     fixed: int = 0  # tokens among `total` that are always kept: newline rows
 
     @property

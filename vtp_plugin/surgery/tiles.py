@@ -22,6 +22,7 @@ from vtp_plugin.errors import PruningError
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
+from vtp_plugin.surgery.call import VIEW_SIGNALS
 from vtp_plugin.surgery.pixels import fingerprint, patches
 from vtp_plugin.surgery.prompt import Rows
 from vtp_plugin.surgery.undo import Undo
@@ -95,6 +96,10 @@ class TileCuts(VisionCuts):
                     f"at the {strategy.stage.value} stage keep_tokens counts per tile here: say budget=per_tile, "
                     f"or give keep_ratio"
                 )
+
+    def _read_blocks(self) -> set[int]:
+        first = self.pruned.adapter.several_views and self._needing("first_attention")
+        return super()._read_blocks() | ({0} if first else set())
 
     def lacking(self, strategy: PruningStrategy) -> str:
         if "class_query" in strategy.needs and self.tower.prefix:
@@ -307,7 +312,8 @@ class TileCuts(VisionCuts):
         names = [name for name in cut.strategy.needs if name != "fingerprint"]
         signals = {name: self._row_signal(name, cut.strategy, group) for name in names}
         owners = [(group[0][0].number, 0)] if len(group) == 1 else ()
-        selection = cut.ask(tokens[None], index[None], [image.fingerprint], grid, signals, owners)
+        views = {"views": image.views} if signals.get("view") is not None else {}
+        selection = cut.ask(tokens[None], index[None], [image.fingerprint], grid, signals, owners, **views)
         chosen = selection.sources[0]
         tokens = selection.apply(tokens[None])[0]
         if selection.tokens is None:
@@ -322,6 +328,8 @@ class TileCuts(VisionCuts):
     def _row_signal(self, name: str, strategy: PruningStrategy, group: list[tuple[Part, Tensor]]) -> Tensor | None:
         """One field of VisualTokens for the rows of a group, [1, N, ...]."""
         layer, scratch = self._layer(strategy), self._call.scratch
+        if name in VIEW_SIGNALS:
+            return self._view_signal(name, strategy, group)
         if name == "projected":
             return torch.cat([part.features[where] for part, where in group])[None]
         if name == "cls":
@@ -339,6 +347,28 @@ class TileCuts(VisionCuts):
             rows = self._arranged((name, layer), scratch[name, layer])
         order = {number: n for n, number in enumerate(self._call.batch)}
         return torch.cat([rows[order[part.number]][part.source[where]] for part, where in group])[None]
+
+    def _view_signal(self, name: str, strategy: PruningStrategy, group: list[tuple[Part, Tensor]]) -> Tensor | None:
+        """Where the rows of one image come from, [1, N, ...]; None for a single view and for several images."""
+        (part, where), *others = group
+        if others or strategy.budget == "per_tile" or self._call.images[part.number].views is None:
+            return None
+        source = part.source[where]
+        if name == "view":
+            if (part.tile[source] != part.tile[source].round()).any():
+                raise strategy.error(f"it needs whole tiles, the model interpolates across those of this {self.kind}")
+            return part.tile[source].long()[None]
+        if name == "place":
+            rows = self._arranged(name, self._middles.expand(*self._map_shape, 2))
+        else:
+            rows = self._arranged(("cls_attention", 0), self._call.scratch["cls_attention", 0])
+        return rows[self._call.batch.index(part.number)][source][None]
+
+    @property
+    def _middles(self) -> Tensor:
+        """The middle of every patch of a tile, [N, 2] in (0, 1)."""
+        down, across = ((torch.arange(n, device=self.pruned.device) + 0.5) / n for n in self.tower.grid)
+        return torch.cartesian_prod(down, across)
 
     def _class_feature(self, number: int) -> Tensor | None:
         """The class token of the image's first tile, [1, D], where it lives in the space of the tokens."""

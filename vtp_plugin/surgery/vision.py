@@ -12,7 +12,7 @@ from vtp_plugin.adapter import Adapter, SharedSpace, Tower
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
-from vtp_plugin.surgery.call import ROW_SIGNALS, Call
+from vtp_plugin.surgery.call import ROW_SIGNALS, VIEW_SIGNALS, Call
 from vtp_plugin.surgery.merging import MASKABLE, MergingBlocks
 from vtp_plugin.surgery.pixels import Pixels, fingerprint, patches
 from vtp_plugin.surgery.question import EmbeddedQuestions
@@ -65,7 +65,7 @@ class VisionCuts:
             undo.before(self.projector, self._projecting)
 
     def _install_readers(self, undo: Undo) -> None:
-        for layer in {self._layer(s) for s in self._at(Stage.PROJECTOR) if set(s.needs) & set(ROW_SIGNALS)}:
+        for layer in self._read_blocks():
             undo.before(getattr(self.tower.blocks[layer], self.tower.attention), self._row_reader(layer))
         outputs = {
             self._layer(s)
@@ -75,6 +75,10 @@ class VisionCuts:
         outputs |= {self._block(None) for s in self._at(Stage.PROJECTOR) if "cls" in s.needs}
         for layer in outputs:
             undo.after(self.tower.blocks[layer], self._output_reader(layer))
+
+    def _read_blocks(self) -> set[int]:
+        """The blocks whose attention is read."""
+        return {self._layer(s) for s in self._at(Stage.PROJECTOR) if set(s.needs) & set(ROW_SIGNALS)}
 
     def lacking(self, strategy: PruningStrategy) -> str:
         """Why this tower cannot give the strategy what it needs; "" if it can."""
@@ -236,6 +240,8 @@ class VisionCuts:
     def _signal(self, name: str, strategy: PruningStrategy, columns: Tensor) -> Tensor | None:
         """One field of VisualTokens for the tokens that are left."""
         layer, call = self._layer(strategy), self._call
+        if name in VIEW_SIGNALS:
+            return None
         if name == "class_query":
             return call.scratch.get((name, layer))
         if name in ROW_SIGNALS:
