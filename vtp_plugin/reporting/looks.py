@@ -33,7 +33,7 @@ class Look:
     pixels: Tensor | None  # [3, H, W] uint8: the view as the model saw it, None where it cannot be recovered
     scores: Tensor | None  # [rows * columns] fp32, nan where nothing was judged; None: no strategy ranks
     scored_by: str
-    into: list[int]  # per position, the one that it was merged into, -1: none; empty if nothing was merged
+    into: list[int]  # per position, the one that it was merged into, -1: none; empty if no merge is recorded
     view: str  # "" or what part of the image the grid shows
 
 
@@ -157,7 +157,7 @@ def _put(target: Tensor, positions: Tensor, values: Tensor) -> None:
 
 
 def _merged(decisions: Sequence[Decision], number: int, first: int, n: int) -> list[int]:
-    """Per position, where its token ended, through all cuts; empty if nothing was merged."""
+    """Per position, where its token ended, through all cuts; empty if no merge is recorded."""
     into = torch.full((n,), -1)
     for decision in decisions:
         for row, (owner, shift) in enumerate(decision.owners):
