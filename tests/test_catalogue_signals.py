@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,10 +55,19 @@ def host() -> Any:
     return models.tiny("llava_hf", "eager")
 
 
+def bias_of(width: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """All-ones vectors turned by their positions: every pair (1, 1) turns by the same angle, so distances count."""
+    angles = [10000.0 ** (-2 * i / width) for i in range(width // 2)]
+    return torch.tensor(
+        [[sum(2 * math.cos((q - k) * a) for a in angles) / width**0.5 for k in keys.tolist()] for q in queries.tolist()]
+    )
+
+
 @torch.no_grad()
 def test_signals_of_the_language_model(host: Any):
     row = models.prompts("single")
     wants = ("last_query_attention", "next_query_attention", "text_attention", "entry", "text_entry")
+    wants = (*wants, "head_attention", "rotary_bias")
     probe = Probe(wants=(*wants, "key_norms", "text_key_norms", "normed", "text_normed"))
     with host.prune(probe):
         host.forward(row)
@@ -74,6 +84,8 @@ def test_signals_of_the_language_model(host: Any):
         "last_query_attention": before[-1, image],
         "next_query_attention": behind[-1, image],
         "text_attention": before[text][:, image],
+        "head_attention": full.attentions[LAYER - 1][0][:, text][:, :, image],
+        "rotary_bias": bias_of(host.decoder.config.head_dim, text, image),
         "entry": hidden[0][0, image],
         "text_entry": hidden[0][0, text],
         "key_norms": keys[image],

@@ -120,3 +120,46 @@ def test_layers_scale_with_the_depth():
     assert get_strategy("sparsevlm")(layers="2 4 6").cut_layers(32) == (2, 4, 6)
     with pytest.raises(ValueError, match="sparsevlm: layers must be three layers"):
         get_strategy("sparsevlm")(layers="2 4")
+
+
+# -- version 2 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("heads", [1, 14, 20])
+@pytest.mark.parametrize(("n", "texts"), [(24, 6), (60, 1)])
+def test_version_2_as_described(n: int, texts: int, heads: int, dtype: torch.dtype):
+    seen = seen_by("random", n, texts, dtype)
+    attention, bias = torch.randn(1, heads, texts, n).softmax(-1), torch.randn(1, texts, n)
+    seen = VisualTokens(**{**vars(seen), "head_attention": attention, "rotary_bias": bias})
+    chosen = raters(seen.entry[0], seen.text_entry[0])
+    free = attention[0].double() / bias[0].double()
+    total = [sum(float(free[h, t, i]) for t in chosen for i in range(n)) for h in range(heads)]
+    best = slow.ranked(total)[:14]
+    score = [sum(float(free[h, t, i]) for h in best for t in chosen) for i in range(n)]
+    strategy = get_strategy("sparsevlm")(version=2, keep_ratio=128 / 576)
+    selection = strategy.decide(seen)
+    assert strategy.wanted(seen) == round(238 * n / 576)
+    assert selection.tokens is None
+    assert slow.columns(selection) == [slow.best(score, strategy.wanted(seen))]
+
+
+@pytest.mark.parametrize(
+    ("label", "table", "mean"),
+    [(192, (300, 200, 118), 206.8), (128, (238, 108, 60), 144.1), (96, (246, 54, 28), None), (64, (66, 34, 20), 81.8)],
+)
+def test_the_tables_of_version_2(label: int, table: tuple, mean: float | None):
+    strategy = get_strategy("sparsevlm")(version=2, keep_tokens=label)
+    for stage, wanted in enumerate(table):
+        seen = seen_by("random", 576, stage=stage)
+        assert strategy.wanted(VisualTokens(**{**vars(seen), "entered": 576})) == wanted
+    average = (3 * 576 + 4 * table[0] + 9 * table[1] + 16 * table[2]) / 32
+    assert mean is None or average == pytest.approx(mean, abs=0.06)
+
+
+def test_versions_differ_in_positions_and_needs():
+    first, second = (get_strategy("sparsevlm")(version=version) for version in (1, 2))
+    assert (first.default_positions, second.default_positions) == ("compact", "original")
+    assert {"head_attention", "rotary_bias"} == set(second.needs) - set(first.needs)
+    with pytest.raises(ValueError, match="sparsevlm: version must be one of 1, 2"):
+        get_strategy("sparsevlm")(version=3)

@@ -21,7 +21,7 @@ from vtp_plugin.tokens import Selection, VisualTokens
 
 SIZES = (1, 2, 7, 36, 144)
 KINDS = ("random", "equal", "zero", "repeated", "large")
-DEPTH, PATCH, WORDS, BASE = 32, 4, 5, ("tokens", "grid", "index", "layer", "cut", "entered", "views")
+DEPTH, PATCH, WORDS, HEADS, BASE = 32, 4, 5, 20, ("tokens", "grid", "index", "layer", "cut", "entered", "views")
 VALUES = (True, False, 0, 1, 2, 3, 5, 8, 64, -1, -2, 0.0, 0.1, 0.5, 0.9, 1.0, 3.0, 40.0, "1 2 3", "2 5 9", "other")
 PREFILL = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # multiply-accumulates per token of a LLaVA-1.5-7B, attention aside
 
@@ -104,6 +104,8 @@ def sample(
         "last_query_attention": lambda: row(b, n),
         "next_query_attention": lambda: row(b, n),
         "text_attention": lambda: row(b, WORDS, n),
+        "head_attention": lambda: row(b, HEADS, WORDS, n),
+        "rotary_bias": lambda: torch.randn(b, WORDS, n, generator=draw),
         "self_attention": lambda: row(b, n),
         "cross_attention": lambda: row(b, n),
         "entry": lambda: normal(b, n, llm),
@@ -179,7 +181,9 @@ def _left(seen: VisualTokens, selection: Selection) -> VisualTokens:
     def taken(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or name == "entry" or name.startswith("text_entry"):
             return value
-        if name == "text_attention":
+        if name == "head_attention":
+            return value.gather(3, columns[:, None, None].expand(-1, *value.shape[1:3], -1))
+        if name in ("text_attention", "rotary_bias"):
             return value.gather(2, columns[:, None].expand(-1, value.shape[1], -1))
         per_token = value.ndim >= 2 and value.shape[1] == n and not name.startswith("text")
         return torch.stack([row[own] for row, own in zip(value, columns, strict=True)]) if per_token else value

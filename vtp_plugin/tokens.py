@@ -34,6 +34,8 @@ class VisualTokens:
     last_query_attention: Tensor | None = None  # [B, N] fp32: attention of the last prompt token, mean over heads
     next_query_attention: Tensor | None = None  # [B, N] fp32: the same in the layer behind the cut, before cutting
     text_attention: Tensor | None = None  # [B, T, N] fp32: attention of every text token behind the image
+    head_attention: Tensor | None = None  # [B, H, T, N] fp32: the same of every head
+    rotary_bias: Tensor | None = None  # [B, T, N] fp32: logits of all-ones queries and keys at the places of both
     self_attention: Tensor | None = None  # [B, N] fp32: from the image's own tokens, max over heads, mean over them
     cross_attention: Tensor | None = None  # [B, N] fp32: from the text behind the image, max over heads, sum over it
     entry: Tensor | None = None  # [B, M, D]: embeddings of the `entered` tokens, text_entry [B, T, D]: of that text

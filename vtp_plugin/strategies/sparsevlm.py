@@ -12,6 +12,12 @@ Source: arXiv 2410.04417 (ICML 2025) and the authors' code (v1.5):
 The output of layers 2, 6 and 15 of 32 is cut: the first layers without the dropped tokens are 3, 7, 16 (-> `layers`;
 None scales them to the model's depth).
 
+`version=2` (SparseVLM+, the code of December 2025): nothing is recycled, positions are the original ones, the attention
+of every head (`head_attention`) is divided by the logits that all-ones queries and keys would have at these positions
+(`rotary_bias`), only the 14 heads with the largest sum over raters and visual tokens count, and the tables are
+192 -> 300, 200, 118; 128 -> 238, 108, 60; 96 -> 246, 54, 28; 64 -> 66, 34, 20. The divisor may be negative and then
+turns a score round, as there; ours is kept away from zero by 1e-6.
+
 `keep_ratio` (or `keep_tokens` of 576) is the paper's label: 192/576 selects the first table, values between labels are
 interpolated. What is left after a stage is k_s plus the clusters: 309, 204, 113 for "192", a true average of 206.5.
 
@@ -21,11 +27,12 @@ densest); the c tokens with the largest density x separation are centres, and th
 
 Ours: ties by index instead of random noise (of two equally dense tokens the earlier counts as denser); a merged token
 takes the place of its centre; the code appends merged tokens behind the kept ones. Positions are counted anew at every
-stage, as there; `positions=original` is what v2 does. If no text token rates above the mean, all of them are raters.
+stage, as there. If no text token rates above the mean, all of them are raters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +52,17 @@ TABLES = {  # label -> tokens that stay at each stage, of 576
     192: (300, 200, 110),
     OF: (OF, OF, OF),
 }
+TABLES_2 = {
+    0: (0, 0, 0),
+    64: (66, 34, 20),
+    96: (246, 54, 28),
+    128: (238, 108, 60),
+    192: (300, 200, 118),
+    OF: (OF, OF, OF),
+}
 LAYERS = (3, 7, 16)  # of 32
+HEADS = 14  # that count in version 2
+EPS = 1e-6
 
 
 @dataclass(kw_only=True)
@@ -55,19 +72,28 @@ class SparseVLM(PruningStrategy):
     name = "sparsevlm"
     stage = Stage.LLM
     paper = "SparseVLM: Visual Token Sparsification for Efficient VLM Inference, https://arxiv.org/abs/2410.04417"
-    needs = ("entry", "text_entry", "text_attention")
     merges = True
     nominal = True
-    default_positions = "compact"
     default_keep_ratio = 192 / 576
 
     layers: str | list[int] | None = None  # three first layers without what a stage drops
-    recycle: bool = True  # merge some of the pruned tokens instead of dropping all
+    recycle: bool | None = None  # merge some of the pruned tokens instead of dropping all; None: in version 1
+    version: int = 1  # 1: the paper and v1.5; 2: SparseVLM+
 
     def validate(self) -> None:
         numbers = None if self.layers is None else layer_numbers(self.layers)
         self.check("layers", self.layers is None or len(numbers or ()) == 3, "must be three layers like '3 7 16'")
-        self.check_choice("recycle", (True, False))
+        self.check("recycle", self.recycle in (None, True, False), "must be true or false")
+        self.check_choice("version", (1, 2))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        read = ("text_attention",) if self.version == 1 else ("head_attention", "rotary_bias")
+        return ("entry", "text_entry", *read)
+
+    @property
+    def default_positions(self) -> str:
+        return "compact" if self.version == 1 else "original"
 
     def cut_layers(self, depth: int) -> tuple[int, ...]:
         if self.layers is not None:
@@ -81,13 +107,13 @@ class SparseVLM(PruningStrategy):
         n, (stage, stages) = visual.tokens.shape[1], visual.cut
         entered = visual.entered or n
         ratio = self.keep_ratio if self.keep_tokens is None else min(1.0, self.keep_tokens / entered)
-        count = interpolated(ratio * OF, stage - stages)
+        count = interpolated(ratio * OF, stage - stages, TABLES if self.version == 1 else TABLES_2)
         return max(1, min(n, round(count * entered / OF)))
 
     def select(self, visual: VisualTokens) -> Selection:
         scores, k = self._scores(visual), self.wanted(visual)
         keep = top_k(scores, k)
-        if not self.recycle:
+        if not (self.version == 1 if self.recycle is None else self.recycle):
             return Selection(keep, scores=scores)
         rows, sources, into = [], [], []
         for x, row, score in zip(visual.tokens.float(), keep, scores, strict=True):
@@ -104,16 +130,27 @@ class SparseVLM(PruningStrategy):
         affinity = (visual.entry.float() @ visual.text_entry.float().transpose(1, 2)).softmax(-1).mean(1)  # [B, T]
         raters = (affinity > affinity.mean(-1, keepdim=True)).float()
         raters = torch.where(raters.any(-1, keepdim=True), raters, 1.0)
-        return (raters[:, :, None] * visual.text_attention).sum(1) / raters.sum(-1, keepdim=True)
+        attention = visual.text_attention if self.version == 1 else corrected(visual, raters)
+        return (raters[:, :, None] * attention).sum(1) / raters.sum(-1, keepdim=True)
 
 
-def interpolated(label: float, stage: int) -> float:
+def corrected(visual: VisualTokens, raters: Tensor) -> Tensor:
+    """Version 2: attention without the bias of positions, mean over the heads that see most, [B, T, N]."""
+    bias = visual.rotary_bias
+    bias = torch.where(bias < 0, bias.clamp(max=-EPS), bias.clamp(min=EPS))
+    attention = visual.head_attention / bias[:, None]  # [B, H, T, N]
+    seen = (raters[:, None, :, None] * attention).sum((2, 3))  # [B, H]
+    heads = top_k(seen, min(HEADS, seen.shape[1])).to(attention)
+    return (heads[:, :, None, None] * attention).sum(1) / heads.sum(1)[:, None, None]
+
+
+def interpolated(label: float, stage: int, tables: Mapping[int, tuple[int, ...]] = TABLES) -> float:
     """The entry of a stage (negative, from the last) of the table for a label, linear between the labels."""
-    labels = sorted(TABLES)
+    labels = sorted(tables)
     high = next(known for known in labels if known >= label)
     low = max((known for known in labels if known < label), default=high)
     share = (label - low) / (high - low) if high > low else 0.0
-    return TABLES[low][stage] + share * (TABLES[high][stage] - TABLES[low][stage])
+    return tables[low][stage] + share * (tables[high][stage] - tables[low][stage])
 
 
 def recycled(x: Tensor, keep: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,12 +30,19 @@ def row(
 
     `bias` [B, 1, L] is added to the logits.
     """
+    return head_rows(query, keys, factor, visible, bias).mean(1)
+
+
+def head_rows(
+    query: Tensor, keys: Tensor, factor: float, visible: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """The same of every head, [B, H, L] fp32."""
     keys = keys.float().repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
     logits = (keys @ query.float()[..., None]).squeeze(-1) * factor  # [B, H, L]
     logits = logits if bias is None else logits + bias
     if visible is not None:
         logits = logits.masked_fill(~visible[:, None], float("-inf"))
-    return logits.softmax(-1).mean(1)
+    return logits.softmax(-1)
 
 
 def received(queries: Tensor, keys: Tensor, factor: float) -> Tensor:

@@ -32,6 +32,8 @@ IGNORED = -100  # the label that every loss of transformers leaves out
 LAYER_SIGNALS = (  # of the layer before a cut
     "last_query_attention",
     "text_attention",
+    "head_attention",
+    "rotary_bias",
     "self_attention",
     "cross_attention",
     "key_norms",
@@ -272,6 +274,8 @@ class DecoderCuts:
             "last_query_attention": lambda: call.scratch["last_query", number][sample, where],
             "next_query_attention": lambda: call.scratch["next_query", number][sample, where],
             "text_attention": lambda: reading.rows(sample, text)[:, where],
+            "head_attention": lambda: reading.head_rows(sample, text)[..., where],
+            "rotary_bias": lambda: reading.rotary_bias(sample, text)[:, where],
             "self_attention": lambda: reading.strongest(sample, where)[:, where].mean(0),
             "cross_attention": lambda: reading.strongest(sample, text)[:, where].sum(0),
             "key_norms": lambda: reading.norms(sample)[where],

@@ -39,11 +39,23 @@ class Reading:
 
     def rows(self, sample: int, columns: Tensor) -> Tensor:
         """Attention of some columns [T] of one sample, mean over heads, [T, L] fp32."""
+        return self.head_rows(sample, columns).mean(0)
+
+    def head_rows(self, sample: int, columns: Tensor) -> Tensor:
+        """Attention of some columns [T] of one sample, [H, T, L] fp32."""
         one = slice(sample, sample + 1)
         queries = self._queries(one, columns[None])[0].transpose(0, 1)  # [T, H, d]
         keys = self.keys[one].expand(len(columns), *self.keys.shape[1:])
         before = torch.arange(self.hidden.shape[1], device=columns.device) <= columns[:, None]  # [T, L]
-        return attention.row(queries, keys, attention.scale(self.module), self.valid[one] & before)
+        rows = attention.head_rows(queries, keys, attention.scale(self.module), self.valid[one] & before)
+        return rows.transpose(0, 1)
+
+    def rotary_bias(self, sample: int, columns: Tensor) -> Tensor:
+        """Logits of all-ones queries at some columns [T] and all-ones keys everywhere, [T, L] fp32."""
+        cos, sin = (table.expand(len(self.hidden), -1, -1)[sample, None].float() for table in (self.cos, self.sin))
+        ones = torch.ones_like(cos)[:, None, :, :1].expand(1, 1, -1, self.module.head_dim)
+        turned = attention.rotated(self.module, ones, cos, sin)[0, 0]  # [L, d]
+        return turned[columns] @ turned.T * attention.scale(self.module)
 
     def strongest(self, sample: int, columns: Tensor) -> Tensor:
         """Attention of some columns [T] of one sample, max over heads, [T, L] fp32; one head at a time."""
