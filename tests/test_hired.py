@@ -154,7 +154,7 @@ def test_the_authors_package_tells_its_views(anyres: nn.Module):  # noqa: F811
     with vtp.prune(anyres, strategy):
         anyres.generate(**inputs, max_new_tokens=1)
     assert [seen.views for seen in shown] == [(2, 2), (2, 1), (2, 1)]
-    for seen in shown:
+    for seen in list(shown):  # deciding again shows them again
         signals = (seen.first_attention[0].tolist(), seen.cls_attention[0].tolist())
         budget = strategy.wanted(seen)
         chosen = restated(seen.view[0].tolist(), seen.place[0].tolist(), *signals, seen.views, budget)
