@@ -50,7 +50,9 @@ def test_kept_indices_and_answers_equal_those_of_transformers(name: str):
     assert found == kept
 
 
-@pytest.mark.parametrize("settings", [{"strategy": "visionzip", "keep_ratio": 1.0}, {"strategy": "l2", "keep_ratio": 1}])
+@pytest.mark.parametrize(
+    "settings", [{"strategy": "visionzip", "keep_ratio": 1.0}, {"strategy": "l2", "keep_ratio": 1}]
+)
 def test_a_budget_of_everything_answers_like_the_unpruned_model(settings: dict[str, Any]):
     requests = one_each()
     model, processor = reference()

@@ -45,6 +45,7 @@ KEY = "pruning"
 TINY = "vtp-tiny"
 TINY_LAYOUTS = {"llava": "llava", "llava_hf": "hf"}
 TASKS = Path(__file__).parent / "tasks"
+VLLM = ("vllm", "vllm_generate")  # models that live in the processes of an engine: hooks do not reach them
 CPU_ARGUMENTS = {"llava": {"device": "cpu", "device_map": "auto"}}  # what a class needs beside a CUDA-only default
 CPU_DEFAULT = {"device": "cpu", "device_map": "cpu"}
 
@@ -197,12 +198,17 @@ def _settings(settings: Mapping[str, Any]) -> list[PruningStrategy] | None:
 
 def strategies_of(arguments: Mapping[str, Any]) -> list[PruningStrategy] | None:
     """The strategies in parsed model arguments; None if there are none."""
-    hyper = {k.removeprefix(f"{KEY}."): _typed(v) for k, v in arguments.items() if k.startswith(f"{KEY}.")}
+    hyper = settings_of(arguments)
     if KEY not in arguments:
         if hyper:
             raise PruningError(f"{KEY}.{next(iter(hyper))} needs {KEY}=NAME")
         return None
     return config.resolve(str(arguments[KEY]), hyper)
+
+
+def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters among parsed model arguments."""
+    return {k.removeprefix(f"{KEY}."): _typed(v) for k, v in arguments.items() if k.startswith(f"{KEY}.")}
 
 
 def _typed(value: Any) -> Any:
@@ -241,6 +247,10 @@ def build(host: type, model_id: str, arguments: Mapping[str, Any]) -> Any:
     """The host's model from its arguments, pruned if they say so."""
     strategies = strategies_of(arguments)
     rest = {k: v for k, v in arguments.items() if k != KEY and not k.startswith(f"{KEY}.")}
+    if model_id in VLLM:
+        return importlib.import_module("vtp_plugin.integrations.lmms_eval_vllm").build(
+            host, strategies, {"strategy": arguments.get(KEY), **settings_of(arguments)}, rest
+        )
     tiny = rest.get("pretrained") == TINY
     if strategies is None and not tiny:
         return host(**rest)
@@ -323,9 +333,13 @@ class Run:
         samples = _unpadded([sample for part, _ in everyone for sample in part])
         self._check(samples, [failure for _, failure in everyone if failure])
         if results is not None:
-            results[KEY] = record(self.pruned, samples)
+            results[KEY] = self.record(samples)
             _annotate(results.get("samples") or {}, samples)
         return results
+
+    def record(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The run's entry in the results."""
+        return record(self.pruned, samples)
 
     def _mark_cache(self, cache: Any) -> None:
         """No answer of another configuration, version or unpruned run may be taken from the response cache."""

