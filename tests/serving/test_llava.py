@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import ANSWER, WHOLE, answers, ask, columns, engine, events, expected, one_each, prompt, reference, scenes
+from engines import ANSWER, WHOLE, answers, ask, columns, engine, events, expected, one_each, prompt, reference, scenes
 
 from vtp_plugin import get_strategy, list_strategies
 from vtp_plugin.stages import Stage

@@ -1,35 +1,19 @@
-"""Engines of the embedded model, and the same questions answered by transformers. Run with `make test-vllm`.
+"""Engines of the embedded model, and the same questions answered by transformers. All fp32, on the CPU.
 
-Everything is fp32 on the CPU. Engines run in this process, so that a test can look at the model inside; the tests of
-servers and of several workers start processes of their own.
+Engines run in this process, so that a test can look at the model inside; the tests of servers and of several workers
+start processes of their own.
 """
 
 from __future__ import annotations
 
 import gc
 import io
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-sys.path.insert(0, str(Path(__file__).parent))
-
 import pyarrow.parquet as parquet
-import pytest
-import torch
 from PIL import Image
 
 from vtp_plugin import prune
@@ -139,8 +123,3 @@ def expected(settings: Mapping[str, Any], requests: Sequence[Request]) -> tuple[
 def until_end(ids: list[int]) -> list[int]:
     """Up to and including the end token, as vLLM reports it."""
     return ids[: ids.index(2) + 1] if 2 in ids else ids
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
