@@ -57,7 +57,7 @@ class Server:
 def serving(
     model: str, settings: Mapping[str, Any] | None, options: Sequence[str], log: Path, patience: float = 600
 ) -> Iterator[Server]:
-    """`vllm serve MODEL` with this `vtp_pruning` until the block ends. PruningError, with the log's end, if it fails."""
+    """`vllm serve MODEL` with this `vtp_pruning` until the block ends; PruningError with the log's end if it fails."""
     overrides = ["--hf-overrides", json.dumps({KEY: dict(settings)})] if settings else []
     port = free_port()
     program = str(Path(sys.executable).parent / "vllm")
