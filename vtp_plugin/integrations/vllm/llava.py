@@ -54,6 +54,8 @@ class Pruned(LlavaForConditionalGeneration):
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if not isinstance(self.vision_tower, CLIPVisionModel):
+            return  # --limit-mm-per-prompt image=0: no tower, no picture
         chosen = plan_of(self.config)
         layer = -1  # of a tower that ends with the projected block
         if chosen.whole_tower:
