@@ -140,12 +140,16 @@ def _next_sample(seed: int, images: int) -> Prompt:
 
 
 def _next_rows(size: tuple[int, int]) -> int:
-    """Rows of an image in tiles of 4 x 4 patches: base, unpadded crops, newlines."""
+    return sum(anyres_rows(size, PINPOINTS, 16, 4))
+
+
+def anyres_rows(size: tuple[int, int], pinpoints: list[list[int]], side: int, grid: int) -> tuple[int, int]:
+    """Rows of an image (height, width) in tiles of grid x grid patches: base and unpadded crops, and newlines."""
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
-    rows, columns = get_anyres_image_grid_shape(size, PINPOINTS, 16)
-    _, height, width = unpad_image(torch.zeros(1, rows * 4, columns * 4), size).shape
-    return 16 + height * (width + 1)
+    rows, columns = get_anyres_image_grid_shape(size, pinpoints, side)
+    _, height, width = unpad_image(torch.zeros(1, rows * grid, columns * grid), size).shape
+    return grid * grid + height * width, height
 
 
 # -- Qwen -------------------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ class Kept:
     rows: list[Tensor] | None = None  # projector: rows that the host makes
     late: list[Tensor] | None = None  # llm: rows
     layer: int = 2
+    positions: str = ""  # original or compact; else what the family does, and original between layers
 
 
 class Reference:
@@ -177,8 +178,12 @@ class Reference:
 
     def positions(self, new: int) -> Tensor | None:
         """Explicit positions of the kept columns and `new` more."""
-        if not hasattr(self.core, "get_rope_index"):
-            return torch.arange(len(self.columns) + new)[None]
+        lost, flat = len(self.columns) < len(self.ids), not hasattr(self.core, "get_rope_index")
+        if self.kept.positions == "original" and flat:
+            return torch.cat([self.columns, torch.arange(new) + len(self.ids)])[None]
+        if flat or (self.kept.positions == "compact" and lost):
+            table = torch.arange(len(self.columns) + new)[None]
+            return table if flat else table.expand(3, 1, -1)
         types = {
             k: self.inputs[k] for k in ("mm_token_type_ids", "image_grid_thw", "video_grid_thw") if k in self.inputs
         }
@@ -188,10 +193,10 @@ class Reference:
 
     def logits(self, new: list[int]) -> Tensor:
         """Logits of every column of the shortened prompt and the new tokens, [L, V], without a cache."""
-        with torch.no_grad(), self._late_masks(len(new)):
+        with torch.no_grad(), self._late_masks(len(new)), self._rotating(self.positions(len(new))):
             more = self.model.get_input_embeddings()(torch.tensor(new, dtype=torch.long))[None]
             embeds = torch.cat([self.embeds, more], 1)
-            arguments = {"inputs_embeds": embeds, "position_ids": self.positions(len(new)), "use_cache": False}
+            arguments = {"inputs_embeds": embeds, "position_ids": self._told(len(new)), "use_cache": False}
             if "token_type_ids" in self.inputs:
                 types = self.inputs["token_type_ids"][:, self.keep]
                 arguments["token_type_ids"] = torch.cat([types, types.new_zeros(1, len(new))], 1)
@@ -203,19 +208,44 @@ class Reference:
                 hidden = self.llm(**arguments)[0]
             return self.model.lm_head(hidden)[0]
 
+    def _told(self, new: int) -> Tensor:
+        """What the host may hear: gaps in plain positions are packed sequences to it."""
+        positions = self.positions(new)
+        return positions if positions.ndim == 3 else torch.arange(positions.shape[1])[None]
+
+    @contextmanager
+    def _rotating(self, positions: Tensor) -> Iterator[None]:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            where = {"position_ids": positions} if "position_ids" in kwargs else {}
+            return (args if where else (args[0], positions, *args[2:])), {**kwargs, **where}
+
+        handle = self.llm.rotary_emb.register_forward_pre_hook(hook, with_kwargs=True)
+        yield
+        handle.remove()
+
     @contextmanager
     def _late_masks(self, new: int) -> Iterator[None]:
         if self.kept.late is None:
             yield
             return
         hidden = torch.cat([self.hidden, torch.zeros(new, dtype=torch.bool)])
+        anew = self.kept.positions == "compact" and bool(hidden.any())
         handles = [
-            layer.register_forward_pre_hook(_hiding(hidden), with_kwargs=True)
-            for layer in self.llm.layers[self.kept.layer :]
+            layer.register_forward_pre_hook(
+                _hiding(hidden, self._tables(number, hidden) if anew else None), with_kwargs=True
+            )
+            for number, layer in enumerate(self.llm.layers)
+            if number >= self.kept.layer
         ]
         yield
         for handle in handles:
             handle.remove()
+
+    def _tables(self, number: int, hidden: Tensor) -> Any:
+        """Rotary tables of a layer that counts from 0 what it sees."""
+        counted = ((~hidden).cumsum(0) - 1).clamp(min=0)[None]
+        types = getattr(self.llm.config, "layer_types", None) if "Gemma3" in type(self.model).__name__ else None
+        return self.llm.rotary_emb(torch.zeros(1), counted, *([types[number]] if types else []))
 
     @property
     def hidden(self) -> Tensor:
@@ -230,10 +260,11 @@ class Reference:
         return full[self.columns]
 
 
-def _hiding(hidden: Tensor) -> Callable[..., Any]:
-    """A hook that hides columns from everybody but themselves."""
+def _hiding(hidden: Tensor, tables: Any) -> Callable[..., Any]:
+    """A hook that hides columns from everybody but themselves, and rotates by other tables if there are any."""
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        kwargs["position_embeddings"] = tables or kwargs["position_embeddings"]
         length = len(hidden)
         mask = kwargs.get("attention_mask")
         if mask is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,20 +22,23 @@ TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 SCENES = "vtp_scenes_presence"
 SIZES = ((168, 168), (300, 200), (90, 240), (64, 48))  # width, height
+OWN_TASKS = Path(__file__).parent / "tasks"
+PICTURES = (((48, 48),), ((60, 40), (40, 60)), ((80, 32),), ())  # sizes of the pictures of every document
+CLIPS = (((64, 64), 4), ((64, 32), 8))  # size and frames of every video; decord pads widths to 64
 
 
 def call(command: Sequence[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command in a folder, offline; its data caches stay in that folder."""
     variables = os.environ | OFFLINE | {"HF_DATASETS_CACHE": str(cwd / "cache")} | environment
-    return subprocess.run([*command], cwd=cwd, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run([*command], cwd=cwd, env=variables, capture_output=True, text=True, timeout=900, check=False)
 
 
 def call_runs(
-    cwd: Path, runs: Sequence[Mapping[str, Any]], command: Sequence[str] = (*COMMAND, "eval")
+    cwd: Path, runs: Sequence[Mapping[str, Any]], command: Sequence[str] = (*COMMAND, "eval"), **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Several evaluations in one process, from a `--config` file."""
     (cwd / "runs.yaml").write_text(yaml.safe_dump(list(runs)))
-    return call([*command, "--config", "runs.yaml"], cwd)
+    return call([*command, "--config", "runs.yaml"], cwd, **environment)
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -64,11 +68,11 @@ def evaluate(model: Any, arguments: str, tasks: str = SCENES, limit: int = 4, **
 
 
 @cache
-def task_manager(model: str = "") -> Any:
+def task_manager(model: str = "", include: str | None = None) -> Any:
     """The host's catalogue of tasks, whose making takes seconds; prompts depend on the model's name."""
     from lmms_eval.tasks import TaskManager
 
-    return TaskManager(model_name=model)
+    return TaskManager(model_name=model, include_path=include)
 
 
 # -- local data in the schema of the host's tasks ---------------------------------------------------------------------
@@ -104,6 +108,41 @@ def write_tasks(cwd: Path, flat: bool = True) -> None:
     _write(cwd, "ai2d", {"default": ("test", ai2d)})
     _write(cwd, "ScienceQA", {"ScienceQA-IMG": ("test", science)})
     _write(cwd, "textvqa", {"default": ("validation", textvqa)})
+
+
+def write_own_tasks(folder: Path) -> None:
+    """The tasks `pictures` and `clips` with their data."""
+    shutil.copytree(OWN_TASKS, folder, dirs_exist_ok=True)
+    _write_rows(folder / "pictures.parquet", "pictures", shown_pictures())
+    names = [f"clip{number}.mp4" for number in range(len(CLIPS))]
+    for seed, (name, (size, frames)) in enumerate(zip(names, CLIPS, strict=True)):
+        _write_clip(folder / name, [picture(seed + n, size) for n in range(frames)])
+    _write_rows(folder / "clips.parquet", "video", names)
+
+
+def shown_pictures() -> list[list[Image.Image]]:
+    """The pictures of every document of `pictures`."""
+    return [[picture(10 * i + n, size) for n, size in enumerate(sizes)] for i, sizes in enumerate(PICTURES)]
+
+
+def _write_rows(path: Path, name: str, shown: Sequence[Any]) -> None:
+    """Documents with questions of unequal length; `name` is the column of what is shown."""
+    from datasets import Dataset
+    from datasets import Image as Picture
+
+    questions = [{"question": f"Is it a {'very ' * i}red one?", "answer": "no"} for i in range(len(shown))]
+    rows = Dataset.from_list([doc | {name: what} for doc, what in zip(questions, shown, strict=True)])
+    (rows.cast_column(name, [Picture()]) if name == "pictures" else rows).to_parquet(path)
+
+
+def _write_clip(path: Path, frames: Sequence[Image.Image]) -> None:
+    import av
+
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=2)
+        (stream.width, stream.height), stream.pix_fmt = frames[0].size, "yuv420p"
+        for packet in [p for f in frames for p in stream.encode(av.VideoFrame.from_image(f))] + stream.encode():
+            file.mux(packet)
 
 
 def _write(cwd: Path, name: str, configs: Mapping[str, tuple[str, list[dict[str, Any]]]]) -> None:

@@ -212,18 +212,68 @@ def clip_tower(tower: nn.Module, pixels: Tensor, kept: Sequence[int]) -> list[Bl
     return blocks
 
 
-def llama(tiny: Tiny, x: Tensor, hidden: dict[int, list[int]]) -> tuple[Tensor, list[Tensor]]:
+def merging_tower(
+    tower: nn.Module, pixels: Tensor, left: Sequence[int], counts: Sequence[int], proportional: bool = True
+) -> tuple[list[Block], list[int]]:
+    """All blocks of a CLIP tower that merges to counts[l] patches inside block l; first patches of the survivors."""
+    inner = getattr(tower, "vision_model", tower)
+    h = inner.pre_layrnorm(inner.embeddings(pixels[None])[0])[[0, *(i + 1 for i in left)]]
+    groups, blocks, heads = [[-1], *([i] for i in left)], [], inner.config.num_attention_heads
+    for number, block in enumerate(inner.encoder.layers):
+        u, a = block.layer_norm1(h), block.self_attn
+        q, k, v = (split(p(u), heads) for p in (a.q_proj, a.k_proj, a.v_proj))
+        bias = torch.tensor([math.log(len(group)) if proportional else 0.0 for group in groups])
+        weights = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5 + bias).softmax(-1)
+        h = h + a.out_proj((weights @ v).transpose(0, 1).flatten(1))
+        if number < len(counts):
+            h, groups = merge_step(h, k.mean(0), groups, counts[number])
+            if number + 1 == len(counts):
+                order = sorted(range(len(groups)), key=lambda i: min(groups[i]))
+                h, groups = h[order], [groups[i] for i in order]
+        h = h + block.mlp(block.layer_norm2(h))
+        blocks.append(Block(h, weights, k))
+    return blocks, [min(group) for group in groups[1:]]
+
+
+def merge_step(
+    h: Tensor, keys: Tensor, groups: list[list[int]], count: int, protected: int = 1
+) -> tuple[Tensor, list[list[int]]]:
+    """ToMe's bipartite matching down to `count` tokens beside the protected first ones; h [L, D], keys [L, d]."""
+    a, b = list(range(0, len(h), 2)), list(range(1, len(h), 2))
+    rows = keys.double().tolist()
+    alike = {i: max((cosine(rows[i], rows[j]), -j) for j in b) for i in a if i >= protected} if b else {}
+    ranked = sorted(alike, key=lambda i: (-alike[i][0], i))[: len(h) - protected - count]
+    joined = {j: [i for i in ranked if -alike[i][1] == j] for j in b}
+    new, kept = [], []
+    for i in [*(i for i in a if i not in ranked), *b]:
+        members = [i, *joined.get(i, [])]
+        total = sum(len(groups[m]) for m in members)
+        new.append(sum(h[m].double() * len(groups[m]) for m in members) / total)
+        kept.append([patch for m in members for patch in groups[m]])
+    return torch.stack(new).to(h.dtype), kept
+
+
+def llama(
+    tiny: Tiny, x: Tensor, hidden: dict[int, list[int]], positions: Sequence[int] = (), anew: bool = False
+) -> tuple[Tensor, list[Tensor]]:
     """Logits [L, V] and attentions [H, L, L] per layer of embeddings [L, D] without a cache.
 
-    From layer K on nobody attends to the columns `hidden[K]`. Positions are those of the shortened prompt.
+    From layer K on nobody attends to the columns `hidden[K]`. `positions` are those of the first columns, the others
+    follow; with `anew` every layer that hides columns counts those that are left from 0, and so do later layers.
     """
     decoder, config = tiny.decoder, tiny.decoder.config
-    angles = torch.arange(len(x))[:, None] * decoder.rotary_emb.inv_freq.double()[None]
-    cos, sin = (torch.cat([t, t], dim=-1).float() for t in (angles.cos(), angles.sin()))
-    visible, attentions, h = torch.ones(len(x), len(x), dtype=torch.bool).tril(), [], x
+    places = [*positions, *range(len(x) - len(positions))]
+    places[len(positions) :] = [max(positions, default=-1) + 1 + i for i in places[len(positions) :]]
+    visible, attentions, h, gone = torch.ones(len(x), len(x), dtype=torch.bool).tril(), [], x, set()
     for number, layer in enumerate(decoder.layers):
         for column in hidden.get(number, []):
             visible[:column, column] = visible[column + 1 :, column] = False
+            gone.add(column)
+        if anew and number in hidden:
+            left = [column for column in range(len(x)) if column not in gone]
+            places = [left.index(column) if column in left else 0 for column in range(len(x))]
+        angles = torch.tensor(places)[:, None] * decoder.rotary_emb.inv_freq.double()[None]
+        cos, sin = (torch.cat([t, t], dim=-1).float() for t in (angles.cos(), angles.sin()))
         u, a = layer.input_layernorm(h), layer.self_attn
         q = split(a.q_proj(u), config.num_attention_heads)
         k, v = (split(p(u), config.num_key_value_heads) for p in (a.k_proj, a.v_proj))
@@ -254,21 +304,31 @@ class Expected:
     ids: list[int] = field(default_factory=list)
     logits: Tensor | None = None  # [steps, V]
     prompt: Tensor | None = None  # [length, V]: logits of the whole shortened prompt
+    positions: list[int] = field(default_factory=list)  # of the shortened prompt's columns; empty: from 0
+    anew: bool = False  # layers that are cut count their columns from 0
 
 
 Plan = Sequence[tuple[str, dict[str, Any]]]  # (strategy, hyper-parameters), in the order of the stages
-ORDER = {"vprune": 0, "l2": 1, "stride": 2, "random": 2, "atp": 2, "visionzip": 3, "fastv": 4}
+ORDER = {"vprune": 0, "tome": 1.5, "l2": 1, "stride": 2, "random": 2, "atp": 2, "visionzip": 3, "fastv": 4}
 
 
 @torch.no_grad()
 def run(
-    tiny: Tiny, row: Sequence[Any], plan: Plan, drawn: Sequence[Sequence[int]] = (), answer: Sequence[int] = (-1,) * 4
+    tiny: Tiny,
+    row: Sequence[Any],
+    plan: Plan,
+    drawn: Sequence[Sequence[int]] = (),
+    answer: Sequence[int] = (-1,) * 4,
+    positions: str = "",
 ) -> Expected:
     """The prompt through the model, pruned as planned.
 
     `drawn`: per image, what `random` keeps. `answer`: the ids that follow the prompt, -1 for the most probable one.
+    `positions`: original or compact everywhere; by default compact in the prompt and original between layers.
     """
-    expected = Expected(kept={name: [] for name, _ in plan})
+    expected = Expected(kept={name: [] for name, _ in plan}, anew=positions == "compact")
+    whole: list[int] = []  # positions of the columns in the whole prompt
+    after = 0
     plan = sorted(plan, key=lambda entry: place(*entry))
     text = words([1, *(part for part in row if not isinstance(part, Tensor))][1:])
     x, spans, index, numbers = [], [], [], iter(drawn)
@@ -276,6 +336,7 @@ def run(
         if not isinstance(part, Tensor):
             expected.text.append(sum(map(len, x)))
             x.append(tiny.decoder.embed_tokens(torch.tensor([part])))
+            whole, after = [*whole, after], after + 1
             continue
         draw = next(numbers, None)
         rows, left = vision(tiny, part, plan, text, draw, expected)
@@ -283,24 +344,26 @@ def run(
         spans.append(list(range(start, start + len(rows))))
         index.append(left)
         x.append(rows)
+        whole, after = [*whole, *(after + max(0, i) for i in left)], after + N
     x = torch.cat(x)
     expected.length = len(x)
+    expected.positions = whole if positions == "original" else []
     hidden = language(tiny, x, plan, spans, index, drawn, expected)
     expected.hidden = sorted(column for columns in hidden.values() for column in columns)
     for number in range(len(tiny.decoder.layers)):
         expected.lengths.append(len(x) - sum(len(columns) for layer, columns in hidden.items() if layer <= number))
-    expected.ids = list(answer) if -1 not in answer else greedy(tiny, x, hidden, len(answer))
+    expected.ids = list(answer) if -1 not in answer else greedy(tiny, x, hidden, len(answer), expected)
     x = torch.cat([x, tiny.decoder.embed_tokens(torch.tensor(expected.ids[:-1], dtype=torch.long))])
-    logits, _ = llama(tiny, x, hidden)
+    logits, _ = llama(tiny, x, hidden, expected.positions, expected.anew)
     expected.prompt, expected.logits = logits[: expected.length], logits[expected.length - 1 :]
     return expected
 
 
-def greedy(tiny: Tiny, x: Tensor, hidden: dict[int, list[int]], steps: int) -> list[int]:
+def greedy(tiny: Tiny, x: Tensor, hidden: dict[int, list[int]], steps: int, expected: Expected) -> list[int]:
     """The most probable ids, everything computed anew for each."""
     ids: list[int] = []
     for _ in range(steps):
-        logits, _ = llama(tiny, x, hidden)
+        logits, _ = llama(tiny, x, hidden, expected.positions, expected.anew)
         ids.append(int(logits[-1].argmax()))
         x = torch.cat([x, tiny.decoder.embed_tokens(torch.tensor(ids[-1:]))])
     return ids
@@ -317,11 +380,19 @@ def vision(
     pixels = tiny.normalise([image])[0]
     left = list(range(N))
     for name, hyper in plan:
-        if place(name, hyper) < 2:
+        if place(name, hyper) < 1.5:  # ToMe merges later, inside the blocks
             left = embedded(tiny, image, pixels, left, name, hyper, drawn)
             expected.kept[name].append(left)
-    blocks = clip_tower(tiny.tower, pixels, left)
-    x = blocks[-2].output[[i + 1 for i in left]]
+    merging = dict(plan).get("tome")
+    if merging is None:
+        blocks = clip_tower(tiny.tower, pixels, left)
+        x = blocks[-2].output[[i + 1 for i in left]]
+    else:
+        steps, last = len(getattr(tiny.tower, "vision_model", tiny.tower).encoder.layers) - 1, floor(merging.get("keep_ratio", 1 / 3) * len(left))
+        counts = [len(left) - round((len(left) - last) * (step + 1) / steps) for step in range(steps)]
+        blocks, left = merging_tower(tiny.tower, pixels, left, counts, merging.get("proportional", True))
+        x = blocks[-2].output[1:]
+        expected.kept["tome"].append(left)
     for name, hyper in plan:
         if place(name, hyper) in (2, 3):
             x, left = projected(tiny, blocks, x, left, name, hyper, text, drawn)
@@ -345,7 +416,7 @@ def embedded(
                     tile -= tile.mean((1, 2), keepdim=True)
             pixels = values
         e = inner.embeddings.patch_embedding(pixels[None])[0].flatten(1).T[left]
-        if hyper.get("positions"):
+        if hyper.get("positioned"):
             e = e + inner.embeddings.position_embedding.weight[[i + 1 for i in left]]
         return [left[i] for i in best(l2_scores(e), floor(hyper.get("keep_ratio", 0.5) * len(left)))]
     return thinned(left, name, hyper, drawn)
@@ -413,7 +484,7 @@ def language(
         if place(name, hyper) != 4:
             continue
         layer = hyper.get("layer", 2)
-        _, attentions = llama(tiny, x, hidden)
+        _, attentions = llama(tiny, x, hidden, expected.positions, expected.anew)
         last = attentions[layer - 1][:, -1].mean(0)
         for number, span in enumerate(spans):
             if name == "fastv":

@@ -84,12 +84,12 @@ def generated(model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> Any:
     return model.generate(**inputs, **{**settings, **kwargs})
 
 
-def kept_by_sample(events: list[Any], prompts: tuple[Prompt, ...], stage: str) -> list[Kept]:
+def kept_by_sample(events: list[Any], prompts: tuple[Prompt, ...], stage: str, positions: str = "") -> list[Kept]:
     """The decisions of the events, sample by sample."""
     kept = {number: k for event in events for number, k in zip(event.images, event.kept, strict=True)}
     field = {"pixels": "units", "vit": "units", "projector": "rows", "llm": "late"}[stage]
     numbers = iter(range(len(kept)))
-    return [Kept(**{field: [kept[next(numbers)] for _ in prompt.totals]}) for prompt in prompts]
+    return [Kept(**{field: [kept[next(numbers)] for _ in p.totals]}, positions=positions) for p in prompts]
 
 
 def decided(model: nn.Module, family: Family, prompts: tuple[Prompt, ...], name: str, fields: dict[str, Any]) -> Any:
@@ -115,9 +115,9 @@ def test_promises(name: str, stage: str, attention: str, layout: str) -> None:
 def check_reference(model: Any, family: Family, prompts: Any, stage: str, strategy: str, fields: Any) -> None:
     """Cached generation of the batch equals the slow reference of every sample; budgets and lengths are exact."""
     output, events = decided(model, family, prompts, strategy, fields)
-    inputs = batched(family, prompts)
+    inputs, decisions = batched(family, prompts), kept_by_sample(events, prompts, stage, fields.get("positions", ""))
     assert torch.equal(output.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
-    for row, (prompt, kept) in enumerate(zip(prompts, kept_by_sample(events, prompts, stage), strict=True)):
+    for row, (prompt, kept) in enumerate(zip(prompts, decisions, strict=True)):
         alone = batched(family, (prompt,))
         reference = Reference(model, alone, prompt.totals, kept)
         check_lengths(output.past_key_values, reference, kept, len(prompts) == 1)

@@ -81,9 +81,10 @@ def test_record_is_complete(model: str, batch_size: int) -> None:
     record = scenes(model, VPRUNE, batch_size)["pruning"]
     json.dumps(record, allow_nan=False)
     assert set(record) == {
-        *("schema", "versions", "model", "strategies", "visual_tokens", "samples", "seconds", "prefill_flops")
+        *("schema", "versions", "model", "strategies", "visual_tokens", "samples", "seconds", "latency"),
+        *("prefill_flops", "flops", "kv_cache_bytes", "peak_bytes"),
     }
-    assert record["schema"] == 1
+    assert record["schema"] == 2
     for package in ("vtp-plugin", "lmms-eval", "transformers", "torch", "llava-torch", "accelerate"):
         assert record["versions"][package] == version(package)
     assert record["model"] == {"family": model, "device": "cpu", "dtype": "float32", "attention": "sdpa"}
@@ -91,7 +92,7 @@ def test_record_is_complete(model: str, batch_size: int) -> None:
     assert (strategy["name"], strategy["stage"]) == ("vprune", "pixels")
     assert strategy["config"] == VPrune(**LOOSE).config()
     seconds = record["seconds"]
-    assert set(seconds) == {"selector", "tower", "prefill", "decode", "total"}
+    assert set(seconds) == {"image_processing", "tower", "selector", "projector", "prefill", "decode", "total"}
     assert all(value > 0 for value in seconds.values())
     assert seconds["prefill"] + seconds["decode"] <= seconds["total"] * 1.01
 
@@ -122,6 +123,27 @@ def test_record_adds_up_to_the_sample_log(model: str, batch_size: int, arguments
     assert 0.2 < flops["ratio"] < 1
     for part, total in record["seconds"].items():
         assert total == pytest.approx(sum(sample["seconds"].get(part, 0) for sample in logged))
+
+
+@pytest.mark.parametrize(("model", "batch_size"), SETTINGS)
+def test_time_to_first_token_is_measured_per_sample(model: str, batch_size: int) -> None:
+    results = scenes(model, VPRUNE, batch_size)
+    latency, logged = results["pruning"]["latency"], [line["pruning"] for line in lines(results)]
+    warm = [sample for sample in logged if not sample["latency"]["warmup"]]
+    assert 0 < len(warm) == latency["samples"] == len(logged) - batch_size
+    ttft = [sample["latency"]["ttft"] for sample in warm]
+    assert latency["ttft"]["mean"] == pytest.approx(np.mean(ttft))
+    for share in (50, 90, 99):
+        assert latency["ttft"][f"p{share}"] == pytest.approx(np.percentile(ttft, share))
+    for sample in logged:
+        parts = ("image_processing", "tower", "selector", "projector", "prefill")
+        seconds = [sample["seconds"][part] * sample["latency"]["batch"] for part in parts]
+        assert all(part > 0 for part in seconds)
+        assert 0.5 * sample["latency"]["ttft"] < sum(seconds) <= sample["latency"]["ttft"] * 1.001
+        assert sample["latency"]["batch"] <= batch_size
+        assert sample["latency"]["new_tokens"] == 1 or 0 < sample["latency"]["decode_per_token"] < max(ttft)
+    for name, value in latency["ttft"].items():
+        assert results["throughput"][f"avg_ttft_{name}"] == value
 
 
 @pytest.mark.parametrize(("model", "batch_size"), SETTINGS)
@@ -312,6 +334,21 @@ def test_a_list_of_runs_in_one_process(mixed: Session) -> None:
     said = [line["filtered_resps"] for line in mixed.samples("plain_llava_hf")]
     assert [line["filtered_resps"] for line in mixed.samples("none")] == said
     assert all("pruning" in line for line in mixed.samples("file"))
+
+
+@pytest.mark.slow
+def test_the_host_reports_time_to_first_token_with_the_plugin(mixed: Session) -> None:
+    for name in ("named", "file", "folded", "none"):
+        throughput, record = mixed.files(name)["throughput"], mixed.files(name)["pruning"]
+        for percentile in ("mean", "p50", "p90", "p99"):
+            assert throughput[f"avg_ttft_{percentile}"] == record["latency"]["ttft"][percentile] > 0
+        assert throughput["total_gen_tokens"] > 0
+        assert 0 < throughput["avg_ttft_p50"] < throughput["total_elapsed_time"]
+        assert throughput["avg_decode_per_token_p50"] > 0
+        assert "avg_ttft_p50" in mixed.process.stdout + mixed.process.stderr
+    plain = mixed.files("plain_llava_hf")["throughput"]
+    assert not [key for key in plain if "ttft" in key]
+    assert plain["total_gen_tokens"] == mixed.files("none")["throughput"]["total_gen_tokens"]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from vtp_plugin.strategies.stride import Stride
 CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "l2": [("l2", {"keep_ratio": 0.4})],
     "l2-center": [("l2", {"center": True, "keep_ratio": 0.3})],
-    "l2-positions": [("l2", {"positions": True})],
+    "l2-positioned": [("l2", {"positioned": True})],
     "atp": [("atp", {})],
     "atp-cls": [("atp", {"alpha": 0.0})],
     "atp-switched": [("atp", {"alpha": 0.7, "layer": -2, "relevance_sign": -1, "normalization": "zscore"})],
@@ -37,10 +37,13 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "vprune+atp+fastv": [("vprune", {}), ("atp", {}), ("fastv", {"keep_ratio": 0.4})],
     "l2+stride+fastv": [("l2", {}), ("stride", {}), ("fastv", {"keep_ratio": 0.4})],
     "vprune+l2+visionzip": [("vprune", {}), ("l2", {}), ("visionzip", {"dominant": 3, "contextual": 1})],
+    "tome": [("tome", {"keep_ratio": 0.6})],
+    "tome-plain": [("tome", {"keep_ratio": 0.7, "proportional": False})],
+    "l2+tome+stride+fastv": [("l2", {"keep_ratio": 0.8}), ("tome", {"keep_ratio": 0.7}), ("stride", {}), ("fastv", {})],
     "fastv+random": [("fastv", {"layer": 1}), ("random", {"at": "llm", "layer": 3})],
 }
 FEW = ["l2", "vprune", "visionzip", "fastv", "vprune+atp+fastv"]
-EVERYTHING: dict[str, dict[str, Any]] = {name: {"keep_ratio": 1.0} for name in ("l2", "visionzip", "fastv", "stride")}
+EVERYTHING: dict[str, dict[str, Any]] = {name: {"keep_ratio": 1.0} for name in ("l2", "tome", "visionzip", "fastv", "stride")}
 EVERYTHING |= {"random": {"keep_tokens": N}, "atp": {"keep_ratio": 1.0}, "vprune": {}}
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 

@@ -10,14 +10,13 @@ from torch import Tensor
 from vtp_plugin import get_strategy
 
 
-def restated(x: Tensor, attention: list[float], k: int, alpha: float) -> list[int]:
+def restated(x: Tensor, attention: list[float], k: int, alpha: float, additive: bool = False) -> list[int]:
     similarity = slow.cosines(x)
     n = len(similarity)
     covered, picks = [0.0] * n, []
     while len(picks) < k:
-        gain = [
-            attention[j] ** alpha * sum(max(0.0, similarity[i][j] - covered[i]) for i in range(n)) for j in range(n)
-        ]
+        new = [sum(max(0.0, similarity[i][j] - covered[i]) for i in range(n)) for j in range(n)]
+        gain = [w**alpha + c if additive else w**alpha * c for w, c in zip(attention, new, strict=True)]
         picks.append(slow.argmax([j for j in range(n) if j not in picks], lambda j: gain[j]))  # noqa: B023
         covered = [max(c, similarity[i][picks[-1]]) for i, c in enumerate(covered)]
     return sorted(picks)
@@ -31,6 +30,16 @@ def test_as_described(n: int, k: int, alpha: float, dtype: torch.dtype):
     kept = slow.columns(get_strategy("scope")(keep_tokens=k, alpha=alpha).decide(seen))
     rows = zip(seen.tokens, seen.cls_attention.double(), strict=True)
     assert kept == [restated(x, a.tolist(), k, alpha) for x, a in rows]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 1), (25, 12)])
+def test_the_additive_form(n: int, k: int, alpha: float, dtype: torch.dtype):
+    seen = slow.visual(slow.tokens("random", n, dtype=dtype), cls_attention=5 * slow.attention(2, n))
+    kept = slow.columns(get_strategy("scope")(keep_tokens=k, alpha=alpha, gain="additive").decide(seen))
+    rows = zip(seen.tokens, seen.cls_attention.double(), strict=True)
+    assert kept == [restated(x, a.tolist(), k, alpha, additive=True) for x, a in rows]
 
 
 @pytest.mark.parametrize("kind", ["duplicates", "constant"])

@@ -153,7 +153,7 @@ def test_l2_switches_read_another_embedding():
         torch.eye(4)[None] * torch.tensor(v) for v in ([4, 1, 1, 1], [1, 4, 1, 1], [1, 1, 4, 1])
     )
     seen = visual(plain, centered=centered, positioned=positioned)
-    switches = [{}, {"center": True}, {"positions": True}]
+    switches = [{}, {"center": True}, {"positioned": True}]
     assert [columns(make("l2", keep_tokens=1, **s).decide(seen)) for s in switches] == [[[0]], [[1]], [[2]]]
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
 from vtp_plugin.errors import PruningError
+from vtp_plugin.metrics.flops import Costs
 from vtp_plugin.stages import Stage
 
 if TYPE_CHECKING:
-    from vtp_plugin.metrics.flops import Shapes
     from vtp_plugin.pruning import Pruned
+    from vtp_plugin.surgery.call import Image
     from vtp_plugin.surgery.undo import Undo
     from vtp_plugin.surgery.vision import VisionCuts
 
@@ -33,6 +35,7 @@ class Tower:
     patch_size: int
     projected: int  # block whose output is projected, negative counts from the last
     attention: str = "self_attn"  # where a block's attention is
+    between: tuple[str, str] | None = None  # a block's norm behind its attention, and the MLP behind that norm
     block: int = 1  # side of the square of patches that becomes one token of the prompt: dropped as a whole
 
 
@@ -58,11 +61,15 @@ class Adapter(ABC):
     family: ClassVar[str]
     models: ClassVar[str]  # what users know it as
     stages: ClassVar[Mapping[Stage, str]]
+    overview: ClassVar[int] = 0  # the tile that shows the whole picture, where an image has several; -1: the last
 
     tower: Tower
     projector: nn.Module
     language_model: nn.Module | None  # None: an encoder without a language model
     decoder_layers: Sequence[nn.Module]
+    default_positions: str = "compact"  # of a shortened prompt, where neither the user nor the method says
+    fixed_positions: str = ""  # why the prompt has no positions to choose from
+    every_logit: bool = False  # whether its prefill computes the logits of all columns, not only of the last
     first_cut: int = 1  # the first decoder layer that may see fewer tokens than the one before
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
@@ -77,10 +84,6 @@ class Adapter(ABC):
     def install(self, pruned: Pruned, undo: Undo) -> None:
         """Wrap the model's entry points, on the instance, so that every call becomes a `Call` of `pruned`."""
 
-    @abstractmethod
-    def shapes(self) -> Shapes:
-        """The sizes that FLOPs are counted from."""
-
     def vision(self, pruned: Pruned) -> VisionCuts:
         """The cuts before, in and behind the vision tower."""
         from vtp_plugin.surgery.vision import VisionCuts
@@ -89,7 +92,37 @@ class Adapter(ABC):
 
     def shared_space(self, checkpoint: str | None) -> SharedSpace:
         """CLIP's joint space, from `checkpoint` or the tower's own; PruningError if the tower has none."""
-        raise PruningError(f"{self.family} has no CLIP text encoder that matches its vision tower")
+        raise PruningError(
+            f"{self.family} has no CLIP text encoder that matches its vision tower: text_encoder=llm compares with the "
+            f"language model's embeddings of the question instead"
+        )
+
+    # -- what FLOPs are counted from ------------------------------------------------------------------------------
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What the parts cost per token."""
+        return Costs.of(self)
+
+    @property
+    def projectors(self) -> Sequence[nn.Module]:
+        """The modules that make prompt rows of the tower's tokens, row by row."""
+        return (self.projector,)
+
+    def sequences(self, image: Image) -> Sequence[Sequence[int]]:
+        """Per block of the tower, the lengths of the sequences that an unpruned image is for it."""
+        length = (image.patches or image.total) // image.tiles + self.tower.prefix
+        return [[length] * image.tiles] * len(self.tower.blocks)
+
+    def pooling_macs(self, tokens: int) -> int:
+        """MACs of what the tower does behind its blocks."""
+        return 0
+
+    def reading_macs(self, tokens: int) -> int:
+        """MACs of a projector that reads an image's tokens with queries of its own."""
+        return 0
+
+    # -- facts for the record and for signals ---------------------------------------------------------------------
 
     @property
     def cls_attention(self) -> str:
@@ -102,6 +135,12 @@ class Adapter(ABC):
         return getattr(self.processor, "image_processor", self.processor)
 
     @property
+    def visual_processors(self) -> list[Any]:
+        """Whatever turns pictures and videos into pixel values."""
+        found = (self.image_processor, getattr(self.processor, "video_processor", None))
+        return [one for one in found if hasattr(one, "preprocess")]
+
+    @property
     def tokenizer(self) -> Any:
         """What turns prompt ids back into text, or None."""
         return getattr(self.processor, "tokenizer", None)
@@ -111,6 +150,15 @@ class Adapter(ABC):
         if self.tokenizer is None:
             raise PruningError("this strategy reads the question: pass the model's processor (processor=...)")
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def encode_text(self, text: str) -> list[int]:
+        """The token ids of a text without special tokens; at least one."""
+        if self.tokenizer is None:
+            raise PruningError("this strategy reads the question: pass the model's processor (processor=...)")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise PruningError("text_encoder=llm: the prompt has images but no question")
+        return ids
 
 
 def find_adapter(

@@ -16,6 +16,7 @@ from vtp_plugin.plugins import get_strategy
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 
+SHARED = "positions"  # without a strategy's name in front: for every strategy
 TOTAL = "keep_ratio"  # without a strategy's name in front, over several strategies: the budget of all together
 NONE = "none"  # the unpruned model with the same measurements and record
 
@@ -154,6 +155,10 @@ def _distribute(settings: dict[str, dict[str, Any]], args: Mapping[str, Any]) ->
         if len(owners) > 1 and key == TOTAL:
             for owner, share in _shares(value, owners, settings, args).items():
                 settings[owner][key] = share
+            continue
+        if len(owners) > 1 and key == SHARED:
+            for owner in owners:
+                settings[owner][key] = args.get(f"{owner}.{key}", value)
             continue
         if len(owners) > 1:
             options = " or ".join(f"{owner}.{key}" for owner in owners)

@@ -73,6 +73,7 @@ def sample(
         "cls": lambda: torch.randn(b, d, generator=draw),
         "cls_attention": lambda: row(b, n),
         "keys": lambda: normal(b, n, d),
+        "sizes": lambda: torch.randint(1, 4, (b, n), generator=draw).float(),
         "aligned": lambda: normal(b, n, d),
         "text": lambda: torch.randn(b, d, generator=draw),
         "projected": lambda: normal(b, n, d),
@@ -81,6 +82,8 @@ def sample(
         "last_query_attention": lambda: row(b, n),
         "next_query_attention": lambda: row(b, n),
         "text_attention": lambda: row(b, WORDS, n),
+        "self_attention": lambda: row(b, n),
+        "cross_attention": lambda: row(b, n),
         "entry": lambda: normal(b, n, d),
         "text_entry": lambda: torch.randn(b, WORDS, d, generator=draw),
         "key_norms": lambda: normal(b, n, d).abs().sum(-1),
@@ -127,7 +130,7 @@ def _grid(n: int) -> tuple[int, int]:
 
 def run(strategy: PruningStrategy, seen: VisualTokens) -> list[Selection]:
     """Every cut of the strategy on these tokens, each on what the one before left."""
-    layers = strategy.cut_layers(DEPTH) if strategy.stage is Stage.LLM else (None,)
+    layers = _cuts(strategy) or (None,)
     n, selections = seen.tokens.shape[1], []
     for number, layer in enumerate(layers):
         seen = dataclasses.replace(seen, layer=layer, cut=(number, len(layers)), entered=n)
@@ -135,6 +138,12 @@ def run(strategy: PruningStrategy, seen: VisualTokens) -> list[Selection]:
         if number + 1 < len(layers):
             seen = _left(seen, selections[-1])
     return selections
+
+
+def _cuts(strategy: PruningStrategy) -> tuple[int, ...]:
+    """The layers or blocks of a model of DEPTH where the strategy cuts; none where it cuts once, outside of them."""
+    cuts = {Stage.LLM: strategy.cut_layers, Stage.VIT: strategy.cut_blocks}
+    return cuts[strategy.stage](DEPTH) if strategy.stage in cuts else ()
 
 
 def _left(seen: VisualTokens, selection: Selection) -> VisualTokens:
@@ -150,7 +159,8 @@ def _left(seen: VisualTokens, selection: Selection) -> VisualTokens:
         return torch.stack([row[own] for row, own in zip(value, columns, strict=True)]) if per_token else value
 
     fields = {name: taken(name, value) for name, value in vars(seen).items()}
-    return VisualTokens(**{**fields, "tokens": torch.stack(selection.apply(seen.tokens))})
+    new = selection.tokens or selection.apply(seen.tokens)  # unrounded: the judgement is compared, not the model's dtype
+    return VisualTokens(**{**fields, "tokens": torch.stack(new)})
 
 
 def _same(ours: list[Selection], theirs: list[Selection]) -> bool:
@@ -353,12 +363,13 @@ def _matters(cls: type[PruningStrategy], base: dict[str, Any], field: str) -> bo
 def _behaviour(strategy: PruningStrategy) -> Any:
     """Everything that a model would notice of a configuration."""
     where = (strategy.stage, sorted(strategy.needs), strategy.tower_layer, strategy.clip_checkpoint)
+    where += (strategy.proportional,)
     kept = [
         ([own.tolist() for own in s.sources], [round(float(v.float().sum()), 3) for v in s.tokens or ()])
         for kind in ("random", "repeated")
         for s in run(strategy, sample(strategy, 64, kind=kind, b=1))
     ]
-    return where, strategy.cut_layers(DEPTH), kept
+    return where, strategy.text_encoder, strategy.positions, _cuts(strategy), kept
 
 
 def _cost(cls: type[PruningStrategy]) -> str:

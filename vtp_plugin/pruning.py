@@ -15,12 +15,14 @@ from vtp_plugin.adapter import Adapter, find_adapter
 from vtp_plugin.config import Spec, resolve
 from vtp_plugin.errors import NothingPruned, PruningError
 from vtp_plugin.hookspecs import hookimpl
-from vtp_plugin.metrics.latency import clock, watch
+from vtp_plugin.metrics import counting, latency
+from vtp_plugin.metrics.latency import clock
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.surgery.call import Call, PruningEvent
+from vtp_plugin.surgery.call import Call, Decision, PruningEvent
 from vtp_plugin.surgery.decoder import DecoderCuts
 from vtp_plugin.surgery.pixels import watch as watch_processor
+from vtp_plugin.surgery.positions import Choice, OriginalPositions
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.tokens import Selection, VisualTokens
 
@@ -38,7 +40,7 @@ def prune(
 
     `strategies`: a name ("atp", "vprune+fastv", "none"), a YAML file, a strategy object, or a list of these.
     `processor`: the model's processor; needed by strategies that look at pixels or read the question.
-    `measure`: time tower, prefill and decode of every call (synchronises the device).
+    `measure`: time the parts of every call (synchronises the device) and count its decoding steps.
     `hyper`: hyper-parameters of the named strategies, e.g. keep_ratio=0.6.
     Raises PruningError, with the model as it was, if the strategies do not fit the model.
     """
@@ -62,6 +64,9 @@ class Pruned:
         self.events: deque[PruningEvent] = deque(maxlen=EVENTS_KEPT)
         self.finished: list[Callable[[Call], None]] = []  # called with every call that ended well
         self.failure: BaseException | None = None  # the first exception inside a call, even if the host swallowed it
+        self._processed = 0.0  # seconds of image processing since the last call
+        self._called = False
+        self.looking = False  # keep every decision until the call has ended
         self._undo = Undo()
         try:
             self._attach(measure)
@@ -75,6 +80,7 @@ class Pruned:
                 raise PruningError(
                     f"{strategy.name}: {self.adapter.models} has no {strategy.stage.value} stage: {reason}"
                 )
+        self.positions = Choice.of(self.strategies, self.adapter)
         vision = self.adapter.vision(self)
         decoder = DecoderCuts(self, self.adapter.decoder_layers, [s for s in self.strategies if s.stage is Stage.LLM])
         vision.prepare()
@@ -82,11 +88,14 @@ class Pruned:
         self.spaces = vision.spaces
         vision.install(self._undo)
         decoder.install(self._undo)
+        if self.positions.prompt == "original":
+            OriginalPositions(self).install(self._undo)
         self.adapter.install(self, self._undo)
+        counting.watch(self, self._undo)
         if vision.pixels is not None:
             self._watch_processor(vision)
         if measure:
-            watch(self, self._undo)
+            self._measure()
         object.__setattr__(self.model, MARK, self)
         self._undo.callback(object.__delattr__, self.model, MARK)
 
@@ -94,15 +103,30 @@ class Pruned:
         """Let pixels-stage strategies see images at full precision, as they leave the image processor."""
         processor = self.adapter.image_processor
 
-        def listen(images: Any, outputs: Any) -> None:
+        def listen(images: Any, outputs: Any, seconds: float) -> None:
             vision.pixels.remember(outputs)
             plugins.manager().hook.vtp_images_processed(processor=processor, images=images, outputs=outputs)
 
         self._undo.callback(watch_processor(processor, listen))
 
+    def _measure(self) -> None:
+        """Time the parts of every call, and the image processing before it."""
+        latency.watch(self, self._undo)
+        for processor in self.adapter.visual_processors:
+            self._undo.callback(watch_processor(processor, self._add_processing))
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _add_processing(self, images: Any, outputs: Any, seconds: float) -> None:
+        self._processed += seconds
+
     def detach(self) -> None:
         """Give the model back as it was, hooks and all; harmless when repeated."""
         self._undo.close()
+
+    def on_detach(self, callback: Callable[[], None]) -> None:
+        """Call this when the model is given back."""
+        self._undo.callback(callback)
 
     def __enter__(self) -> Pruned:
         return self
@@ -115,8 +139,10 @@ class Pruned:
     @contextmanager
     def calling(self) -> Iterator[Call]:
         """One call of the host model; proves at its end that every strategy has cut."""
-        self.call = call = Call()
-        started = clock(self.device)
+        self.call = call = Call(warmup=not self._called, decisions=[] if self.looking else None)
+        self._called = True
+        call.spend("image_processing", self._processed)
+        self._processed, call.started = 0.0, clock(self.device)
         try:
             yield call
             self._prove(call)
@@ -125,7 +151,8 @@ class Pruned:
             raise
         finally:
             self.call = None
-        call.spend("total", clock(self.device) - started)
+        call.spend("total", clock(self.device) - call.started)
+        call.first_token = call.seconds["total"] if call.first_token is None else call.first_token
         self.events.extend(call.events)
         for listener in self.finished:
             listener(call)
@@ -144,10 +171,10 @@ class Pruned:
     @contextmanager
     def timed(self, part: str) -> Iterator[list[float]]:
         """Add the wall time of the block to a part of the call; the list holds it afterwards."""
-        spent, started = [0.0], clock(self.device)
+        spent = [0.0]
+        latency.begin(self.call, part, self.device)
         yield spent
-        spent[0] = clock(self.device) - started
-        self.call.spend(part, spent[0])
+        spent[0] = latency.end(self.call, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -158,21 +185,9 @@ class Pruned:
         """Whether images have to pass the tower singly, because their token counts may come out unequal."""
         return any(not s.budgeted for s in self.strategies if s.stage is not Stage.LLM)
 
-    def selector_macs(self, call: Call, sample: int) -> int:
-        """Multiply-accumulates that strategies spend on text towers and on projecting candidates for one sample."""
-        questions = {image.question for image in call.images if image.sample == sample}
-        text = sum(space.text_macs([question]) for space in self.spaces.values() for question in sorted(questions))
-        projecting = {s.name for s in self.strategies if "projected" in s.needs}
-        candidates = [
-            before
-            for event in call.events
-            if event.strategy in projecting
-            for number, before in zip(event.images, event.before, strict=True)
-            if call.images[number].sample == sample
-        ]
-        return text + sum(candidates) * self.adapter.shapes().projector
-
     def _prove(self, call: Call) -> None:
+        if call.positions is not None and not call.positions_used:
+            raise NothingPruned("positions=original: the language model's rotary embedding was never called")
         if not any(image.columns is None or len(image.columns) for image in call.images):
             return
         cut = {event.strategy for event in call.events}
@@ -204,7 +219,8 @@ class Judgement:
         """Ask the strategy about tokens [B, N, D] of the given images, and remember what is left of them."""
         judged = [self.call.images[number] for number in images]
         index = torch.stack([image.index for image in judged]).to(tokens.device)
-        selection = self.ask(tokens, index, [image.fingerprint for image in judged], grid, signals, **facts)
+        marks, owners = [image.fingerprint for image in judged], [(number, 0) for number in images]
+        selection = self.ask(tokens, index, marks, grid, signals, owners, **facts)
         for number, image, columns, row in zip(images, judged, selection.sources, index, strict=True):
             image.index = torch.where(columns >= 0, row[columns.clamp(min=0)], -1)
             self.note(number, tokens.shape[1], image.index)
@@ -217,9 +233,10 @@ class Judgement:
         fingerprint: Sequence[int],
         grid: tuple[int, int],
         signals: Mapping[str, Tensor | None],
+        owners: Sequence[tuple[int, int]] = (),
         **facts: Any,
     ) -> Selection:
-        """Ask the strategy about rows of tokens [B, N, D] that need not be images."""
+        """Ask the strategy about rows of tokens [B, N, D] that need not be images; `owners` as in `Decision`."""
         visual = VisualTokens(
             tokens=tokens,
             grid=grid,
@@ -229,7 +246,10 @@ class Judgement:
             **facts,
             **{name: value for name, value in signals.items() if name in self.strategy.needs},
         )
-        return self.strategy.decide(visual)
+        selection = self.strategy.decide(visual)
+        if self.call.decisions is not None:
+            self.call.decisions.append(Decision(self.strategy.name, owners, index, selection))
+        return selection
 
     def note(self, image: int, before: int, kept: Tensor) -> None:
         """Remember what was decided about (a part of) an image."""

@@ -64,10 +64,12 @@ def farthest_points(similarity: Tensor, k: int) -> Tensor:
     return torch.cat([first[:, None], rest], dim=1)
 
 
-def coverage(similarity: Tensor, weight: Tensor, k: int, demand: Tensor | None = None) -> Tensor:
-    """Weighted facility location: gain_j = weight_j sum_i demand_i max(0, sim_ij - covered_i), covered_i from 0.
+def coverage(
+    similarity: Tensor, weight: Tensor, k: int, demand: Tensor | None = None, bonus: Tensor | None = None
+) -> Tensor:
+    """Weighted facility location: gain_j = bonus_j + weight_j sum_i demand_i max(0, sim_ij - covered_i), covered from 0.
 
-    similarity [B, N, N], weight and demand [B, N]; no demand counts every token once.
+    similarity [B, N, N], weight, demand and bonus [B, N]; no demand counts every token once, no bonus is 0.
     """
     covered, more = torch.zeros_like(weight), torch.empty_like(similarity)
     rows = torch.arange(len(weight), device=weight.device)
@@ -75,7 +77,7 @@ def coverage(similarity: Tensor, weight: Tensor, k: int, demand: Tensor | None =
     def gain() -> Tensor:
         torch.sub(similarity, covered[:, None], out=more).clamp_(min=0)  # [B, j, i]
         total = more.sum(-1) if demand is None else torch.stack([m @ d for m, d in zip(more, demand, strict=True)])
-        return weight * total
+        return weight * total if bonus is None else bonus + weight * total
 
     def pick(best: Tensor) -> None:
         torch.maximum(covered, similarity[rows, best], out=covered)

@@ -16,6 +16,7 @@ from vtp_plugin.stages import Stage
 from vtp_plugin.tokens import Selection, VisualTokens, top_k
 
 BUDGET = ("keep_ratio", "keep_tokens")
+POSITIONS = ("original", "compact")  # of the tokens that are left: as in the whole prompt, or counted anew
 UNITS = ("per_image", "per_tile", "total")  # what a budget is counted over; total: all images of one prompt
 
 
@@ -34,12 +35,16 @@ class PruningStrategy(ABC):
     budgeted: ClassVar[bool] = True  # False: the number kept follows from the data; keep_ratio does not apply
     merges: ClassVar[bool] = False  # True: survivors get new values, so no strategy may follow at the same stage
     default_keep_ratio: ClassVar[float] = 0.5
+    default_positions: ClassVar[str | None] = None  # what the paper does; None: what the family or the stage does
+    text_encoder: ClassVar[str] = "clip"  # where `text` and `aligned` come from; a field of QuestionStrategy
+    proportional: ClassVar[bool] = False  # True: inside the tower, a token's key weighs as many as it was merged from
     nominal: ClassVar[bool] = False  # True: keep_ratio is the paper's label of a setting, not what is left at the end
 
     keep_ratio: float | None = None  # kept / all, in (0, 1]
     keep_tokens: int | None = None  # or an absolute number
     invert: bool = False  # the control: keep the lowest scores instead; only for methods that rank
     budget: str = "per_image"  # what either counts over: per_image, per_tile or total (all images of one prompt)
+    positions: str | None = None  # original or compact, of the tokens that are left; None: default_positions
 
     def __post_init__(self) -> None:
         if not self.budgeted:
@@ -55,6 +60,9 @@ class PruningStrategy(ABC):
         self.check_choice("invert", (True, False))
         self.check("invert", self.ranks() or not self.invert, "needs a method that ranks all tokens by one score")
         self.check_choice("budget", UNITS)
+        self.check(
+            "positions", self.positions is None or self.positions in POSITIONS, f"must be one of {', '.join(POSITIONS)}"
+        )
         self.validate()
 
     # -- what a method implements ---------------------------------------------------------------------------------
@@ -71,7 +79,7 @@ class PruningStrategy(ABC):
         scores = self.score(visual)
         if not torch.isfinite(scores).all():
             raise self.error("a score is not finite")
-        return Selection(top_k(-scores if self.invert else scores, self.wanted(visual)))
+        return Selection(top_k(-scores if self.invert else scores, self.wanted(visual)), scores=scores)
 
     def rounded(self, exact: float) -> int:
         """How keep_ratio * N becomes a whole number; int() unless the method's source says otherwise."""
@@ -96,6 +104,13 @@ class PruningStrategy(ABC):
     def decoder_layer(self) -> int | None:
         """llm stage: the first decoder layer (0-based) that does not see the dropped tokens."""
         return None
+
+    def cut_blocks(self, depth: int) -> tuple[int, ...]:
+        """vit stage: the blocks inside which it merges, between attention and MLP, of the `depth` that count.
+
+        The last of them is the one whose output is projected. None: patch embeddings are cut before the first block.
+        """
+        return ()
 
     def cut_layers(self, depth: int) -> tuple[int, ...]:
         """llm stage: the same for every cut, ascending, in a model of `depth` layers; one cut by default."""
@@ -187,6 +202,27 @@ class PlacedStrategy(PruningStrategy):
     @property
     def decoder_layer(self) -> int | None:
         return self.layer if self.stage is Stage.LLM else None
+
+
+@dataclass(kw_only=True)
+class QuestionStrategy(PruningStrategy):
+    """A method that compares patches with the question (`aligned`, `text`), and in which space it does.
+
+    text_encoder=clip: CLIP's text tower and the patches in CLIP's shared space, as the papers do.
+    text_encoder=llm: for towers without such a text tower. The question is the mean of the language model's input
+    embeddings of its tokens, a patch is what the projector makes of it; the layer of the tower plays no part.
+    """
+
+    text_encoder: str = "clip"
+    clip: str | None = None  # CLIP checkpoint with the text tower; None: the vision tower's own
+
+    def validate(self) -> None:
+        self.check_choice("text_encoder", ("clip", "llm"))
+        self.check("clip", self.clip is None or self.text_encoder == "clip", "needs text_encoder=clip")
+
+    @property
+    def clip_checkpoint(self) -> str | None:
+        return self.clip
 
 
 def _number(value: Any) -> float:

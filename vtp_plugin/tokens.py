@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class VisualTokens:
     pixels: Tensor | None = None  # [B, N, 3, p, p] uint8: the raw patches
     centered: Tensor | None = None  # vit stage, [B, N, D]: embeddings of the patches minus their mean colour
     positioned: Tensor | None = None  # vit stage, [B, N, D]: embeddings with their position embeddings added
-    cls: Tensor | None = None  # [B, D] the tower's CLS feature of the projected layer
+    cls: Tensor | None = None  # [B, D] the tower's CLS feature of the projected layer; inside a block: its CLS token
+    sizes: Tensor | None = None  # inside a block, [B, N] fp32: patches that every token stands for
     cls_attention: Tensor | None = None  # [B, N] fp32: attention CLS -> patch, mean over heads, of block `tower_layer`
     keys: Tensor | None = None  # [B, N, d] fp32: keys of block `tower_layer`, mean over heads, bias included
     aligned: Tensor | None = None  # [B, N, E] fp32: output of block `tower_layer` in CLIP's shared space
@@ -32,6 +34,8 @@ class VisualTokens:
     last_query_attention: Tensor | None = None  # [B, N] fp32: attention of the last prompt token, mean over heads
     next_query_attention: Tensor | None = None  # [B, N] fp32: the same in the layer behind the cut, before cutting
     text_attention: Tensor | None = None  # [B, T, N] fp32: attention of every text token behind the image
+    self_attention: Tensor | None = None  # [B, N] fp32: from the image's own tokens, max over heads, mean over them
+    cross_attention: Tensor | None = None  # [B, N] fp32: from the text behind the image, max over heads, sum over it
     entry: Tensor | None = None  # [B, M, D]: embeddings of the `entered` tokens, text_entry [B, T, D]: of that text
     text_entry: Tensor | None = None
     key_norms: Tensor | None = None  # [B, N] fp32: L1 norms of the keys of the layer before the cut, all heads
@@ -39,9 +43,9 @@ class VisualTokens:
     normed: Tensor | None = None  # [B, N, D]: tokens after the language model's final norm
     text_normed: Tensor | None = None  # [B, T, D]
     fingerprint: tuple[int, ...] | None = None  # one number per image, the same in any batch, order and precision
-    layer: int | None = None  # llm stage: the decoder layer that will not see the dropped tokens any more
-    cut: tuple[int, int] = (0, 1)  # llm stage: which cut of the strategy this is, and of how many
-    entered: int | None = None  # llm stage: tokens of the image at the strategy's first cut; None: this is the first
+    layer: int | None = None  # llm stage: the decoder layer that will not see the dropped tokens; vit: the merging block
+    cut: tuple[int, int] = (0, 1)  # which cut of the strategy this is, and of how many
+    entered: int | None = None  # tokens of the image at the strategy's first cut; None: this is the first
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3 or self.index.shape != self.tokens.shape[:2]:
@@ -55,7 +59,10 @@ class Selection:
     keep: Tensor  # [B, N] bool: True survives
     tokens: tuple[Tensor, ...] | None = None  # per image [K, D]: new values, where the method merges or reorders
     source: tuple[Tensor, ...] | None = None  # per image [K] long: column of each new token, -1 for none (CLS)
+    owner: Tensor | None = None  # inside a block, [B, N] long: the new token that every token becomes part of
     places: tuple[Tensor, ...] | None = None  # pixels stage, new patches: per image [K, 2], row and column in the grid
+    scores: Tensor | None = None  # [B, N], higher is kept: what the method ranked by, for pictures only
+    into: tuple[Tensor, ...] | None = None  # per image [N]: column that a token was merged into, -1: none; for pictures
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
@@ -75,6 +82,18 @@ class Selection:
         if self.tokens is not None:
             return tuple(row.to(tokens.dtype) for row in self.tokens)
         return tuple(row[columns] for row, columns in zip(tokens, self.sources, strict=True))
+
+    def merged(self, values: Tensor, sizes: Tensor) -> Tensor:
+        """Means of `values` [B, N, ...] over the owners, weighted by `sizes` [B, N]: [B, K, ...] fp32."""
+        flat, source = values.float().flatten(2) if values.ndim > 2 else values.float()[..., None], self.sources
+        k, rows = len(source[0]), []
+        for x, size, column, owner in zip(flat, sizes.float(), source, self.owner, strict=True):
+            moved = torch.ones_like(owner, dtype=torch.bool).index_fill_(0, column, False).nonzero().flatten()
+            join = one_hot(owner[moved], k).T.to(x)  # [K, M]; a product, because index_add_ is random on CUDA
+            total = size[column] + join @ size[moved]
+            weighted = x[column] * size[column, None] + join @ (x[moved] * size[moved, None])
+            rows.append(weighted / total[:, None])
+        return torch.stack(rows).view(len(flat), k, *values.shape[2:])
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:

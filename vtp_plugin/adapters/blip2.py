@@ -6,7 +6,8 @@ class token always stays). Where images keep unequal numbers, the shorter ones a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vtp_plugin.adapter import Adapter, Tower
 from vtp_plugin.errors import PruningError
-from vtp_plugin.metrics.flops import Shapes
+from vtp_plugin.metrics.flops import matrices
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery import attention
 from vtp_plugin.surgery.call import Image
@@ -38,6 +39,8 @@ class Blip2(Adapter):
         Stage.LLM: "its language model sees the queries of the Q-Former, which belong to no place of the image",
     }
 
+    fixed_positions = "the Q-Former always answers with the same number of tokens"
+
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
         vision = model.vision_model
@@ -55,7 +58,8 @@ class Blip2(Adapter):
         )
         self.projector = model.qformer
         self.language_model = model.language_model
-        self.decoder_layers = ()
+        decoder = getattr(getattr(model.language_model, "model", None), "decoder", None)
+        self.decoder_layers = decoder.layers if decoder is not None else ()  # T5: nothing is counted
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -72,10 +76,15 @@ class Blip2(Adapter):
             undo.override(self.model, name, self._calling(getattr(self.model, name)))
 
     def _calling(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.pruned.call is not None:
                 return original(*args, **kwargs)
-            with self.pruned.calling():
+            with self.pruned.calling() as call:
+                prompt = signature.bind(*args, **kwargs).arguments
+                call.valid = _real(prompt.get("input_ids"), prompt.get("attention_mask"))
+                call.rows = 1 if call.valid is None else len(call.valid)
                 return original(*args, **kwargs)
 
         return call
@@ -106,8 +115,17 @@ class Blip2(Adapter):
         for place, number in enumerate(self.pruned.call.batch):
             self.cuts.signals[number] = {key: value[place : place + 1] for key, value in kept.items()}
 
-    def shapes(self) -> Shapes:
-        raise PruningError("blip2: the prompt does not get shorter, its FLOPs are not counted")
+    # -- what FLOPs are counted from ------------------------------------------------------------------------------
+
+    @property
+    def projectors(self) -> Sequence[nn.Module]:
+        return ()
+
+    def reading_macs(self, tokens: int) -> int:
+        """The Q-Former on an image's tokens and the class token, and the projection of its queries."""
+        queries = self.model.query_tokens.shape[1]
+        layers = sum(_layer_macs(layer, queries, tokens + 1) for layer in self.projector.encoder.layer)
+        return layers + queries * matrices(self.model.language_projection)
 
 
 class QueriedCuts(VisionCuts):
@@ -152,6 +170,25 @@ class QueriedCuts(VisionCuts):
         """The class token and what is left of one image, [1 + K, D]."""
         first, (rest, *_) = tokens[:1], VisionCuts._projecting(self, self.projector, (tokens[None, 1:],), {})[0]
         return torch.cat([first, rest[0]])
+
+
+def _real(ids: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Which columns of a prompt are no padding, [B, L] bool."""
+    if mask is not None:
+        return mask.bool()
+    return None if ids is None else torch.ones_like(ids, dtype=torch.bool)
+
+
+def _layer_macs(layer: nn.Module, queries: int, tokens: int) -> int:
+    """One layer of a Q-Former: its queries see each other, in some layers the tokens, and pass their own MLP."""
+    width = layer.attention.attention.query.out_features
+    per_query = matrices(layer.attention) + matrices(layer.intermediate_query) + matrices(layer.output_query)
+    macs = queries * per_query + 2 * queries**2 * width
+    if not layer.has_cross_attention:
+        return macs
+    cross = layer.crossattention
+    read = matrices(cross.attention.key) + matrices(cross.attention.value)
+    return macs + queries * (matrices(cross) - read) + tokens * read + 2 * queries * tokens * width
 
 
 def _padded(kept: list[Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vtp_plugin.adapter import Tower
 from vtp_plugin.errors import PruningError
-from vtp_plugin.metrics.flops import of_config
+from vtp_plugin.metrics.flops import Layer
 
 CHECKPOINTS = {  # (width, patch size, image size) of a vision tower -> the checkpoint that it was taken from
     (768, 32, 224): "openai/clip-vit-base-patch32",
@@ -35,6 +35,7 @@ def clip_tower(module: nn.Module, projected: int) -> Tower:
         grid=(side, side),
         patch_size=inner.config.patch_size,
         projected=projected if projected < 0 else projected - 1,
+        between=("layer_norm2", "mlp"),
     )
 
 
@@ -47,6 +48,13 @@ def checkpoint_of(config: Any) -> str:
             f"name the one that it was taken from (atp.clip=PATH)"
         )
     return CHECKPOINTS[key]
+
+
+def space_of(model: nn.Module, tower: Tower, checkpoint: str | None) -> ClipSpace:
+    """The joint space of a transformers model with a CLIP tower, from the checkpoint or the one that fits its size."""
+    config, weight = model.config.vision_config, tower.patch_embedding.weight
+    checkpoint = checkpoint or getattr(model.config, "mm_vision_tower", None) or checkpoint_of(config)
+    return ClipSpace(checkpoint, config.hidden_size, weight.device, model.dtype)
 
 
 @contextmanager
@@ -102,7 +110,8 @@ class ClipSpace:
 
     def text_macs(self, questions: Sequence[str]) -> int:
         lengths = self._tokens(sorted(set(questions)))["attention_mask"].sum(1).tolist()
-        return sum(of_config(self.config, gated=False).macs(length) for length in lengths)
+        layers = [Layer.of(layer) for layer in self.text_model.encoder.layers]
+        return sum(layer.macs(length) for length in lengths for layer in layers)
 
     def _tokens(self, questions: list[str]) -> Any:
         length = self.config.max_position_embeddings

@@ -17,7 +17,7 @@ from vtp_plugin.adapter import Adapter
 from vtp_plugin.adapters.clip import clip_tower
 from vtp_plugin.adapters.rows import flat_tower
 from vtp_plugin.errors import PruningError
-from vtp_plugin.metrics.flops import Shapes
+from vtp_plugin.metrics.flops import matrices
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
 from vtp_plugin.surgery.undo import Undo
@@ -37,9 +37,14 @@ class Encoder(Adapter):
     """A vision transformer that is called with pixel values."""
 
     stages = ENCODER
+    fixed_positions = "an encoder has no prompt"
     names: tuple[str, ...]  # of the model classes
     language_model = None
     decoder_layers: Sequence[nn.Module] = ()
+
+    @property
+    def projectors(self) -> Sequence[nn.Module]:
+        return ()
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -66,9 +71,6 @@ class Encoder(Adapter):
                 with call.in_tower(batch):
                     outputs.append(self.forward(pixel_values[batch], *args, **kwargs))
         return outputs[0] if len(outputs) == 1 else _together(outputs)
-
-    def shapes(self) -> Shapes:
-        raise PruningError(f"{self.family}: FLOPs are counted for a prefill, an encoder has none")
 
 
 def _together(outputs: Sequence[Any]) -> Any:
@@ -108,3 +110,11 @@ class SiglipEncoder(Encoder):
         super().__init__(model, processor)
         self.tower = flat_tower(self.vision_model, -1)
         self.projector = nn.Identity()
+
+    def pooling_macs(self, tokens: int) -> int:
+        """One query asks all tokens, where the model pools them."""
+        head = getattr(getattr(self.vision_model, "vision_model", self.vision_model), "head", None)
+        if head is None:
+            return 0
+        width = head.attention.embed_dim
+        return 2 * tokens * width**2 + 2 * tokens * width + 2 * width**2 + matrices(head.mlp)

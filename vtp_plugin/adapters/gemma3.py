@@ -28,12 +28,7 @@ class Gemma3(RowsAdapter):
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
-        self.core = model.model
-        self.projector = self.core.multi_modal_projector
         self.tower = flat_tower(self.core.vision_tower, -1, block=self.projector.kernel_size)
-        self.language_model = self.core.language_model
-        self.decoder_layers = self.language_model.layers
-        self.image_token = model.config.image_token_id
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

@@ -27,16 +27,13 @@ class Idefics3(RowsAdapter):
 
     family = "idefics3"
     models = "Idefics3, SmolVLM"
+    parts = ("connector", "text_model")
+    overview = -1
     stages = {Stage.PIXELS: MASKED, Stage.VIT: MASKED, Stage.PROJECTOR: "", Stage.LLM: ""}
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
-        self.core = model.model
         self.tower = flat_tower(self.core.vision_model, -1)
-        self.projector = self.core.connector
-        self.language_model = self.core.text_model
-        self.decoder_layers = self.language_model.layers
-        self.image_token = model.config.image_token_id
         self.scale = model.config.scale_factor
 
     @classmethod

@@ -26,11 +26,11 @@ class InternVL(RowsAdapter):
 
     family = "internvl"
     models = "InternVL (transformers)"
+    overview = -1
     stages = dict.fromkeys(Stage, "")
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
-        self.core = model.model
         vision, config = self.core.vision_tower, model.config.vision_config
         self.tower = Tower(
             module=vision,
@@ -45,10 +45,6 @@ class InternVL(RowsAdapter):
             attention="attention",
             block=round(1 / model.config.downsample_ratio),
         )
-        self.projector = self.core.multi_modal_projector
-        self.language_model = self.core.language_model
-        self.decoder_layers = self.language_model.layers
-        self.image_token = model.config.image_token_id
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

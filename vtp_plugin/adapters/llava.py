@@ -1,7 +1,7 @@
 """LLaVA-1.5 in the authors' package (`llava-torch`): CLIP tower, MLP projector, LLaMA.
 
 One image is one placeholder id (-200) that `prepare_inputs_labels_for_multimodal` replaces by the image's features; it
-follows the number of rows that `encode_images` returns. Positions are renumbered after a cut. Batches are padded on the
+follows the number of rows that `encode_images` returns. Batches are padded on the
 left while a pruned model runs, because the package's default side is wrong for every row but the longest.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +17,10 @@ from torch import Tensor, nn
 from vtp_plugin.adapter import Adapter, SharedSpace
 from vtp_plugin.adapters.clip import ClipSpace, clip_tower
 from vtp_plugin.errors import PruningError
-from vtp_plugin.metrics.flops import Shapes
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.decoder import narrowed_labels, refuse_cropping, refuse_filled_cache
+from vtp_plugin.surgery.positions import lookup
 from vtp_plugin.surgery.question import question_of
 from vtp_plugin.surgery.undo import Undo
 
@@ -37,6 +36,7 @@ class Llava(Adapter):
     family = "llava"
     models = "LLaVA-1.5 (llava-torch)"
     stages = dict.fromkeys(Stage, "")
+    every_logit = True
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
@@ -74,7 +74,7 @@ class Llava(Adapter):
         refuse_cropping(self.pruned.strategies, kwargs)
         ids = args[0] if args else kwargs.get("inputs")
         with self.pruned.calling() as call, self._left_padding():
-            call.rows = 1 if ids is None else len(ids)
+            call.rows, self.by_column = 1 if ids is None else len(ids), False
             return self.generate(*args, **kwargs)
 
     def _forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
@@ -83,7 +83,7 @@ class Llava(Adapter):
         if kwargs.get("inputs_embeds") is not None:
             raise PruningError("pruning needs input_ids: prompts given as inputs_embeds cannot be shortened")
         with self.pruned.calling() as call:
-            self.wanted_labels = None
+            self.wanted_labels, self.by_column = None, True
             output = self.forward(*args, labels=labels, **kwargs)
             if self.wanted_labels is not None:
                 narrowed = narrowed_labels(call, self.wanted_labels)
@@ -104,18 +104,33 @@ class Llava(Adapter):
         call, rest = self.pruned.call, (position_ids, attention_mask, past_key_values, labels)
         if call is None or images is None or input_ids.shape[1] == 1:
             return self.merge(input_ids, *rest, images, image_sizes)
-        images = _plain(images)
+        refuse_filled_cache(past_key_values)
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         prompts = [row[mask] for row, mask in zip(input_ids, real, strict=True)]
-        refuse_filled_cache(past_key_values)
-        if attention_mask is None and self.pruned.one_by_one:
+        if attention_mask is None and self.uneven:
             rest = (position_ids, real, past_key_values, labels)
-        self._register(call, prompts, images)
-        merged = list(self.merge(input_ids, *rest, images, image_sizes))
-        self._place(call, prompts, merged[4].shape[1])
+        merged = list(self._merged(call, prompts, (input_ids, *rest), images, image_sizes))
+        self._place(call, prompts, merged[4].shape[1], self._sources(call))
         if merged[5] is not None and any(s.stage is Stage.LLM for s in self.pruned.strategies):
             self.wanted_labels, merged[5] = merged[5], None  # the logits will be shorter: the loss is ours
         return tuple(merged)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether equally long prompts may come out of the merge with unequal lengths."""
+        return self.pruned.one_by_one
+
+    def _merged(self, call: Call, prompts: Sequence[Tensor], text: Any, images: Any, sizes: Any) -> tuple[Any, ...]:
+        """The host's merge of `text` (its first arguments) with pruned features; sets the images."""
+        images = _plain(images)
+        raster = torch.arange(self.tower.grid[0] * self.tower.grid[1], device=images.device)
+        owners, questions = self._owners(prompts, len(images)), self._questions(prompts)
+        call.images = [Image(total=len(raster), index=raster, sample=row, question=questions[row]) for row in owners]
+        return self.merge(*text, images, sizes)
+
+    def _sources(self, call: Call) -> list[Tensor]:
+        """Per image, which of the rows that the host makes each of its rows stands for, -1 for none."""
+        return [image.index for image in call.images]
 
     def _encode(self, images: Tensor) -> Tensor | list[Tensor]:
         """Projected features of images [B, 3, H, W]: [B, K, D], or a list where the images keep unequal numbers."""
@@ -127,45 +142,47 @@ class Llava(Adapter):
         for batch in [[i] for i in everything] if self.pruned.one_by_one else [everything]:
             with call.in_tower(batch):
                 features.extend(self.encode(images[batch]))
-        self.counts = [len(rows) for rows in features]
-        return torch.stack(features) if len(set(self.counts)) == 1 else features
+        return torch.stack(features) if len({len(rows) for rows in features}) == 1 else features
 
     # -- one image ------------------------------------------------------------------------------------------------
 
-    def _register(self, call: Call, prompts: Sequence[Tensor], images: Tensor) -> None:
-        """Which prompt every image belongs to; a prompt without placeholder still consumes one, as in the host."""
+    def _owners(self, prompts: Sequence[Tensor], given: int) -> list[int]:
+        """The prompt of every image; one without a placeholder still consumes an image, as in the host."""
         owners = [row for row, ids in enumerate(prompts) for _ in range(max(1, _placeholders(ids)))]
-        if len(owners) != len(images):
-            raise PruningError(f"the prompts ask for {len(owners)} images, {len(images)} were given")
-        questions = self._questions(prompts)
-        raster = torch.arange(self.tower.grid[0] * self.tower.grid[1], device=images.device)
-        call.images = [Image(total=len(raster), index=raster, sample=row, question=questions[row]) for row in owners]
+        if len(owners) != given:
+            raise PruningError(f"the prompts ask for {len(owners)} images, {given} were given")
+        return owners
 
     def _questions(self, prompts: Sequence[Tensor]) -> list[str]:
         if not any("text" in s.needs for s in self.pruned.strategies):
             return [""] * len(prompts)
         return [question_of(self.decode(ids[ids != PLACEHOLDER])) for ids in prompts]
 
-    def _place(self, call: Call, prompts: Sequence[Tensor], length: int) -> None:
-        """The columns of every image in the merged prompts [B, length]."""
-        counts = iter(self.counts)
+    def _place(self, call: Call, prompts: Sequence[Tensor], length: int, sources: Sequence[Tensor]) -> None:
+        """Tell the call where the images are in the merged prompts [B, length]; `sources` are those of `_sources`."""
         left = getattr(self.model.config, "tokenizer_padding_side", "right") == "left"
         valid = torch.zeros(len(prompts), length, dtype=torch.bool, device=prompts[0].device)
-        columns: list[Tensor] = []
+        positions, lengths = torch.zeros_like(valid, dtype=torch.long), []
+        columns, images = [], zip(call.images, sources, strict=True)
         for row, ids in enumerate(prompts):
-            used = [next(counts) for _ in range(max(1, _placeholders(ids)))]
-            sizes = [used.pop(0) if token == PLACEHOLDER else 1 for token in ids.tolist()]
-            ends = list(accumulate(sizes))
-            total = min(ends[-1], length)
+            used = [next(images) for _ in range(max(1, _placeholders(ids)))]
+            own, spans, whole = _spread(ids, used)
+            total = min(len(own), length)
             start = length - total if left else 0
             valid[row, start : start + total] = True
-            spans = [
-                torch.arange(end - size, min(end, total), device=ids.device) + start
-                for token, size, end in zip(ids.tolist(), sizes, ends, strict=True)
-                if token == PLACEHOLDER
-            ]
-            columns.extend(spans or [valid.new_zeros(0, dtype=torch.long)])
+            positions[row, start : start + total] = own[:total]
+            lengths.append(whole + start * self.by_column)
+            columns.extend(span[span < total] + start for span in spans or [own[:0]])
         call.place(valid, columns, [image.sample for image in call.images])
+        if self.pruned.positions.prompt == "original":
+            self._keep_positions(call, positions, torch.tensor(lengths, device=valid.device))
+
+    def _keep_positions(self, call: Call, positions: Tensor, lengths: Tensor) -> None:
+        """What the host counts: real tokens when generating, columns in a plain forward."""
+        counted = torch.ones_like(call.valid) if self.by_column else call.valid
+        if self.by_column:  # padding in front moves a row as a whole
+            positions = positions + call.valid.long().argmax(1, keepdim=True)
+        call.positions = lookup(positions, counted, lengths)
 
     @contextmanager
     def _left_padding(self) -> Iterator[None]:
@@ -184,10 +201,6 @@ class Llava(Adapter):
         checkpoint = checkpoint or self.model.config.mm_vision_tower
         return ClipSpace(checkpoint, vision.hidden_size, vision.device, vision.dtype)
 
-    def shapes(self) -> Shapes:
-        vision, text = self.model.get_vision_tower().config, self.model.config
-        return Shapes.of(vision, text, self.tower, self.projector)
-
 
 def _plain(images: Any) -> Tensor:
     """Images [B, 3, H, W] from what the package accepts; crops (LLaVA-1.6) are refused."""
@@ -197,6 +210,18 @@ def _plain(images: Any) -> Tensor:
     if any(image.ndim == 4 and len(image) > 1 for image in images):
         raise PruningError("llava: images cut into several crops (image_aspect_ratio=anyres) cannot be pruned yet")
     return torch.stack(crops)
+
+
+def _spread(ids: Tensor, images: Sequence[tuple[Image, Tensor]]) -> tuple[Tensor, list[Tensor], int]:
+    """A merged prompt: every column's position in the whole one, the columns of its images, and the whole length."""
+    images, positions, spans, columns, whole = iter(images), [], [], 0, 0
+    for token in ids.tolist():
+        image, source = next(images) if token == PLACEHOLDER else (None, ids.new_zeros(1))
+        positions.append(source.clamp(min=0).to(ids.device) + whole)
+        if image is not None:
+            spans.append(torch.arange(columns, columns + len(source), device=ids.device))
+        columns, whole = columns + len(source), whole + (1 if image is None else image.total)
+    return torch.cat(positions), spans, whole
 
 
 def _placeholders(ids: Tensor) -> int:

@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vtp_plugin.adapters.llava import PLACEHOLDER, Llava, _placeholders
-from vtp_plugin.errors import PruningError
+from vtp_plugin.adapters.llava import PLACEHOLDER, Llava
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
-from vtp_plugin.surgery.decoder import refuse_filled_cache
 from vtp_plugin.surgery.prompt import Rows
 from vtp_plugin.surgery.tiles import TileCuts
 from vtp_plugin.surgery.undo import Undo
@@ -45,42 +43,42 @@ class LlavaAnyres(Llava):
         self.cuts = TileCuts(pruned, self)
         return self.cuts
 
-    def _merge(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        past_key_values: Any,
-        labels: Tensor | None,
-        images: Any,
-        image_sizes: Any = None,
-    ) -> tuple[Any, ...]:
-        call, rest = self.pruned.call, (position_ids, attention_mask, past_key_values, labels)
-        if call is None or images is None or input_ids.shape[1] == 1:
-            return self.merge(input_ids, *rest, images, image_sizes)
-        refuse_filled_cache(past_key_values)
-        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        prompts = [row[mask] for row, mask in zip(input_ids, real, strict=True)]
+    @property
+    def uneven(self) -> bool:
+        return True  # tiles are unpadded: every image has a number of its own
+
+    def _merged(self, call: Call, prompts: Sequence[Tensor], text: Any, images: Any, sizes: Any) -> tuple[Any, ...]:
         tiles = [image if image.ndim == 4 else image[None] for image in images]
-        pairs = self._cut(call, prompts, {"tiles": tiles, "image_sizes": image_sizes})
-        self.counts = [len(rows) for rows, _ in pairs]
-        blank = torch.zeros(len(tiles), 3, 1, 1, device=input_ids.device)  # one image each: no packing again
-        merged = list(self._merged_with([rows for rows, _ in pairs], input_ids, *rest, blank, image_sizes))
-        self._place(call, prompts, merged[4].shape[1])
-        for image, (_, kept) in zip(call.images, pairs, strict=True):
-            image.columns = image.columns[kept.judged] if len(image.columns) == len(kept.judged) else image.columns
-        if merged[5] is not None and any(s.stage is Stage.LLM for s in self.pruned.strategies):
-            self.wanted_labels, merged[5] = merged[5], None  # the logits will be shorter: the loss is ours
-        return tuple(merged)
+        pairs = self._cut(call, prompts, {"tiles": tiles, "image_sizes": sizes})
+        self.kept = [kept for _, kept in pairs]
+        blank = torch.zeros(len(tiles), 3, 1, 1, device=text[0].device)  # one image each: no packing again
+        return self._merged_with([rows for rows, _ in pairs], *text, blank, sizes)
+
+    def _sources(self, call: Call) -> list[Tensor]:
+        return [kept.source for kept in self.kept]
+
+    def _place(self, call: Call, prompts: Sequence[Tensor], length: int, sources: Sequence[Tensor]) -> None:
+        super()._place(call, prompts, length, sources)
+        for image, kept in zip(call.images, self.kept, strict=True):  # fewer where the host truncates, or shows none
+            image.columns = image.columns[kept.judged[: len(image.columns)]]
 
     def _cut(self, call: Call, prompts: Sequence[Tensor], inputs: Mapping[str, Any]) -> list[tuple[Tensor, Rows]]:
         """Encode all tiles, pack them as the host does, and take rows out."""
-        tiles = inputs["tiles"]
-        owners = [row for row, ids in enumerate(prompts) for _ in range(max(1, _placeholders(ids)))]
-        if len(owners) != len(tiles):
-            raise PruningError(f"the prompts ask for {len(owners)} images, {len(tiles)} were given")
+        tiles, everything = inputs["tiles"], list(range(len(inputs["tiles"])))
+        call.images = self._images(prompts, tiles)
+        with call.in_tower(everything):
+            call.scratch["owners"] = [number for number in everything for _ in tiles[number]]
+            rows = self.arrange(self.encode(torch.cat(list(tiles))), "image", inputs)
+            for image, one in zip(call.images, rows, strict=True):
+                image.total, image.index = len(one), torch.arange(len(one), device=one.device)
+            newline = getattr(self.language_model, "image_newline", None)
+            features = [one if newline is None else torch.where(one.isnan(), newline.to(one), one) for one in rows]
+            return self.cuts.rows(features, "image", inputs)
+
+    def _images(self, prompts: Sequence[Tensor], tiles: Sequence[Tensor]) -> list[Image]:
+        """The images before they are packed, [T, 3, H, W] each: what the host makes of them is not known yet."""
         questions, patches = self._questions(prompts), self.tower.grid[0] * self.tower.grid[1]
-        call.images = [
+        return [
             Image(
                 total=0,
                 index=prompts[0][:0],
@@ -90,17 +88,8 @@ class LlavaAnyres(Llava):
                 patches=len(image) * patches,
                 projectable=len(image) * patches,
             )
-            for row, image in zip(owners, tiles, strict=True)
+            for row, image in zip(self._owners(prompts, len(tiles)), tiles, strict=True)
         ]
-        everything = list(range(len(tiles)))
-        with call.in_tower(everything):
-            call.scratch["owners"] = [number for number in everything for _ in tiles[number]]
-            rows = self.arrange(self.encode(torch.cat(list(tiles))), "image", inputs)
-            for image, one in zip(call.images, rows, strict=True):
-                image.total, image.index = len(one), torch.arange(len(one), device=one.device)
-            newline = getattr(self.language_model, "image_newline", None)
-            features = [one if newline is None else torch.where(one.isnan(), newline.to(one), one) for one in rows]
-            return self.cuts.rows(features, "image", inputs)
 
     # -- the host's packing ---------------------------------------------------------------------------------------
 

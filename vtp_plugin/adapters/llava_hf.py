@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from vtp_plugin.adapter import Adapter, SharedSpace
-from vtp_plugin.adapters.clip import ClipSpace, checkpoint_of, clip_tower
-from vtp_plugin.metrics.flops import Shapes
+from vtp_plugin.adapters.clip import clip_tower, space_of
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
-from vtp_plugin.surgery.prompt import PlaceholderCalls
+from vtp_plugin.surgery.prompt import PlaceholderCalls, Rows
 from vtp_plugin.surgery.undo import Undo
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class LlavaHf(Adapter):
         raster = torch.arange(rows * columns, device=inputs["pixel_values"].device)
         return [Image(total=len(raster), index=raster) for _ in inputs["pixel_values"]]
 
-    def encode(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Any, list[int]]:
+    def encode(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Any, list[Rows]]:
         pixels = inputs["pixel_values"]
         chosen = {k: inputs[k] for k in ("vision_feature_layer", "vision_feature_select_strategy") if k in inputs}
         everything = list(range(len(pixels)))
@@ -75,7 +74,7 @@ class LlavaHf(Adapter):
             with call.in_tower(batch):
                 outputs.append(self.core.get_image_features(pixels[batch], return_dict=True, **chosen))
         outputs[0].pooler_output = [rows for output in outputs for rows in output.pooler_output]
-        return outputs[0], [len(rows) for rows in outputs[0].pooler_output]
+        return outputs[0], [Rows(image.index, torch.ones_like(image.index, dtype=torch.bool)) for image in call.images]
 
     @contextmanager
     def serving(self, features: Any) -> Iterator[None]:
@@ -89,14 +88,4 @@ class LlavaHf(Adapter):
     # -- facts ----------------------------------------------------------------------------------------------------
 
     def shared_space(self, checkpoint: str | None) -> SharedSpace:
-        vision = self.model.config.vision_config
-        checkpoint = checkpoint or getattr(self.model.config, "mm_vision_tower", None) or checkpoint_of(vision)
-        return ClipSpace(checkpoint, vision.hidden_size, self.pruned_device, self.model.dtype)
-
-    @property
-    def pruned_device(self) -> torch.device:
-        return self.tower.patch_embedding.weight.device
-
-    def shapes(self) -> Shapes:
-        vision, text = self.model.config.vision_config, self.model.config.text_config
-        return Shapes.of(vision, text, self.tower, self.projector)
+        return space_of(self.model, self.tower, checkpoint)

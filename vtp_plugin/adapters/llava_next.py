@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vtp_plugin.adapter import SharedSpace
-from vtp_plugin.adapters.clip import ClipSpace, checkpoint_of, clip_tower
+from vtp_plugin.adapters.clip import clip_tower, space_of
 from vtp_plugin.adapters.rows import RowsAdapter
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
@@ -31,12 +31,7 @@ class LlavaNext(RowsAdapter):
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
-        self.core = model.model
         self.tower = clip_tower(self.core.vision_tower, model.config.vision_feature_layer)
-        self.projector = self.core.multi_modal_projector
-        self.language_model = self.core.language_model
-        self.decoder_layers = self.language_model.layers
-        self.image_token = model.config.image_token_id
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -81,6 +76,4 @@ class LlavaNext(RowsAdapter):
         return [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in inputs["image_sizes"]]
 
     def shared_space(self, checkpoint: str | None) -> SharedSpace:
-        vision = self.model.config.vision_config
-        checkpoint = checkpoint or getattr(self.model.config, "mm_vision_tower", None) or checkpoint_of(vision)
-        return ClipSpace(checkpoint, vision.hidden_size, self.tower.patch_embedding.weight.device, self.model.dtype)
+        return space_of(self.model, self.tower, checkpoint)

@@ -30,12 +30,7 @@ class LlavaOnevision(RowsAdapter):
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
-        self.core = model.model
         self.tower = flat_tower(self.core.vision_tower, model.config.vision_feature_layer)
-        self.projector = self.core.multi_modal_projector
-        self.language_model = self.core.language_model
-        self.decoder_layers = self.language_model.layers
-        self.image_token = model.config.image_token_id
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

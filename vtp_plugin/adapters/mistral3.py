@@ -37,7 +37,6 @@ class Mistral3(RowsAdapter):
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
-        self.core = model.model
         vision = self.core.vision_tower
         layer = model.config.vision_feature_layer
         self.tower = Tower(
@@ -52,10 +51,6 @@ class Mistral3(RowsAdapter):
             projected=layer if layer < 0 else layer - 1,
             attention="attention",
         )
-        self.projector = self.core.multi_modal_projector
-        self.language_model = self.core.language_model
-        self.decoder_layers = self.language_model.layers
-        self.image_token = model.config.image_token_id
         self.merge = model.config.spatial_merge_size
 
     @classmethod

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from vtp_plugin.adapter import Tower
 from vtp_plugin.adapters.rows import VALUES, RowsAdapter
-from vtp_plugin.metrics.flops import Shapes, Transformer, of_config
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
@@ -40,11 +39,12 @@ class QwenVL(RowsAdapter):
     """A Qwen-VL model; a family adds its name and its tower's own arguments."""
 
     stages = dict.fromkeys(Stage, "")
+    default_positions = "original"
+    parts = ("visual.merger", "language_model")
     type_name: str  # of the model's class
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
-        self.core = model.model
         visual = self.core.visual
         self.merge = visual.spatial_merge_size
         self.tower = Tower(
@@ -60,10 +60,6 @@ class QwenVL(RowsAdapter):
             attention="attn",
             block=self.merge,
         )
-        self.projector = visual.merger
-        self.language_model = self.core.language_model
-        self.decoder_layers = self.language_model.layers
-        self.image_token = model.config.image_token_id
         self.tokens = {"image": model.config.image_token_id, "video": model.config.video_token_id}
 
     @classmethod
@@ -91,6 +87,7 @@ class QwenVL(RowsAdapter):
             index=torch.arange(total, device=device),
             kind=kind,
             token=self.tokens[kind],
+            tiles=frames,
             patches=patches,
             projectable=total,
             grid=(frames * rows // self.merge, columns // self.merge),
@@ -111,8 +108,11 @@ class QwenVL(RowsAdapter):
     # -- positions ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def positions(self, shortened: Shortened, ids: Tensor, real: Tensor) -> Iterator[None]:
-        """Let the model compute positions for the full prompt, and give the kept columns theirs."""
+    def positions(self, shortened: Shortened, ids: Tensor, real: Tensor, *, compact: bool) -> Iterator[None]:
+        """Let the model compute positions for the full prompt, and give the kept columns theirs.
+
+        `compact`: prompts that lost tokens are counted like text instead, the same number on all three axes.
+        """
         types = sum((ids == token).int() * number for number, token in enumerate(self.tokens.values(), 1))
         dropped = real.sum(1, keepdim=True) - shortened.valid.sum(1, keepdim=True)
 
@@ -122,26 +122,16 @@ class QwenVL(RowsAdapter):
             table, delta = original(ids, **{k: v for k, v in kwargs.items() if k not in full}, **full)
             columns = shortened.origin.clamp(min=0).expand(3, -1, -1)
             table = torch.where(shortened.valid, table.gather(2, columns), 0)
-            return table.repeat_interleave(times, 1), (delta + dropped).repeat_interleave(times, 0)
+            delta = delta + dropped
+            if compact:
+                counted = (shortened.valid.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
+                table = torch.where(dropped > 0, counted, table)
+                delta = torch.where(dropped > 0, 0, delta)
+            return table.repeat_interleave(times, 1), delta.repeat_interleave(times, 0)
 
         with Undo() as undo:
             original = undo.override(self.core, "get_rope_index", index)
             yield
-
-    # -- facts ----------------------------------------------------------------------------------------------------
-
-    def shapes(self) -> Shapes:
-        text, block = self.model.config.get_text_config(), self.tower.blocks[0]
-        widths = [layer.out_features for layer in block.mlp.modules() if isinstance(layer, nn.Linear)]
-        width = block.attn.qkv.in_features
-        return Shapes(
-            tower=Transformer(len(self.tower.blocks), width, widths[0], len(widths) > 2, width, width),
-            prefix=0,
-            patch=self.tower.patch_embedding.proj.weight[0].numel() * width,
-            projector=sum(p.numel() for p in self.projector.parameters() if p.ndim == 2),
-            llm=of_config(text, gated=True),
-            head=text.hidden_size * text.vocab_size,
-        )
 
 
 class PackedCuts(TileCuts):
@@ -159,6 +149,7 @@ class PackedCuts(TileCuts):
         levels = self._levels(values) if self.pixels else None
         self._identify(levels)
         units = self._decided(values, levels, kwargs)
+        self._call.scratch["packed"] = [len(kept) * self._unit for kept in units]
         kept = torch.cat([unit + start for unit, start in zip(units, self.offsets[:-1], strict=True)])
         order, arguments = self._shortened(kept)
         if len(kept) == self.offsets[-1]:
@@ -214,7 +205,8 @@ class PackedCuts(TileCuts):
                     tokens, signals = self._signals_of(strategy, image, units[image] + start, values, images, maps)
                     number = self._call.batch[image]
                     picture = self._call.images[number]
-                    selection = cut.ask(tokens, units[image][None], [picture.fingerprint], picture.grid, signals)
+                    marks, owners = [picture.fingerprint], [(number, 0)]
+                    selection = cut.ask(tokens, units[image][None], marks, picture.grid, signals, owners)
                     units[image] = units[image][selection.sources[0]]
                 self._note(cut, before, units)
         return units

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from vtp_plugin.adapters.qwen import QwenVL, _function
+from vtp_plugin.surgery.call import Image
 
 
 class Qwen25VL(QwenVL):
@@ -13,6 +17,13 @@ class Qwen25VL(QwenVL):
     family = "qwen2_5_vl"
     models = "Qwen2.5-VL"
     type_name = "Qwen2_5_VLForConditionalGeneration"
+
+    def sequences(self, image: Image) -> Sequence[Sequence[int]]:
+        rows, columns = (side * self.merge for side in image.grid)
+        grid = torch.tensor([[image.tiles, rows // image.tiles, columns]])
+        windows, frames = self.windows(self.tower.module, grid)[1].diff().tolist(), super().sequences(image)
+        whole = self.tower.module.fullatt_block_indexes
+        return [lengths if number in whole else windows for number, lengths in enumerate(frames)]
 
     def windows(self, visual: nn.Module, grid: Tensor) -> tuple[Tensor, Tensor]:
         return _function(visual, "get_vision_window_index")(grid, self.merge, visual.window_size, visual.patch_size)

@@ -26,6 +26,10 @@ class Qwen3VL(QwenVL):
         super().__init__(model, processor)
         self.first_cut = max(1, len(self.core.visual.deepstack_visual_indexes))
 
+    @property
+    def projectors(self) -> Sequence[nn.Module]:
+        return (self.projector, *self.core.visual.deepstack_merger_list)
+
     def kept_arguments(self, visual: nn.Module, grid: Tensor) -> dict[str, Tensor]:
         taps = _function(visual, "get_vision_interpolation_indices_and_weights")(
             grid,

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from vtp_plugin.adapter import Adapter, Tower
 from vtp_plugin.adapters.clip import clip_tower
-from vtp_plugin.metrics.flops import Shapes
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.prompt import PlaceholderCalls, Rows
 from vtp_plugin.surgery.tiles import TileCuts
@@ -29,9 +28,15 @@ class RowsAdapter(Adapter):
     """A family whose prompt has one placeholder per feature row; `core` has `get_image_features`."""
 
     tokenwise = False  # the projector works token by token
-    core: nn.Module
-    image_token: int
+    parts = ("multi_modal_projector", "language_model")  # where the core has its projector and its language model
     cuts: TileCuts
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        super().__init__(model, processor)
+        self.core = model.model
+        self.projector, self.language_model = (self.core.get_submodule(path) for path in self.parts)
+        self.decoder_layers = self.language_model.layers
+        self.image_token: int = model.config.image_token_id
 
     def install(self, pruned: Pruned, undo: Undo) -> None:
         PlaceholderCalls(pruned, self).install(undo)
@@ -113,12 +118,6 @@ class RowsAdapter(Adapter):
             if levels is not None:
                 outputs[kind].deepstack_features = [[level[image] for image in order] for level in levels]
         return outputs
-
-    # -- facts ----------------------------------------------------------------------------------------------------
-
-    def shapes(self) -> Shapes:
-        vision, text = self.model.config.vision_config, self.model.config.get_text_config()
-        return Shapes.of(vision, text, self.tower, self.projector)
 
 
 def _answering(output: Any) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Find the threshold with which V-PRUNE removes a given share of the patches of a folder of pictures."""
+"""Free numbers from pictures: V-PRUNE's threshold for a share of the patches, FitPrune's schedule for a model."""
 
 from __future__ import annotations
 
@@ -17,36 +17,76 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
 class Method(str, Enum):
-    """Strategies whose number of tokens follows from a threshold."""
+    """Strategies whose numbers follow from data."""
 
     vprune = "vprune"
+    fitprune = "fitprune"
 
 
 def command(
     method: Annotated[Method, typer.Argument(help="The strategy.")],
     images: Annotated[Path, typer.Argument(help="A picture, or a folder of pictures.")],
-    target: Annotated[float, typer.Option(help="Share of the patches to remove, e.g. 0.22.")],
+    target: Annotated[
+        float | None, typer.Option(help="vprune, required: share of the patches to remove, e.g. 0.22.")
+    ] = None,
     pruning_args: Annotated[str, typer.Option(help="Other parameters, e.g. chi2_threshold=10,color_space=hsv.")] = "",
     size: Annotated[int, typer.Option(help="Side of the picture after resizing, in pixels.")] = 336,
     patch: Annotated[int, typer.Option(help="Side of a patch, in pixels.")] = 14,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the setting to this YAML.")] = None,
+    model: Annotated[str, typer.Option(help="fitprune: a LLaVA in transformers' format.")] = "vtp-tiny",
+    question: Annotated[str, typer.Option(help="fitprune: what to ask about each picture.")] = "Describe the image.",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result to this YAML.")] = None,
 ) -> None:
+    if method is Method.fitprune:
+        if target is not None:
+            raise PruningError("--target is for vprune; fitprune's file holds schedules for every keep_ratio")
+        text = _schedules(_pictures(images), model, question)
+    elif target is None:
+        raise PruningError("vprune needs --target, the share of the patches to remove")
+    else:
+        text = _threshold(method.value, _pictures_for(images, target), target, pruning_args, size, patch)
+    if output is not None:
+        output.write_text(text)
+    Console(highlight=False).print(text, end="", soft_wrap=True)
+
+
+def _pictures_for(images: Path, target: float) -> list[Path]:
+    if not 0 < target < 1:
+        raise PruningError(f"--target must be a share between 0 and 1, got {target}")
+    return _pictures(images)
+
+
+def _schedules(paths: list[Path], model_name: str, question: str) -> str:
+    """FitPrune's file: the share of the tokens that each layer sees, for nine targets."""
+    from functools import partial
+
+    from vtp_plugin.metrics.calibration import witnessed
+    from vtp_plugin.strategies.fitprune import FitPrune, fitted
+    from vtp_plugin.tiny.inference import answer, load
+
+    pictures = [_opened(path) for path in paths]
+    model, processor = load(model_name)
+    calls = [partial(answer, model, processor, picture, question) for picture in pictures]
+    seen = witnessed(model, processor, FitPrune.needs, track(calls, "reading", transient=True))
+    samples = [[(s.self_attention[0], s.cross_attention[0]) for s in layers] for layers in seen]
+    rows = [fitted(samples, step / 10) for step in track(range(1, 10), "fitting", transient=True)]
+    left = [[round(share, 5) for share in row] for row in rows]
+    comment = "# FitPrune: share of the visual tokens that each decoder layer sees, one row per target.\n"
+    settings = {"model": model_name, "pictures": len(paths), "question": question, "left": left}
+    return comment + yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=120)
+
+
+def _threshold(method: str, paths: list[Path], target: float, pruning_args: str, size: int, patch: int) -> str:
+    """V-PRUNE's setting with the threshold found."""
     from vtp_plugin.config import parse_pairs
     from vtp_plugin.metrics.calibration import calibrate, removed_share
     from vtp_plugin.surgery.pixels import patches
 
-    if not 0 < target < 1:
-        raise PruningError(f"--target must be a share between 0 and 1, got {target}")
     fields = parse_pairs(pruning_args)
-    paths = _pictures(images)
     tiles = [patches(_loaded(path, size), patch) for path in track(paths, "reading", transient=True)]
-    chosen = calibrate(method.value, "cosine_threshold", fields, tiles, size // patch, target)
+    chosen = calibrate(method, "cosine_threshold", fields, tiles, size // patch, target)
     share = removed_share(chosen, tiles, size // patch)
-    setting = yaml.safe_dump({"strategy": method.value, **chosen.config()}, sort_keys=False)
-    comment = f"# removes {share:.1%} of the patches of {len(paths)} pictures (asked: {target:.1%})\n"
-    if output is not None:
-        output.write_text(comment + setting)
-    Console(highlight=False).print(comment + setting, end="")
+    setting = yaml.safe_dump({"strategy": method, **chosen.config()}, sort_keys=False)
+    return f"# removes {share:.1%} of the patches of {len(paths)} pictures (asked: {target:.1%})\n" + setting
 
 
 def _pictures(path: Path) -> list[Path]:
@@ -62,11 +102,16 @@ def _loaded(path: Path, size: int) -> Any:
     """[1, 3, size, size] uint8, resized by the shorter side and cropped in the middle, as CLIP's processor does."""
     import numpy as np
     import torch
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
+
+    fitted = ImageOps.fit(_opened(path), (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None]
+
+
+def _opened(path: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        picture = Image.open(path).convert("RGB")
+        return Image.open(path).convert("RGB")
     except (UnidentifiedImageError, OSError):
         raise PruningError(f"not a picture that can be read: {path}") from None
-    fitted = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None]

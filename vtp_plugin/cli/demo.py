@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from vtp_plugin import config
 from vtp_plugin.errors import PruningError
 
 STRATEGIES = "atp,vprune,l2,fastv,visionzip,random"
@@ -23,30 +21,22 @@ def command(
     keep_ratio: Annotated[float, typer.Option(help="Kept / all visual tokens, for all with a budget.")] = 0.25,
     limit: Annotated[int, typer.Option(help="Questions per task; -1 for all.")] = 100,
 ) -> None:
-    specs = [spec.strip() for spec in pruning.split(",")]
-    runs = {spec: _arguments(spec, keep_ratio) for spec in specs}
+    if not 0 < keep_ratio <= 1:
+        raise PruningError(f"--keep-ratio must be in (0, 1], got {keep_ratio}")
     from vtp_plugin.integrations import sweep
     from vtp_plugin.reporting import comparison
 
     console = Console(highlight=False)
-    finished = sweep.run(output, {"none": {}, **runs}, model="llava", tasks="vtp_scenes", limit=limit, console=console)
-    table = comparison.table(finished, title=f"vtp-tiny, {_questions(limit)}, asked: keep_ratio={keep_ratio}")
-    (output / "table.md").write_text(table.markdown() + "\n")
-    (output / "summary.json").write_text(json.dumps(comparison.summary(finished), indent=1) + "\n")
-    picture = comparison.kept_picture(runs)
-    picture.savefig(output / "kept.png", dpi=130)
+    specs = sweep.cells([spec.strip() for spec in pruning.split(",")], [keep_ratio])
+    tiny = {"model": "llava", "model_args": "pretrained=vtp-tiny", "environment": sweep.OFFLINE}
+    run = sweep.run(output, specs, **tiny, tasks="vtp_scenes", limit=limit, console=console)
+    table = comparison.write(run, f"vtp-tiny, {_questions(limit)}, asked: keep_ratio={keep_ratio}")
+    comparison.kept_picture(specs).savefig(output / "kept.png", dpi=130)
     console.print(table.rich())
     console.print(f"table and record: {output / 'table.md'}, {output / 'summary.json'}")
     console.print(f"what each strategy kept of three scenes: {output / 'kept.png'}")
-
-
-def _arguments(spec: str, keep_ratio: float) -> dict[str, float]:
-    """keep_ratio for every strategy of the spec that has a budget; refuses what cannot be run."""
-    strategies = config.resolve(spec)
-    if not 0 < keep_ratio <= 1:
-        raise PruningError(f"--keep-ratio must be in (0, 1], got {keep_ratio}")
-    budgeted = [s.name for s in strategies if s.budgeted]
-    return {"keep_ratio" if len(strategies) == 1 else f"{name}.keep_ratio": keep_ratio for name in budgeted}
+    if run.failed:
+        raise typer.Exit(1)
 
 
 def _questions(limit: int) -> str:

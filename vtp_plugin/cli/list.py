@@ -13,7 +13,7 @@ from vtp_plugin.reporting.tables import Table
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import BUDGET, PruningStrategy
 
-COMMON = ("invert", "budget")
+COMMON = ("invert", "budget", "positions")
 
 
 def command(

@@ -1,4 +1,4 @@
-"""Draw which patches of a picture survive, one panel per strategy, with the model's answers."""
+"""Draw which patches of a picture survive and where others merged, one panel per strategy, with the model's answers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ def command(
     pruning: Annotated[str, typer.Option(help="Strategies, separated by commas; a+b composes.")] = "atp",
     pruning_args: Annotated[str, typer.Option(help="key=value,... for a single strategy.")] = "",
     output: Annotated[Path, typer.Option("-o", "--output", help="The PNG to write.")] = Path("kept.png"),
-    model: Annotated[str, typer.Option(help="vtp-tiny, or a LLaVA checkpoint in transformers' format.")] = "vtp-tiny",
+    model: Annotated[str, typer.Option(help="vtp-tiny, or a checkpoint in transformers' format.")] = "vtp-tiny",
+    scores: Annotated[bool, typer.Option("--scores", help="Add a row of what the strategies ranked by.")] = False,
 ) -> None:
+    if not output.resolve().parent.is_dir():
+        raise PruningError(f"no such folder: {output.parent}")
     specs = [spec.strip() for spec in pruning.split(",")]
     arguments = parse_pairs(pruning_args)
     strategies = {spec: config.resolve(spec, arguments) for spec in specs}
@@ -31,10 +34,10 @@ def command(
 
     loaded = load(model)
     views = [view(*loaded, picture, question, chosen, label) for label, chosen in strategies.items()]
-    kept_figure([views]).savefig(output, dpi=150)
+    kept_figure([views], scores=scores).savefig(output, dpi=150)
     console = Console(highlight=False)
     for seen in views:
-        console.print(f"{seen.label}: {seen.after} of {seen.before} visual tokens, answer: {seen.answer}")
+        console.print(f"{seen.label}: {seen.look.left} of {seen.look.total} visual tokens, answer: {seen.answer}")
     console.print(f"written: {output}")
 
 

@@ -22,8 +22,9 @@ import importlib
 import inspect
 import os
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ from vtp_plugin import config, plugins
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.integrations import llava
 from vtp_plugin.pruning import Pruned
+from vtp_plugin.reporting.gallery import Recorder
 from vtp_plugin.reporting.record import record, samples_of
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.call import Call
@@ -95,6 +97,23 @@ def _offer_tasks() -> None:
     _wrap(TaskManager, "initialize_tasks", around)
 
 
+def check_names(model: str, tasks: Sequence[str]) -> None:
+    """PruningError for a model or a task that the host does not have; patterns and files of tasks are let through."""
+    from lmms_eval.models import list_available_models
+
+    if model not in (models := list_available_models(include_aliases=True)):
+        raise unknown("model", model, models)
+    named = [task for task in tasks if "*" not in task and not Path(task).exists()]
+    if named:
+        from lmms_eval.tasks import TaskManager
+
+        known = TaskManager("ERROR", model_name=model).all_tasks
+        for task in named:
+            if task not in known:
+                close = ", ".join(get_close_matches(task, known, n=3)) or "see `lmms-eval tasks list`"
+                raise PruningError(f"unknown task '{task}'. Nearest: {close}")
+
+
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +171,8 @@ def _evaluating(original: Callable, args: argparse.Namespace) -> Any:
     """One configuration of the command line: fold our options into model_args, remember a failure."""
     global _failed
     settings = vars(args)
+    if os.environ.get("VTP_GALLERY_EACH") and args.output_path:
+        os.environ["VTP_GALLERY"] = str(Path(args.output_path) / "gallery")
     try:
         args.model_args = folded(settings.get("model_args"), settings.get(KEY), settings.get("pruning_args"))
         return original(args)
@@ -311,8 +332,9 @@ class Run:
 
     def __init__(self, lm: Any, pruned: Pruned, strategies: list[PruningStrategy]) -> None:
         self.lm, self.pruned, self.strategies = lm, pruned, strategies
-        self.asked: deque[tuple[str, Any]] = deque()  # documents that the host fetched since the last call
+        self.asked = Asked()
         self.samples: list[dict[str, Any]] = []
+        self.gallery = Recorder.wanted(pruned)
         pruned.finished.append(self._finished)
 
     def install(self) -> None:
@@ -329,6 +351,8 @@ class Run:
             results = original(*args, **kwargs)
         finally:
             self.pruned.detach()
+        if self.gallery is not None:
+            self.gallery.write()
         everyone = gathered((self.samples, self.pruned.failure and _sentence(self.pruned.failure)))
         samples = _unpadded([sample for part, _ in everyone for sample in part])
         self._check(samples, [failure for _, failure in everyone if failure])
@@ -338,8 +362,10 @@ class Run:
         return results
 
     def record(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The run's entry in the results."""
-        return record(self.pruned, samples)
+        """The run's entry in the results; the times to first token go to the host's own throughput, too."""
+        entry = record(self.pruned, samples)
+        report_latency(entry)
+        return entry
 
     def _mark_cache(self, cache: Any) -> None:
         """No answer of another configuration, version or unpruned run may be taken from the response cache."""
@@ -349,11 +375,11 @@ class Run:
 
     def _finished(self, call: Call) -> None:
         reports = samples_of(self.pruned, call)
-        asked = list(self.asked)
-        documents = asked if len(asked) == len(reports) else list(dict.fromkeys(asked))[-len(reports) :]
-        self.asked.clear()
+        documents = self.asked.take(len(reports))
         if len(documents) == len(reports):
             reports = [r | {"task": task, "doc_id": doc} for r, (task, doc) in zip(reports, documents, strict=True)]
+            if self.gallery is not None:
+                self.gallery.add(call, documents)
         self.samples.extend(reports)
 
     def _check(self, samples: list[dict[str, Any]], failures: list[str]) -> None:
@@ -364,6 +390,25 @@ class Run:
         if asked and images and all(image["after"] >= image["before"] for image in images):
             names = "+".join(s.name for s in asked)
             raise PruningError(f"{names}: {len(images)} images went in and not one token was cut with {asked}")
+
+
+def report_latency(entry: Mapping[str, Any]) -> None:
+    """Let the host's `results["throughput"]` have the times to first token that it does not measure itself.
+
+    The host puts `avg_` in front of every name. Where its model class logs no throughput at all, ours stands in.
+    """
+    from lmms_eval.models.model_utils import gen_metrics
+
+    measured = entry["latency"]
+    if not measured["samples"]:
+        return
+    extras = {f"ttft_{name}": seconds for name, seconds in measured["ttft"].items()}
+    extras |= {f"decode_per_token_{name}": seconds for name, seconds in measured["decode_per_token"].items()}
+    tokens, seconds = 0, 0.0
+    if not gen_metrics.get_logged_metrics_history():
+        tokens, seconds = measured["new_tokens"], entry["seconds"]["total"]
+        extras["total_requests"] = entry["samples"]["total"]
+    gen_metrics.log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0, extras)
 
 
 _waiting: list[Run] = []  # runs whose model was built and not evaluated yet
@@ -397,10 +442,35 @@ def _unpadded(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
+class Asked:
+    """The documents (task, number) that the host fetched for its next calls of the model.
+
+    A host fetches the documents of a batch and calls the model once, or fetches them all and calls it once for each;
+    it may fetch one twice, and it may call the model again for the same document.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[str, Any]] = []
+        self.last: list[tuple[str, Any]] = []  # what the last call was for
+        self.called = False  # since the last fetch
+
+    def note(self, document: tuple[str, Any]) -> None:
+        """The host fetched a document; what waited before an earlier call was never asked about."""
+        self.waiting = [document] if self.called else [*self.waiting, document]
+        self.called = False
+
+    def take(self, count: int) -> list[tuple[str, Any]]:
+        """The documents of a call with so many prompts; not as many if that is unknown."""
+        if len(self.waiting) != count:
+            self.waiting = list(dict.fromkeys(self.waiting)) or self.last
+        self.last, self.waiting, self.called = self.waiting[:count], self.waiting[count:], True
+        return self.last
+
+
 class Documents(dict):
     """The host's `task_dict`, noting which documents it is asked for: task -> split -> document number."""
 
-    def __init__(self, tasks: Mapping[str, Any], asked: deque) -> None:
+    def __init__(self, tasks: Mapping[str, Any], asked: Asked) -> None:
         super().__init__(tasks)
         self.asked = asked
 
@@ -411,13 +481,13 @@ class Documents(dict):
 class Noted:
     """An object whose items are passed on, after being noted or wrapped."""
 
-    def __init__(self, inner: Any, wrap: Callable | None, asked: deque | None = None, task: str = "") -> None:
+    def __init__(self, inner: Any, wrap: Callable | None, asked: Asked | None = None, task: str = "") -> None:
         self._inner, self._wrap, self._asked, self._task = inner, wrap, asked, task
 
     def __getitem__(self, key: Any) -> Any:
         value = self._inner[key]
         if self._asked is not None:
-            self._asked.append((self._task, key))
+            self._asked.note((self._task, key))
         return self._wrap(value) if self._wrap else value
 
     def __getattr__(self, name: str) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from vtp_plugin import config
 from vtp_plugin.integrations import lmms_eval
 from vtp_plugin.integrations.vllm.plan import KEY
 from vtp_plugin.reporting.record import summary
@@ -48,7 +49,7 @@ class ServedRun(lmms_eval.Run):
 
     def __init__(self, lm: Any, strategies: list[PruningStrategy]) -> None:
         self.lm, self.strategies, self.pruned = lm, strategies, Requests(lm)
-        self.asked, self.samples = deque(), self.pruned.samples
+        self.asked, self.samples, self.gallery = lmms_eval.Asked(), self.pruned.samples, None
 
     def record(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """The run's entry in the results; no seconds and no FLOPs, which belong to batches of several requests."""
@@ -61,7 +62,7 @@ class ServedRun(lmms_eval.Run):
         }
         prompts = [sample["prompt_tokens"] for sample in samples]
         total = {side: sum(prompt[side] for prompt in prompts) for side in ("before", "after")}
-        return summary(self.strategies, model, samples) | {"prompt_tokens": total}
+        return summary(config.describe(self.strategies), model, samples) | {"prompt_tokens": total}
 
 
 class Requests:

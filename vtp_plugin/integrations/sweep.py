@@ -1,83 +1,263 @@
-"""Several configurations through the real lmms-eval command line, in one process, with a progress bar."""
+"""Many configurations of one model through the real lmms-eval command line, into a run folder that can be resumed.
+
+The folder's layout is that of `vtp_plugin.reporting.runs`. A cell whose cell.json says "done" is never run again;
+failed and unfinished ones are.
+"""
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import subprocess
-import sys
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
+from threading import Event
 from typing import Any
 
+import filelock
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vtp_plugin import config
 from vtp_plugin.errors import PruningError
+from vtp_plugin.integrations.host import Host, Listener
+from vtp_plugin.plugins import list_strategies
+from vtp_plugin.reporting import runs
+from vtp_plugin.reporting.runs import BASELINE, Cell, Run, Spec
 
-STARTING = re.compile(r"Evaluation tracker args: .*'output_path': '([^']+)'")
-ANSWERING = re.compile(r"Model Responding:.*?(\d+)/(\d+)")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+UNPRUNED = Spec(id=BASELINE, label="unpruned", pruning=BASELINE)
+SAME = ("model", "model_args", "tasks", "limit", "options")  # what all results of a folder must agree on
+ALL = "all"
+WORK, PICTURES, LOCK = "work", "pictures", ".lock"
+
+
+def cells(pruning: Sequence[str], keep: Sequence[float] = (), seeds: int = 1) -> list[Spec]:
+    """The unpruned model, then every specification at every keep ratio, those with a random seed `seeds` times.
+
+    `all` stands for every strategy of the catalogue. A specification without a budget (V-PRUNE) and one with settings
+    of its own (a file) stands once, as it is.
+    """
+    if seeds < 1:
+        raise PruningError(f"seeds must be at least 1, got {seeds}")
+    made = [UNPRUNED]
+    for spec in (name for given in pruning for name in (list_strategies() if given == ALL else [given])):
+        strategies = config.resolve(spec)
+        if spec == BASELINE:
+            continue
+        free = not spec.endswith((".yaml", ".yml")) and any(strategy.budgeted for strategy in strategies)
+        seeded = seeds > 1 and any("seed" in strategy.fields() for strategy in strategies)
+        for ratio in keep if free and keep else [None]:
+            made += [cell(spec, ratio, seed) for seed in (range(seeds) if seeded else [None])]
+    return unique(made)
+
+
+def cell(
+    spec: str,
+    keep: float | None = None,
+    seed: int | None = None,
+    *,
+    id: str | None = None,
+    label: str | None = None,
+    **fields: Any,
+) -> Spec:
+    """One configuration, checked. `fields` are further hyper-parameters; names are made where none is given."""
+    arguments = {"keep_ratio": keep, "seed": seed}
+    arguments = {key: value for key, value in arguments.items() if value is not None} | fields
+    config.resolve(spec, arguments)
+    id = id or _name(spec, keep, seed)
+    label = label or (UNPRUNED.label if spec == BASELINE else id)
+    return Spec(id=id, label=label, pruning=spec, pruning_args=arguments, seed=seed, keep=keep)
+
+
+def _name(spec: str, keep: float | None, seed: int | None) -> str:
+    """atp-0.25, random-0.25-seed3, vprune."""
+    name = Path(spec).stem if spec.endswith((".yaml", ".yml")) else spec
+    parts = (name, "" if keep is None else f"{keep:g}", "" if seed is None else f"seed{seed}")
+    return "-".join(filter(None, parts))
+
+
+def unique(made: Sequence[Spec]) -> list[Spec]:
+    """The same cells, if no two different ones have the same name; one that is named twice stands once."""
+    found: dict[str, Spec] = {}
+    for each in made:
+        if found.setdefault(each.id, each) != each:
+            raise PruningError(f"two different cells are named '{each.id}'")
+        if not each.id or Path(each.id).name != each.id or each.id.startswith("."):
+            raise PruningError(f"'{each.id}' cannot be the name of a folder")
+    return list(found.values())
 
 
 def run(
-    folder: Path,
-    runs: Mapping[str, Mapping[str, Any]],
+    folder: str | Path,
+    cells: Sequence[Spec],
     *,
     model: str,
-    tasks: str,
-    limit: int,
-    console: Console,
-    pretrained: str = "vtp-tiny",
-) -> dict[str, dict[str, Any]]:
-    """Evaluate every run (strategies -> hyper-parameters); the results file of each. PruningError if one failed."""
+    model_args: str,
+    tasks: str | Sequence[str],
+    limit: int = -1,
+    options: Mapping[str, Any] | None = None,
+    launch: str = "",
+    jobs: int = 1,
+    environment: Mapping[str, str] | None = None,
+    gallery: bool = False,
+    console: Console | None = None,
+) -> Run:
+    """Evaluate every cell that the folder does not hold yet; the folder as it is afterwards, failed cells included.
+
+    `limit`: questions per task, -1 for all. `options`: further options of the host (batch_size, gen_kwargs, ...).
+    `launch`: what to start the host with, such as `accelerate launch --num_processes 4`. `jobs`: processes that share
+    the cells; the machine's threads are divided among them. `environment`: variables of these processes. `gallery`:
+    keep pictures of the first questions (VTP_GALLERY). PruningError: bad settings, or a folder of other settings.
+    """
+    folder, named = Path(folder), tasks.split(",") if isinstance(tasks, str) else list(tasks)
+    settings = {"model": model, "model_args": model_args, "tasks": [task.strip() for task in named], "limit": limit}
+    settings |= {"options": dict(options or {}), "launch": launch, "jobs": jobs, "environment": dict(environment or {})}
+    settings |= {"gallery": gallery, "cells": [asdict(cell) for cell in unique(cells)]}
+    _check(settings)
+    settings = _joined(folder, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    entries = [
-        {
-            "model": model,
-            "model_args": f"pretrained={pretrained}",
-            "tasks": tasks,
-            "limit": limit,
-            "pruning": spec,
-            **({"pruning_args": dict(fields)} if fields else {}),
-            "output_path": str(folder / "runs" / spec),
-            "log_samples": True,
-        }
-        for spec, fields in runs.items()
-    ]
-    written = folder / "runs.yaml"
-    written.write_text(yaml.safe_dump(entries, sort_keys=False))
-    log = folder / "lmms-eval.log"
-    before = {spec: set(_results(folder, spec)) for spec in runs}
-    _watch([sys.executable, "-m", "lmms_eval", "--config", str(written)], log, console)
-    found = {spec: sorted(set(_results(folder, spec)) - before[spec]) for spec in runs}
-    missing = [spec for spec, files in found.items() if not files]
-    if missing:
-        raise PruningError(f"no results for {', '.join(missing)}; the reason is in {log}")
-    return {spec: json.loads(files[-1].read_text()) for spec, files in found.items()}
+    try:
+        with filelock.FileLock(folder / LOCK, timeout=0):
+            todo = [cell for cell in unique(cells) if not finished(folder, cell.id)]
+            if todo:
+                check_host(model, settings["tasks"])
+            _write_settings(folder, settings)
+            _Sweep(folder, settings, len(cells), console or Console(quiet=True)).work(todo)
+    except filelock.Timeout:
+        raise PruningError(f"{folder}: another comparison is at work in this folder") from None
+    return runs.load(folder)
 
 
-def _results(folder: Path, spec: str) -> list[Path]:
-    return list((folder / "runs" / spec).rglob("*_results.json"))
+def finished(folder: Path, id: str) -> bool:
+    """Whether a cell has its results."""
+    path = folder / runs.CELLS / id / runs.CELL
+    return path.is_file() and runs.read_json(path)["status"] == "done"
 
 
-def _watch(command: list[str], log: Path, console: Console) -> None:
-    """Run the command, its output to a log file, its answered questions to a progress bar."""
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console.print(f"running: {' '.join(['lmms-eval', *command[3:]])}   log: {log}", soft_wrap=True)
-    environment = {**os.environ, **OFFLINE, "PYTHONUNBUFFERED": "1"}
-    with Progress(*columns, console=console) as progress, log.open("w") as file:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
-        )
-        bar = progress.add_task("loading", total=None)
-        for line in process.stdout:  # a progress bar's carriage return ends a line, too
-            file.write(line)
-            if match := STARTING.search(line):
-                progress.update(bar, visible=progress.tasks[bar].completed > 0)
-                bar = progress.add_task(Path(match[1]).name, total=None)
-            elif match := ANSWERING.search(line):
-                progress.update(bar, completed=int(match[1]), total=int(match[2]))
-        process.wait()
+def _check(settings: Mapping[str, Any]) -> None:
+    """Refuse what can be refused without the host."""
+    if settings["limit"] == 0 or settings["limit"] < -1:
+        raise PruningError(f"limit must be a number of questions per task, or -1 for all, got {settings['limit']}")
+    if settings["jobs"] < 1:
+        raise PruningError(f"jobs must be at least 1, got {settings['jobs']}")
+    if "pruning=" in settings["model_args"]:
+        raise PruningError("say which pruning to compare as cells, not as pruning= in model_args")
+    if not all(settings["tasks"]):
+        raise PruningError("a comparison needs tasks")
+    for entry in settings["cells"]:
+        config.resolve(entry["pruning"], entry["pruning_args"])
+
+
+def check_host(model: str, tasks: Sequence[str]) -> None:
+    """Refuse a model or a task that the host does not have; what the plugin brings is known without asking it."""
+    from vtp_plugin.integrations import lmms_eval
+
+    own = {path.stem for path in lmms_eval.TASKS.rglob("*.yaml")}
+    foreign = [task for task in tasks if task not in own]
+    if foreign or model not in lmms_eval.TINY_LAYOUTS:
+        lmms_eval.check_names(model, foreign)
+
+
+def _joined(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the cells that the folder holds already. PruningError if it is another comparison's."""
+    path = folder / runs.SETTINGS
+    if not path.is_file():
+        if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
+            raise PruningError(f"{folder} is not empty and holds no comparison ({runs.SETTINGS}); take another folder")
+        return settings
+    before = runs.read_settings(path)
+    for key in SAME:
+        if before.get(key) != settings[key]:
+            raise PruningError(
+                f"{folder} holds a comparison with {key} = {before.get(key)!r}, asked was {settings[key]!r}; "
+                "take another folder"
+            )
+    known = {entry["id"]: entry for entry in before["cells"]}
+    for entry in settings["cells"]:
+        if known.setdefault(entry["id"], entry) != entry:
+            raise PruningError(f"{folder} holds another cell of the name '{entry['id']}'; take another folder")
+    return {**settings, "cells": list(known.values())}
+
+
+def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    draft = folder / f".{runs.SETTINGS}"
+    draft.write_text(yaml.safe_dump({"schema": runs.SCHEMA, **settings}, sort_keys=False))
+    draft.replace(folder / runs.SETTINGS)
+
+
+class _Sweep:
+    """The processes that work through the cells, and the bars that show it."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], total: int, console: Console) -> None:
+        self.folder, self.settings, self.console, self.total = folder, settings, console, total
+        self.stopped = Event()
+        self.hosts: list[Host] = []
+        columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.progress = Progress(*columns, console=console)
+
+    def work(self, todo: Sequence[Spec]) -> None:
+        """Run the cells in at most `jobs` processes at a time."""
+        shutil.rmtree(self.folder / WORK, ignore_errors=True)  # what a killed comparison left
+        if not todo:
+            return
+        jobs = min(self.settings["jobs"], len(todo))
+        self.console.print(f"{len(todo)} of {self.total} cells to run, logs: {self.folder / WORK}", soft_wrap=True)
+        with self.progress, ThreadPoolExecutor(jobs) as pool:
+            self.bar = self.progress.add_task("cells", total=self.total, completed=self.total - len(todo))
+            try:
+                list(pool.map(lambda job: self._through(job, todo[job::jobs]), range(jobs)))
+            except BaseException:
+                self._stop()
+                raise
+
+    def _through(self, job: int, rest: Sequence[Spec]) -> None:
+        """One process after the other until no cell is left: a crash costs the cell that was running."""
+        attempt = 0
+        while rest and not self.stopped.is_set():
+            host = Host(
+                rest,
+                self._entry(),
+                self.folder / runs.CELLS,
+                self.folder / WORK / f"job{job}-{attempt}",
+                self.settings["launch"].split(),
+                self._environment(),
+            )
+            self.hosts.append(host)
+            rest = host.run(self._listener(job), self.stopped.is_set)
+            attempt += 1
+
+    def _stop(self) -> None:
+        self.stopped.set()
+        for host in self.hosts:
+            host.stop()
+
+    def _entry(self) -> dict[str, Any]:
+        """What all cells say to the host."""
+        said = {key: self.settings[key] for key in ("model", "model_args", "limit")}
+        return {**said, "tasks": ",".join(self.settings["tasks"]), **self.settings["options"]}
+
+    def _environment(self) -> dict[str, str]:
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.settings["jobs"]))}
+        looks = {"VTP_GALLERY_EACH": "1", "VTP_GALLERY_PICTURES": str(self.folder / PICTURES)}
+        said = {name: str(value) for name, value in self.settings["environment"].items()}
+        shared = threads if self.settings["jobs"] > 1 and "OMP_NUM_THREADS" not in os.environ else {}
+        return {**shared, **(looks if self.settings["gallery"] else {}), **said}
+
+    def _listener(self, job: int) -> Listener:
+        """A bar for this process: the questions of its cell."""
+        bar = self.progress.add_task("loading", total=None)
+
+        def started(cell: Spec) -> None:
+            self.progress.reset(bar, total=None, description=f"  {cell.id}")
+
+        def answered(cell: Spec, done: int, of: int) -> None:
+            self.progress.update(bar, completed=done, total=of)
+
+        def ended(cell: Cell) -> None:
+            self.progress.advance(self.bar)
+            self.console.print(f"{cell.status}  {cell.id}  {cell.error or ''}".rstrip(), soft_wrap=True, markup=False)
+
+        return Listener(started, answered, ended)

@@ -1,19 +1,55 @@
-"""Thresholds for a wanted share of removed patches."""
+"""What a strategy's free numbers should be: thresholds for a wanted share of patches, signals of an unpruned model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtp_plugin.config import build
 from vtp_plugin.errors import PruningError
+from vtp_plugin.pruning import prune
+from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.tokens import VisualTokens
+from vtp_plugin.tokens import Selection, VisualTokens
 
 STEPS = 24  # halvings of the threshold's interval [0, 1]
+
+
+@dataclass(kw_only=True)
+class Witness(PruningStrategy):
+    """Keeps everything and remembers what it saw behind every decoder layer but the last."""
+
+    name = "witness"
+    paper = "none"
+    stage = Stage.LLM
+    budgeted = False
+
+    needs: Collection[str] = ()
+    seen: list[VisualTokens] = field(default_factory=list)
+
+    def cut_layers(self, depth: int) -> tuple[int, ...]:
+        return tuple(range(1, depth))
+
+    def select(self, visual: VisualTokens) -> Selection:
+        self.seen.append(visual)
+        return Selection(torch.ones_like(visual.index, dtype=torch.bool))
+
+
+def witnessed(
+    model: nn.Module, processor: Any, needs: Collection[str], calls: Sequence[Callable[[], Any]]
+) -> list[list[VisualTokens]]:
+    """The signals behind every decoder layer but the last, per call of the model with one prompt with one image."""
+    samples = []
+    for call in calls:
+        witness = Witness(needs=tuple(needs))
+        with prune(model, witness, processor=processor), torch.no_grad():
+            call()
+        samples.append(witness.seen)
+    return samples
 
 
 def removed_share(strategy: PruningStrategy, images: Sequence[Tensor], side: int) -> float:

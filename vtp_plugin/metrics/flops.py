@@ -1,98 +1,93 @@
-"""Theoretical cost of the prefill, from the model's configuration and the real token counts.
+"""What the parts of a model cost per token, read off its own weights.
 
-Counted in multiply-accumulates (MACs); FLOPs = 2 MACs. Per transformer layer on n tokens of width d:
-    n d (2 d_q + 2 d_kv)      the four projections,
-    2 n^2 d_q                 logits and weighted sum (the full square, causal or not),
-    n d m (2, or 3 if gated)  the MLP,
-which is 4 n d^2 + 2 n^2 d + 3 n d m for a LLaMA layer without grouped queries. Norms, activations, biases, softmax and
-embeddings are left out. The vision tower, the projector, the decoder, the output layer for the last token and, where a
-strategy reads the question through it, CLIP's text tower are counted, and the projector once more for strategies that
-judge projected tokens; the comparison of scores is not.
+Counted in multiply-accumulates (MACs); FLOPs = 2 MACs. A transformer layer on n tokens costs
+    n times the elements of its matrices (projections and MLP), and
+    2 n^2 d_q                 for logits and weighted sum (the full square, causal or not),
+which is 4 n d^2 + 2 n^2 d + 3 n d m for a LLaMA layer without grouped queries. Attention inside windows, frames or
+tiles is counted per window, frame or tile. Norms, activations, biases, softmax and embedding tables are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 if TYPE_CHECKING:
-    from vtp_plugin.adapter import Tower
+    from vtp_plugin.adapter import Adapter
 
 
 @dataclass(frozen=True)
-class Transformer:
-    """Sizes of a stack of equal layers."""
+class Layer:
+    """One transformer layer."""
 
-    layers: int
-    width: int
-    mlp: int
-    gated: bool
-    query_width: int
-    key_value_width: int
+    projections: int  # MACs per token around the attention
+    mlp: int  # MACs per token behind it
+    width: int  # of all queries together
+    cached: int = 0  # elements of keys and values per token
+    window: int | None = None  # tokens that its KV cache holds at most
 
-    def layer_macs(self, tokens: int) -> int:
-        """One layer on that many tokens."""
-        projections = tokens * self.width * 2 * (self.query_width + self.key_value_width)
-        attention = 2 * tokens**2 * self.query_width
-        return projections + attention + tokens * self.width * self.mlp * (3 if self.gated else 2)
+    @classmethod
+    def of(cls, layer: nn.Module, attention: str = "self_attn") -> Layer:
+        """From a layer's modules; `attention` is where its attention is."""
+        inner = getattr(layer, attention)
+        projections, window = matrices(inner), getattr(inner, "sliding_window", None)
+        cached = sum(getattr(inner, name).out_features for name in ("k_proj", "v_proj") if hasattr(inner, name))
+        return cls(
+            projections, matrices(layer) - projections, _query_width(inner), cached, None if not window else window - 1
+        )
 
-    def macs(self, tokens: int) -> int:
-        """All layers on that many tokens."""
-        return self.layers * self.layer_macs(tokens)
+    def macs(self, tokens: int, keys: int | None = None, leaving: int | None = None) -> int:
+        """On that many tokens, which attend to `keys` (themselves); `leaving` (all) of them reach the MLP."""
+        pairs = tokens * (tokens if keys is None else keys)
+        return tokens * self.projections + 2 * pairs * self.width + (tokens if leaving is None else leaving) * self.mlp
+
+    def reading(self, tokens: int, prefix: int) -> int:
+        """Reading the class token's attention row once more; without one, what every token receives from all."""
+        one = self.projections // 4  # queries, keys, values and output are equally wide in a tower
+        return tokens * one + (one + tokens * self.width if prefix else tokens * one + tokens**2 * self.width)
+
+    def cache(self, tokens: int) -> int:
+        """Elements that the KV cache of the layer holds behind that many tokens."""
+        return self.cached * (tokens if self.window is None else min(tokens, self.window))
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """What a prefill is made of."""
+class Costs:
+    """What a model is made of."""
 
-    tower: Transformer
-    prefix: int  # tokens of the tower in front of the patches
     patch: int  # MACs to embed one patch
-    projector: int  # MACs to project one token
-    llm: Transformer
+    blocks: tuple[Layer, ...]  # of the vision tower
+    projectors: tuple[int, ...]  # MACs for one row that comes out of each projector
+    layers: tuple[Layer, ...]  # of the language model
     head: int  # MACs of the output layer for one token
 
     @classmethod
-    def of(cls, vision: Any, text: Any, tower: Tower, projector: nn.Module) -> Shapes:
-        """From the configurations of a plain vision transformer and a LLaMA, and the parts between them."""
+    def of(cls, adapter: Adapter) -> Costs:
+        head = adapter.model.get_output_embeddings() if adapter.decoder_layers else None
         return cls(
-            tower=of_config(vision, gated=False),
-            prefix=tower.prefix,
-            patch=3 * tower.patch_size**2 * vision.hidden_size,
-            projector=sum(weight.numel() for weight in projector.parameters() if weight.ndim == 2),
-            llm=of_config(text, gated=True),
-            head=text.hidden_size * text.vocab_size,
+            patch=matrices(adapter.tower.patch_embedding),
+            blocks=tuple(Layer.of(block, adapter.tower.attention) for block in adapter.tower.blocks),
+            projectors=tuple(matrices(projector) for projector in adapter.projectors),
+            layers=tuple(Layer.of(layer) for layer in adapter.decoder_layers),
+            head=0 if head is None else matrices(head),
         )
 
-    def tower_macs(self, patches: int, blocks_see: int, tiles: int = 1) -> int:
-        """Embed `patches`, then run the blocks on the `blocks_see` patches that are left and the prefix.
 
-        Tiles are sequences of their own, counted as equally long; windows inside one are counted as full attention.
-        """
-        return patches * self.patch + tiles * self.tower.macs(blocks_see // tiles + self.prefix)
-
-    def prefill_macs(self, images: Sequence[tuple[int, int, int, int]], lengths: Sequence[int]) -> int:
-        """One sample: per image (patches, patches in the blocks, tiles, tokens projected); prompt length per layer."""
-        tower = sum(
-            self.tower_macs(patches, seen, tiles) + projected * self.projector
-            for patches, seen, tiles, projected in images
-        )
-        return tower + sum(self.llm.layer_macs(length) for length in lengths) + self.head
+def matrices(module: nn.Module) -> int:
+    """Elements of all matrices and kernels of a module, without embedding tables: its MACs per token."""
+    return sum(_own_matrices(part) for part in module.modules())
 
 
-def of_config(config: object, *, gated: bool) -> Transformer:
-    """The sizes in a transformers configuration."""
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
-    return Transformer(
-        layers=config.num_hidden_layers,
-        width=config.hidden_size,
-        mlp=config.intermediate_size,
-        gated=gated,
-        query_width=heads * head,
-        key_value_width=key_value_heads * head,
-    )
+def _own_matrices(module: nn.Module) -> int:
+    if isinstance(module, nn.Embedding):
+        return 0
+    if isinstance(module, nn.Linear):  # packed weights (4 bit) have other shapes
+        return module.in_features * module.out_features
+    return sum(weight.numel() for weight in module.parameters(recurse=False) if weight.ndim > 1)
+
+
+def _query_width(attention: nn.Module) -> int:
+    """Width of the queries of all heads, projected by themselves or with keys and values."""
+    return attention.q_proj.out_features if hasattr(attention, "q_proj") else attention.qkv.out_features // 3

@@ -1,16 +1,26 @@
-"""Wall time of the parts of a call, with the device synchronised at every boundary."""
+"""Wall time of the parts of a call, with the device synchronised at every boundary.
+
+A part that runs inside another one (a selector inside the tower) is taken out of it, so that parts add up. The time to
+the first token ends where the next pass through the language model begins, or with the call.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from vtp_plugin.surgery.call import Call
+
 if TYPE_CHECKING:
     from vtp_plugin.pruning import Pruned
     from vtp_plugin.surgery.undo import Undo
+
+PARTS = ("image_processing", "tower", "selector", "projector", "prefill", "decode")
+PERCENTILES = (50, 90, 99)
 
 
 def clock(device: torch.device) -> float:
@@ -20,27 +30,76 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def begin(call: Call, part: str, device: torch.device) -> None:
+    """A part of a call begins, perhaps inside another one."""
+    call.running.append([part, clock(device), 0.0])
+
+
+def end(call: Call, device: torch.device) -> float:
+    """The innermost part ends; its seconds, those of parts inside it included."""
+    part, started, inside = call.running.pop()
+    spent = clock(device) - started
+    call.spend(part, spent - inside)
+    if call.running:
+        call.running[-1][2] += spent
+    return spent
+
+
 def watch(pruned: Pruned, undo: Undo) -> None:
-    """Measure tower, prefill and decode of every call; in-tower and in-LLM selection is part of tower and prefill."""
-    _watch(pruned, undo, pruned.adapter.tower.module, lambda: "tower")
-    if pruned.adapter.language_model is not None:
-        _watch(pruned, undo, pruned.adapter.language_model, lambda: _phase(pruned))
+    """Time tower, projector, prefill and decode of every call, and count the passes through the language model."""
+    adapter = pruned.adapter
+    _time(pruned, undo, adapter.tower.module, lambda call: "tower")
+    for projector in {id(p): p for p in (*adapter.projectors, adapter.projector)}.values():
+        _time(pruned, undo, projector, lambda call: "projector")
+    if adapter.language_model is not None:
+        undo.before(adapter.language_model, _counter(pruned))
+        _time(pruned, undo, adapter.language_model, lambda call: "decode" if call.passes > 1 else "prefill")
 
 
-def _phase(pruned: Pruned) -> str:
-    return "decode" if "prefill" in pruned.call.seconds else "prefill"
-
-
-def _watch(pruned: Pruned, undo: Undo, module: nn.Module, part: Any) -> None:
-    started: list[float] = []
-
-    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+def _time(pruned: Pruned, undo: Undo, module: nn.Module, part: Callable[[Call], str]) -> None:
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         if pruned.call is not None:
-            started[:] = [clock(pruned.device)]
+            begin(pruned.call, part(pruned.call), pruned.device)
 
-    def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if pruned.call is not None and started:
-            pruned.call.spend(part(), clock(pruned.device) - started.pop())
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if pruned.call is not None and pruned.call.running:
+            end(pruned.call, pruned.device)
 
-    undo.before(module, begin)
-    undo.after(module, end)
+    undo.before(module, before)
+    undo.after(module, after)
+
+
+def _counter(pruned: Pruned) -> Callable[..., None]:
+    """Notes every pass through the language model: the prefill, then tokens, those before them, and if cached."""
+
+    def count(module: nn.Module, args: Any, kwargs: Any) -> None:
+        call = pruned.call
+        if call is None:
+            return
+        rows, tokens = _size(args, kwargs)
+        call.passes += 1
+        if call.passes == 1:
+            call.copies, call.columns = max(1, rows // call.rows), tokens
+            return
+        if call.first_token is None:
+            call.first_token = clock(pruned.device) - call.started
+        cached = kwargs.get("use_cache", True) is not False and tokens < call.columns
+        done = sum(step[0] for step in call.steps)
+        call.steps.append((tokens if cached else tokens - call.columns - done, done, cached))
+
+    return count
+
+
+def _size(args: Any, kwargs: Any) -> tuple[int, int]:
+    """Rows and tokens of a pass."""
+    values = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args)
+    return next((value.shape[0], value.shape[1]) for value in values if value is not None)
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """`mean`, `p50`, `p90`, `p99`, linearly interpolated; empty for no values."""
+    if not values:
+        return {}
+    numbers = torch.tensor(values, dtype=torch.float64)
+    marks = torch.quantile(numbers, torch.tensor(PERCENTILES, dtype=torch.float64) / 100).tolist()
+    return {"mean": numbers.mean().item(), **{f"p{p}": mark for p, mark in zip(PERCENTILES, marks, strict=True)}}

@@ -1,84 +1,286 @@
-"""Results files of several configurations of one model, side by side."""
+"""The cells of a run side by side: accuracy with its interval, the difference from the unpruned model, what it saves.
+
+Runs that differ only in their random seed are one row: their values are averaged question by question, so that a
+method can be compared with `random` over all its seeds, in pairs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from vtp_plugin.errors import PruningError
+import numpy as np
+
+from vtp_plugin.reporting import statistics
+from vtp_plugin.reporting.runs import BASELINE, Cell, Run, Spec
+from vtp_plugin.reporting.statistics import Estimate
 from vtp_plugin.reporting.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BASELINE = "none"
-CONTROL = "random"
+CONTROLS = ("random", "stride")  # what a method has to beat
+SCHEMA = 1
 SCENES = 3
 
 
-def accuracies(results: Mapping[str, Any]) -> dict[str, float]:
-    """Exact-match accuracy of every task of a results file; groups are left out."""
-    tasks = {name: scores for name, scores in results["results"].items() if name in results["configs"]}
-    return {name: scores["exact_match,none"] for name, scores in tasks.items() if "exact_match,none" in scores}
+@dataclass(frozen=True)
+class Row:
+    """One configuration over all its seeds."""
+
+    cells: Sequence[Cell]
+    tasks: Sequence[str]
+
+    @property
+    def id(self) -> str:
+        cell = self.cells[0]
+        return cell.id.removesuffix(f"-seed{cell.seed}") if len(self.cells) > 1 else cell.id
+
+    @property
+    def label(self) -> str:
+        cell = self.cells[0]
+        seeds = f" ({len(self.cells)} seeds)" if len(self.cells) > 1 else ""
+        return f"{cell.label.removesuffix(f'-seed{cell.seed}') if seeds else cell.label}{seeds}"
+
+    @cached_property
+    def values(self) -> dict[str, dict[int, float]]:
+        """Task -> question -> value, averaged over the seeds."""
+        return {
+            task: statistics.pooled([{n: a.correct for n, a in cell.answers(task).items()} for cell in self.cells])
+            for task in self.tasks
+        }
+
+    @property
+    def mean(self) -> float:
+        """The mean of the tasks' accuracies."""
+        return float(np.mean([np.mean(list(values.values())) for values in self.values.values()]))
+
+    @property
+    def tokens(self) -> tuple[float, float]:
+        """Visual tokens per image: all, and kept by the last layer."""
+        counts = [cell.record["visual_tokens"] for cell in self.cells]
+        return tuple(float(np.mean([count.get(key, 0.0) for count in counts])) for key in ("mean_before", "mean_after"))
+
+    @property
+    def flops(self) -> float:
+        """Prefill FLOPs relative to the same prompts unpruned."""
+        return float(np.mean([cell.record["prefill_flops"]["ratio"] for cell in self.cells]))
+
+    @property
+    def prefill(self) -> float:
+        """Seconds in the decoder layers until the first token, per sample."""
+        records = [cell.record for cell in self.cells]
+        return float(np.mean([r["seconds"]["prefill"] / max(1, r["samples"]["total"]) for r in records]))
+
+    def answers(self, cell: Cell, task: str) -> list[str]:
+        return [cell.answers(task)[number].answer for number in self.values[task]]
+
+    def targets(self, task: str) -> list[str]:
+        return [self.cells[0].answers(task)[number].target for number in self.values[task]]
 
 
-def table(runs: Mapping[str, Mapping[str, Any]], title: str = "") -> Table:
-    """Accuracy per task, tokens kept, FLOPs and prefill time relative to the unpruned model."""
-    if BASELINE not in runs:
-        raise PruningError("a comparison needs the unpruned run (none)")
-    tasks = sorted(accuracies(runs[BASELINE]))
-    short = [task.removeprefix("vtp_scenes_") for task in tasks]
-    result = Table(["strategy", *short, "mean", "tokens", "FLOPs", "prefill"], title=title)
-    baseline = runs[BASELINE]["pruning"]
-    for spec, results in runs.items():
-        scores, record = accuracies(results), results["pruning"]
-        mean = sum(scores[task] for task in tasks) / len(tasks)
-        tokens = record["visual_tokens"]
-        result.add(
-            "unpruned" if spec == BASELINE else spec,
-            *(f"{100 * scores[task]:.1f}" for task in tasks),
-            f"{100 * mean:.1f}",
-            f"{tokens['mean_after']:.0f}/{tokens['mean_before']:.0f}",
-            f"{record['prefill_flops']['ratio']:.2f}x",
-            f"{_prefill(record) / _prefill(baseline):.2f}x",
-        )
-    result.caption = caption(runs)
+def rows(run: Run) -> list[Row]:
+    """The unpruned model first, then the finished cells in their order, seeds together."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in [run.baseline, *(cell for cell in run if cell.pruning != BASELINE)]:
+        groups.setdefault(_without_seed(cell), []).append(cell)
+    return [Row(cells, run.tasks) for cells in groups.values()]
+
+
+def _without_seed(cell: Spec) -> str:
+    fields = {key: value for key, value in cell.pruning_args.items() if key.rpartition(".")[2] != "seed"}
+    return json.dumps([cell.pruning, fields, cell.seed is None and cell.id], sort_keys=True, default=str)
+
+
+def difference(row: Row, other: Row, tasks: Sequence[str] | None = None) -> Estimate:
+    """Mean over the tasks of the paired difference row - other, with its interval."""
+    return statistics.difference([_paired(row, other, task) for task in tasks or row.tasks])
+
+
+def _paired(row: Row, other: Row, task: str) -> list[float]:
+    return [value - other.values[task][number] for number, value in row.values[task].items()]
+
+
+# -- everything, for a program ----------------------------------------------------------------------------------------
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """All statistics of every row, per task and over all tasks, with the first cell's record."""
+    everything = rows(run)
+    return {
+        "schema": SCHEMA,
+        "model": run.settings.get("model"),
+        "model_args": run.settings.get("model_args"),
+        "limit": run.settings.get("limit"),
+        "rows": {row.id: _summarised(row, everything[0]) for row in everything},
+        "warnings": warnings(run),
+    }
+
+
+def _summarised(row: Row, unpruned: Row) -> dict[str, Any]:
+    cell, (before, after) = row.cells[0], row.tokens
+    return {
+        "label": row.label,
+        "pruning": cell.pruning,
+        "pruning_args": {key: value for key, value in cell.pruning_args.items() if key != "seed"},
+        "keep": cell.keep,
+        "seeds": [cell.seed for cell in row.cells if cell.seed is not None],
+        "tokens": {"before": before, "after": after},
+        "flops_ratio": row.flops,
+        "prefill_ratio": _ratio(row.prefill, unpruned.prefill),
+        "mean": row.mean,
+        "difference": asdict(difference(row, unpruned)),
+        **_changes(row, unpruned, row.tasks),
+        "tasks": {task: _task(row, unpruned, task) for task in row.tasks},
+        "record": cell.record,
+    }
+
+
+def _task(row: Row, unpruned: Row, task: str) -> dict[str, Any]:
+    targets = row.targets(task)
+    asked = statistics.is_yes_no(targets)
+    said = [statistics.yes_no(row.answers(cell, task), targets) for cell in row.cells if asked]
+    return {
+        "questions": len(targets),
+        "accuracy": asdict(statistics.accuracy(list(row.values[task].values()))),
+        "difference": asdict(difference(row, unpruned, [task])),
+        **_changes(row, unpruned, [task]),
+        **({"yes_no": _mean_of([asdict(one) for one in said])} if asked else {}),
+    }
+
+
+def _changes(row: Row, unpruned: Row, tasks: Sequence[str]) -> dict[str, Any]:
+    """Flips and agreement against the unpruned answers over some tasks; several seeds: means, and no test."""
+    base = unpruned.cells[0]
+    found = []
+    for cell in row.cells:
+        pairs = [(base.answers(task)[n], answer) for task in tasks for n, answer in cell.answers(task).items()]
+        turned = statistics.flips([a.correct for a, _ in pairs], [b.correct for _, b in pairs])
+        same = statistics.agreement([a.answer for a, _ in pairs], [b.answer for _, b in pairs])
+        found.append({"lost": turned.lost, "won": turned.won, "agreement": same, "mcnemar_p": turned.p})
+    return found[0] if len(found) == 1 else {**_mean_of(found), "mcnemar_p": None}
+
+
+def _mean_of(entries: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: float(np.mean([entry[key] for entry in entries])) for key in entries[0]}
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+# -- everything, for a reader -----------------------------------------------------------------------------------------
+
+
+def table(run: Run, title: str = "") -> Table:
+    """Accuracy per task, difference from the unpruned model, flips, tokens, FLOPs and prefill time."""
+    everything = rows(run)
+    names = short(run.tasks)
+    changes = ["difference", "lost/won", "p", "same"]
+    result = Table(["strategy", *names, "mean", *changes, "tokens", "FLOPs", "prefill"], title=title)
+    for row in everything:
+        result.add(row.label, *_accuracies(row), *_compared(row, everything[0]), *_costs(row, everything[0]))
+    result.caption = " ".join([*CAPTION, *_left_out(run), *warnings(run)])
     return result
 
 
-def summary(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the table is made of: per run the accuracies and the pruning record."""
-    return {spec: {"accuracy": accuracies(results), "pruning": results["pruning"]} for spec, results in runs.items()}
+CAPTION = (
+    "Accuracy in %; mean: over the tasks.",
+    "Difference: of the mean from the unpruned model, in points, with its 95 % paired bootstrap interval.",
+    "Lost/won: answers that turned from right to wrong / from wrong to right; p: McNemar's exact test of these;",
+    "same: answers equal to the unpruned ones, in %.",
+    "Tokens: visual tokens per image, kept (by the last layer) / all.",
+    "FLOPs: whole prefill, vision tower included, relative to the same prompts unpruned.",
+    "Prefill: time in the decoder layers until the first token, relative to the unpruned run.",
+)
 
 
-def caption(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the columns are, and which methods do not beat chance."""
-    said = [
-        "Accuracy in %. Tokens: visual tokens per image, kept (by the last layer) / all.",
-        "FLOPs: whole prefill, vision tower included, relative to the same prompts unpruned.",
-        "Prefill: time in the decoder layers until the first token, relative to the unpruned run.",
+def _accuracies(row: Row) -> list[str]:
+    means = [np.mean(list(values.values())) for values in row.values.values()]
+    return [f"{100 * mean:.1f}" for mean in (*means, np.mean(means))]
+
+
+def _compared(row: Row, unpruned: Row) -> list[str]:
+    if row.id == unpruned.id:
+        return ["-"] * 4
+    changes = _changes(row, unpruned, row.tasks)
+    p = changes["mcnemar_p"]
+    return [
+        points(difference(row, unpruned)),
+        f"{changes['lost']:.0f}/{changes['won']:.0f}",
+        "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}",
+        f"{100 * changes['agreement']:.1f}",
     ]
-    if CONTROL in runs:
-        behind = [spec for spec in runs if spec not in (BASELINE, CONTROL) and _behind(runs, spec)]
+
+
+def _costs(row: Row, unpruned: Row) -> list[str]:
+    before, after = row.tokens
+    prefill = _ratio(row.prefill, unpruned.prefill)
+    return [f"{after:.0f}/{before:.0f}", f"{row.flops:.2f}x", "-" if prefill is None else f"{prefill:.2f}x"]
+
+
+def points(estimate: Estimate) -> str:
+    """A difference in percentage points: -2.1 [-4.0, -0.2]."""
+    return f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
+
+
+def short(tasks: Sequence[str]) -> list[str]:
+    """Names of tasks without what all of them begin with: vtp_scenes_count becomes count."""
+    first = tasks[0].split("_") if len(tasks) > 1 else []
+    while first and not all(task.startswith("_".join(first) + "_") for task in tasks):
+        first.pop()
+    return [task.removeprefix("_".join([*first, ""]) if first else "") for task in tasks]
+
+
+def _left_out(run: Run) -> list[str]:
+    """Sentences on what the table does not show."""
+    unscored = sorted({task for cell in run for task in cell.unscored})
+    said = [f"No value per question, so not compared: {', '.join(unscored)}."] if unscored else []
+    said += [f"Failed: {', '.join(cell.id for cell in run.failed)}."] if run.failed else []
+    return said + ([f"Not run yet: {', '.join(run.unfinished)}."] if run.unfinished else [])
+
+
+def warnings(run: Run) -> list[str]:
+    """One sentence per control that methods of the same or a larger budget do not beat."""
+    everything = rows(run)
+    said = []
+    for control in CONTROLS:
+        behind = [
+            f"{row.id} ({points(found)})"
+            for row in everything
+            if (found := _behind(row, everything, control)) is not None
+        ]
         if behind:
-            said.append(f"Not better than random at no fewer tokens: {', '.join(behind)}.")
-    return " ".join(said)
+            said.append(f"WARNING: not better than {control} with the same or fewer tokens: {', '.join(behind)}.")
+    return said
 
 
-def _behind(runs: Mapping[str, Mapping[str, Any]], spec: str) -> bool:
-    """Whether a strategy keeps at least as many tokens as random and is not more accurate on average."""
-    kept = {name: runs[name]["pruning"]["visual_tokens"]["mean_after"] for name in (spec, CONTROL)}
-    mean = {name: sum(accuracies(runs[name]).values()) for name in (spec, CONTROL)}
-    return kept[spec] >= kept[CONTROL] and mean[spec] <= mean[CONTROL]
+def _behind(row: Row, everything: Sequence[Row], control: str) -> Estimate | None:
+    """The difference from the control's largest budget within the row's, if it is not clearly above zero."""
+    if row.cells[0].pruning in (BASELINE, *CONTROLS):
+        return None
+    within = [r for r in everything if r.cells[0].pruning == control and r.tokens[1] <= row.tokens[1] + 0.5]
+    if not within:
+        return None
+    found = difference(row, max(within, key=lambda r: r.tokens[1]))
+    return found if found.low <= 0 else None
 
 
-def _prefill(record: Mapping[str, Any]) -> float:
-    """Seconds per sample."""
-    return record["seconds"]["prefill"] / record["samples"]["total"]
+def write(run: Run, title: str = "") -> Table:
+    """table.md, table.csv, table.tex and summary.json in the run folder; the table."""
+    made = table(run, title)
+    texts = {"table.md": made.markdown() + "\n", "table.csv": made.csv(), "table.tex": made.latex()}
+    texts["summary.json"] = json.dumps(summary(run), indent=1) + "\n"
+    for name, text in texts.items():
+        (run.folder / name).write_text(text)
+    return made
 
 
-def kept_picture(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """What every strategy keeps of the first test scenes."""
+def kept_picture(specs: Sequence[Spec]) -> Figure:
+    """What every configuration keeps of the first test scenes."""
     from vtp_plugin import config
     from vtp_plugin.reporting.figures import kept_figure
     from vtp_plugin.reporting.views import view
@@ -89,8 +291,8 @@ def kept_picture(runs: Mapping[str, Mapping[str, Any]]) -> Figure:
     return kept_figure(
         [
             [
-                view(model, processor, picture, question, config.resolve(spec, fields), spec)
-                for spec, fields in {BASELINE: {}, **runs}.items()
+                view(model, processor, picture, question, config.resolve(spec.pruning, spec.pruning_args), spec.pruning)
+                for spec in specs
             ]
             for picture, question in examples(SCENES)
         ]

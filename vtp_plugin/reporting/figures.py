@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vtp_plugin.reporting import overlays
 from vtp_plugin.reporting.views import View
 
 if TYPE_CHECKING:
@@ -18,32 +19,81 @@ LABEL = 44  # characters under a panel
 FADED = 0.18  # how much of a dropped patch is still visible
 
 
-def kept_figure(rows: Sequence[Sequence[View]]) -> Figure:
-    """One row per picture, one panel per strategy; dropped patches are faded out."""
+def kept_figure(rows: Sequence[Sequence[View]], *, scores: bool = False) -> Figure:
+    """One row per picture, one panel per strategy. Dropped patches are faded out, lines lead to where tokens merged.
+
+    `scores`: below every row, what the strategies ranked by; bright is high.
+    """
     from matplotlib.figure import Figure
 
-    width = max(len(row) for row in rows)
-    figure = Figure(figsize=(2.0 * width, 2.5 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), width, squeeze=False)
-    for panels, row in zip(axes, rows, strict=True):
-        for axis, seen in zip(panels, row, strict=False):
-            _draw(axis, seen)
+    width, bands = max(len(row) for row in rows), 1 + scores
+    figure = Figure(figsize=(2.0 * width, 2.5 * bands * len(rows)), layout="constrained")
+    axes = figure.subplots(bands * len(rows), width, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for number, row in enumerate(rows):
+        for column, seen in enumerate(row):
+            _draw_kept(axes[bands * number, column], seen)
+            if scores:
+                _draw_scores(axes[bands * number + 1, column], seen)
     return figure
 
 
-def _draw(axis: Axes, seen: View) -> None:
-    pixels = np.asarray(seen.picture, dtype=np.float32) / 255
+def _draw_kept(axis: Axes, seen: View) -> None:
+    pixels = _pixels(seen)
     axis.imshow(pixels * _mask(seen, pixels.shape[:2]))
-    axis.set_title(f"{seen.label}: {seen.after}/{seen.before}", fontsize=8)
+    _frame(axis, f"{seen.label}: {seen.look.left}/{seen.look.total}")
     axis.set_xlabel(shorten(f"{seen.question}: {seen.answer}", LABEL, placeholder=" ..."), fontsize=7)
+    if seen.look.into:
+        _draw_merged(axis, seen, pixels.shape[:2])
+
+
+def _draw_scores(axis: Axes, seen: View) -> None:
+    pixels = _pixels(seen)
+    _frame(axis, f"scores of {seen.look.scored_by}" if seen.look.scored_by else "not ranked by one score")
+    axis.imshow(pixels)
+    if seen.look.scores is not None:
+        heat = overlays.rgba(overlays.heat(seen.look.scores.numpy().reshape(seen.look.grid)))
+        axis.imshow(heat, extent=axis.images[0].get_extent(), interpolation="nearest")
+
+
+def _draw_merged(axis: Axes, seen: View, shape: tuple[int, int]) -> None:
+    """A line from every merged token to the one that took it up, and a dot there; one colour per target."""
+    from matplotlib import colormaps
+    from matplotlib.collections import LineCollection
+
+    into = np.array(seen.look.into)
+    sources = (into >= 0).nonzero()[0]
+    _, number = np.unique(into[sources], return_inverse=True)
+    colours = colormaps[overlays.CLUSTERS](number % 20)
+    first, last = (_centres(positions, seen.look.grid, shape) for positions in (sources, into[sources]))
+    axis.add_collection(LineCollection(np.stack([first, last], axis=1), colors=colours, linewidths=0.8))
+    axis.scatter(last[:, 0], last[:, 1], s=9, c=colours)
+
+
+def _centres(positions: np.ndarray, grid: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+    """Middle of the patches at raster positions [N], in pixels, [N, 2] as x and y."""
+    rows, columns = positions // grid[1], positions % grid[1]
+    return np.stack([(columns + 0.5) * shape[1] / grid[1], (rows + 0.5) * shape[0] / grid[0]], axis=1) - 0.5
+
+
+def _frame(axis: Axes, title: str) -> None:
+    axis.set_axis_on()
+    axis.set_title(title, fontsize=8)
     axis.set_xticks([])
     axis.set_yticks([])
 
 
+def _pixels(seen: View) -> np.ndarray:
+    """The picture as the model saw it, [H, W, 3] in 0 ... 1."""
+    return seen.look.pixels.permute(1, 2, 0).numpy().astype(np.float32) / 255
+
+
 def _mask(seen: View, shape: tuple[int, int]) -> np.ndarray:
     """1 over kept patches, FADED over the others, [H, W, 1]."""
-    flat = np.full(seen.grid[0] * seen.grid[1], FADED, dtype=np.float32)
-    flat[seen.kept] = 1
-    rows = np.arange(shape[0]) * seen.grid[0] // shape[0]
-    columns = np.arange(shape[1]) * seen.grid[1] // shape[1]
-    return flat.reshape(seen.grid)[rows][:, columns, None]
+    grid = seen.look.grid
+    flat = np.full(grid[0] * grid[1], FADED, dtype=np.float32)
+    flat[seen.look.kept] = 1
+    rows = np.arange(shape[0]) * grid[0] // shape[0]
+    columns = np.arange(shape[1]) * grid[1] // shape[1]
+    return flat.reshape(grid)[rows][:, columns, None]

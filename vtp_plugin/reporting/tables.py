@@ -1,4 +1,4 @@
-"""One table, three ways to print it."""
+"""One table, four ways to print it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from dataclasses import dataclass, field
 
 from rich import box
 from rich import table as rich_table
+
+LATEX = {  # what a letter of text is called in LaTeX
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\u2192": r"$\rightarrow$",
+    "\u00b1": r"$\pm$",
+    "<": "$<$",
+    ">": "$>$",
+    **{letter: "\\" + letter for letter in "&%$#_{}"},
+}
 
 
 @dataclass
@@ -54,9 +65,25 @@ class Table:
         csv.writer(text).writerows([self.columns, *self.rows])
         return text.getvalue()
 
+    def latex(self) -> str:
+        """For a paper; needs the package booktabs."""
+        columns = "".join("r" if self._numeric(number) else "l" for number in range(len(self.columns)))
+        head, *body = (" & ".join(map(latex_escaped, line)) + r" \\" for line in [self.columns, *self.rows])
+        inner = [r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+        tabular = [rf"\begin{{tabular}}{{{columns}}}", *inner, r"\end{tabular}"]
+        said = latex_escaped(". ".join(filter(None, [self.title, self.caption])))
+        caption = [rf"\caption{{{said}}}"] if said else []
+        lines = [r"\begin{table}", r"\centering", *caption, *tabular, r"\end{table}"]
+        return "% needs \\usepackage{booktabs}\n" + "\n".join(lines) + "\n"
+
     def _numeric(self, number: int) -> bool:
         cells = [row[number].rstrip(" %x*").split(" ")[0] for row in self.rows if row[number] not in ("", "-")]
         return bool(cells) and all(_is_number(cell) for cell in cells)
+
+
+def latex_escaped(text: str) -> str:
+    """Text as LaTeX prints it."""
+    return "".join(LATEX.get(letter, letter) for letter in text)
 
 
 def _is_number(text: str) -> bool:

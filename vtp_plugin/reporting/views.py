@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from vtp_plugin.pruning import prune
+from vtp_plugin.errors import PruningError
+from vtp_plugin.pruning import Pruned, prune
+from vtp_plugin.reporting.looks import Look, Looking
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.tiny.inference import answer
 
@@ -18,13 +20,9 @@ class View:
     """What `kept_figure` draws in one panel."""
 
     label: str
-    picture: Any  # PIL image as the model sees it: resized and cropped
     question: str
     answer: str
-    before: int
-    after: int
-    kept: list[int]  # raster positions of the patches that are left at the end
-    grid: tuple[int, int]
+    look: Look
 
 
 def view(
@@ -35,19 +33,19 @@ def view(
     strategies: Sequence[PruningStrategy],
     label: str,
 ) -> View:
-    """Ask the pruned model about the picture."""
+    """Ask the pruned model about the picture. PruningError if its tokens have no place in the picture."""
     with prune(model, list(strategies), processor=processor) as pruned:
+        looking, looks = Looking(pruned), []
+        pruned.finished.append(lambda call: looks.extend(looking.looks(call)))
         said = answer(model, processor, picture, question)
-        grid = pruned.adapter.tower.grid
-    everything = list(range(grid[0] * grid[1]))
-    kept = pruned.events[-1].kept[0].tolist() if pruned.events else everything
-    patches = [position for position in kept if position >= 0]
-    return View(label, seen_by(processor, picture), question, said, len(everything), len(kept), patches, grid)
+    return View(label, question, said, _whole(pruned, looks))
 
 
-def seen_by(processor: Any, picture: Any) -> Any:
-    """The picture as it leaves the image processor, without normalisation."""
-    from PIL import Image
-
-    pixels = processor.image_processor(picture, do_normalize=False, return_tensors="pt")["pixel_values"][0]
-    return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
+def _whole(pruned: Pruned, looks: Sequence[Look | None]) -> Look:
+    """The look at the whole picture, where a family makes several images of it."""
+    look = looks[pruned.adapter.overview] if looks else None
+    if look is None or look.pixels is None:
+        raise PruningError(
+            f"{pruned.adapter.models}: its visual tokens belong to no place of the picture, so there is nothing to draw"
+        )
+    return look

@@ -13,6 +13,8 @@ to be inverted with respect to localisation: `relevance_sign=-1` turns them roun
 question is taken without the chat template and truncated to the text tower's 77 tokens.
 alpha = 0 is CLS attention alone, alpha = 1 text similarity alone.
 Towers without a class token: the attention that a patch receives, mean over queries, stands in for `cls_attention`.
+Towers without a CLIP text tower are refused; `text_encoder=llm` compares projected patches with the question's input
+embeddings of the language model instead, which is ours, not the paper's.
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ from torch.nn.functional import cosine_similarity
 
 from vtp_plugin.selectors import minmax
 from vtp_plugin.stages import Stage
-from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.strategy import QuestionStrategy
 from vtp_plugin.tokens import VisualTokens
 
 EPS = 1e-6
 
 
 @dataclass(kw_only=True)
-class ATP(PruningStrategy):
+class ATP(QuestionStrategy):
     """Keep the patches that the class token looks at and that resemble the question."""
 
     name = "atp"
@@ -43,9 +45,9 @@ class ATP(PruningStrategy):
     layer: int = -1  # block of the vision tower that both signals are read from; -2 is the one LLaVA projects
     relevance_sign: int = 1  # +1 as printed, -1 corrects CLIP's inverted patch-text maps
     normalization: str = "minmax"  # minmax or zscore, per image over its patches
-    clip: str | None = None  # CLIP checkpoint with the text tower; None: the vision tower's own
 
     def validate(self) -> None:
+        super().validate()
         self.check_number("alpha", 0, 1)
         self.check("layer", isinstance(self.layer, int), "must be a whole number")
         self.check_choice("relevance_sign", (1, -1))
@@ -58,10 +60,6 @@ class ATP(PruningStrategy):
     @property
     def tower_layer(self) -> int:
         return self.layer
-
-    @property
-    def clip_checkpoint(self) -> str | None:
-        return self.clip
 
     def rounded(self, exact: float) -> int:
         return round(exact)

@@ -22,14 +22,14 @@ from torch.nn.functional import cosine_similarity
 
 from vtp_plugin.selectors import cosines, determinantal, mask
 from vtp_plugin.stages import Stage
-from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.strategy import QuestionStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
 
 EPS = 1e-6
 
 
 @dataclass(kw_only=True)
-class CDPruner(PruningStrategy):
+class CDPruner(QuestionStrategy):
     """Keep tokens that differ from each other and matter to the question."""
 
     name = "cdpruner"
@@ -39,20 +39,17 @@ class CDPruner(PruningStrategy):
     default_keep_ratio = 64 / 576
 
     relevance_sign: int = -1  # -1 as in the code, +1 as in the paper
-    clip: str | None = None  # CLIP checkpoint with the text tower; None: the vision tower's own
 
     def validate(self) -> None:
+        super().validate()
         self.check_choice("relevance_sign", (1, -1))
-
-    @property
-    def clip_checkpoint(self) -> str | None:
-        return self.clip
 
     def select(self, visual: VisualTokens) -> Selection:
         relevance = self.relevance_sign * cosine_similarity(visual.aligned, visual.text[:, None], dim=-1)
         r = _scaled(relevance)
         kernel = r[:, :, None] * cosines(visual.projected) * r[:, None]
-        return Selection(mask(determinantal(kernel, self.wanted(visual), spare=relevance), r.shape[1]))
+        picks = determinantal(kernel, self.wanted(visual), spare=relevance)
+        return Selection(mask(picks, r.shape[1]), scores=relevance)
 
 
 def _scaled(relevance: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class FastV(PruningStrategy):
     paper = "An Image is Worth 1/2 Tokens After Layer 2, https://arxiv.org/abs/2403.06764"
     needs = ("last_query_attention",)
     default_keep_ratio = 0.5
+    default_positions = "original"
 
     layer: int = 2  # K of the paper
 

@@ -7,7 +7,7 @@ for the survivors by the machinery, not renumbered.
 Our reading, where the poster is silent: the norm is taken before the position embedding is added, in fp32; the class
 token is no candidate; K is rounded down; the survivors stay in raster order.
 Switches: `center` removes every patch's mean colour before scoring (a flat but bright patch has a large norm
-otherwise); `positions` scores after the position embedding was added.
+otherwise); `positioned` scores after the position embedding was added.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class L2(PruningStrategy):
     default_keep_ratio = 0.5
 
     center: bool = False  # score the embedding of the patch minus its mean colour
-    positions: bool = False  # score after adding the position embedding
+    positioned: bool = False  # score after adding the position embedding
 
     def validate(self) -> None:
         self.check_choice("center", (True, False))
-        self.check_choice("positions", (True, False))
-        self.check("positions", not (self.center and self.positions), "cannot be combined with center")
+        self.check_choice("positioned", (True, False))
+        self.check("positioned", not (self.center and self.positioned), "cannot be combined with center")
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("centered",) * self.center + ("positioned",) * self.positions
+        return ("centered",) * self.center + ("positioned",) * self.positioned
 
     def score(self, visual: VisualTokens) -> Tensor:
-        scored = visual.centered if self.center else visual.positioned if self.positions else visual.tokens
+        scored = visual.centered if self.center else visual.positioned if self.positioned else visual.tokens
         return scored.float().norm(dim=-1)

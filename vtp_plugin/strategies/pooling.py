@@ -36,7 +36,8 @@ class Pooling(PruningStrategy):
         rows = [mean_by_owner(x.float(), owner, k) for x, (owner, _) in zip(visual.tokens, found, strict=True)]
         sources = [middle for _, middle in found]
         keep = torch.zeros_like(visual.index, dtype=torch.bool)
-        return Selection(keep.scatter_(1, torch.stack(sources), True), tuple(rows), tuple(sources))
+        into = tuple(middle[owner] for owner, middle in found)
+        return Selection(keep.scatter_(1, torch.stack(sources), True), tuple(rows), tuple(sources), into=into)
 
 
 def cells(index: Tensor, grid: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ Letters: lambda^stages -> `keep_ratio`, what is left after the last stage (0.125
 are its powers. `layers` = None puts three stages at a quarter, a half and three quarters of any model; on the command
 line several are written "8 16 24".
 
-Deviation: the survivors keep their positions in the prompt. The released code numbers them anew at every stage and
-shifts the positions while decoding, which leaves keys of one sequence under two numberings in the cache.
+Positions are counted anew at every stage, and those of new tokens with them, as in the released code: layers before a
+cut keep the numbers that they had. `positions=original` leaves the survivors those of the whole prompt.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class PyramidDrop(PruningStrategy):
     stage = Stage.LLM
     paper = "PyramidDrop: Accelerating LVLMs via Pyramid Visual Redundancy Reduction, https://arxiv.org/abs/2410.17247"
     default_keep_ratio = 0.125
+    default_positions = "compact"
 
     layers: str | list[int] | None = None  # first layers without what a stage drops
     query: str = "next"  # next or previous: the layer whose attention row is read

@@ -4,6 +4,8 @@ Source: arXiv 2510.24214 (NeurIPS 2025): w_i = (CLS attention of the projected b
 times: gain_j = w_j sum_i max(0, cos(x_i, x_j) - cur_i), take the largest, cur_i <- max(cur_i, cos(x_i, x_j*)), cur = 0
 at first, over the features before the projector. Ascending order, no CLS token, no merging, positions renumbered.
 
+`gain=additive` is the code's alternative: gain_j = w_j + sum_i max(0, ...), which lets salience in without coverage.
+
 Our reading: the attention is the mean over heads, a constant factor of the paper's sum that no argmax sees; fp32; the
 budget is per image (the released code divides it by the number of images of the batch). K = int(r N).
 """
@@ -11,6 +13,8 @@ budget is per image (the released code divides it by the number of images of the
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import torch
 
 from vtp_plugin.selectors import cosines, coverage, mask
 from vtp_plugin.stages import Stage
@@ -29,11 +33,15 @@ class SCOPE(PruningStrategy):
     default_keep_ratio = 64 / 576
 
     alpha: float = 1.0  # exponent of the attention; 0 is coverage alone
+    gain: str = "product"  # product or additive: how salience and coverage are joined
 
     def validate(self) -> None:
+        self.check_choice("gain", ("product", "additive"))
         self.check_number("alpha", 0)
 
     def select(self, visual: VisualTokens) -> Selection:
         weight = visual.cls_attention.float() ** self.alpha
-        picks = coverage(cosines(visual.tokens), weight, self.wanted(visual))
-        return Selection(mask(picks, visual.tokens.shape[1]))
+        one = torch.ones_like(weight)
+        factor, bonus = (weight, None) if self.gain == "product" else (one, weight)
+        picks = coverage(cosines(visual.tokens), factor, self.wanted(visual), bonus=bonus)
+        return Selection(mask(picks, visual.tokens.shape[1]), scores=weight)

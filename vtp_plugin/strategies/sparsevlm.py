@@ -20,8 +20,8 @@ c the number of clusters; separation = distance to the nearest token of higher d
 densest); the c tokens with the largest density x separation are centres, and the others join the nearest centre.
 
 Ours: ties by index instead of random noise (of two equally dense tokens the earlier counts as denser); a merged token
-takes the place and the position of its centre, and all survivors keep their positions. The code appends merged tokens
-behind the kept ones and numbers anew. If no text token rates above the mean, all of them are raters.
+takes the place of its centre; the code appends merged tokens behind the kept ones. Positions are counted anew at every
+stage, as there; `positions=original` is what v2 does. If no text token rates above the mean, all of them are raters.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class SparseVLM(PruningStrategy):
     needs = ("entry", "text_entry", "text_attention")
     merges = True
     nominal = True
+    default_positions = "compact"
     default_keep_ratio = 192 / 576
 
     layers: str | list[int] | None = None  # three first layers without what a stage drops
@@ -87,15 +88,16 @@ class SparseVLM(PruningStrategy):
         scores, k = self._scores(visual), self.wanted(visual)
         keep = top_k(scores, k)
         if not self.recycle:
-            return Selection(keep)
-        rows, sources = [], []
+            return Selection(keep, scores=scores)
+        rows, sources, into = [], [], []
         for x, row, score in zip(visual.tokens.float(), keep, scores, strict=True):
-            values, centres = recycled(x, row, score)
+            values, centres, joined = recycled(x, row, score)
+            into.append(joined)
             row[centres] = True
             x = x.index_copy(0, centres, values)
             rows.append(x[row])
             sources.append(row.nonzero().flatten())
-        return Selection(keep, tuple(rows), tuple(sources))
+        return Selection(keep, tuple(rows), tuple(sources), scores=scores, into=tuple(into))
 
     def _scores(self, visual: VisualTokens) -> Tensor:
         """S of every token, [B, N]."""
@@ -114,14 +116,19 @@ def interpolated(label: float, stage: int) -> float:
     return TABLES[low][stage] + share * (TABLES[high][stage] - TABLES[low][stage])
 
 
-def recycled(x: Tensor, keep: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and centres of the clusters of the best pruned tokens; x [N, D], keep and score [N] -> [C, D], [C]."""
+def recycled(x: Tensor, keep: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Clusters of the best pruned tokens; x [N, D], keep and score [N].
+
+    Their means [C, D] and centres [C], and the centre that every token went to, -1 for none, [N].
+    """
     pruned = (~keep).nonzero().flatten()
     number = min(len(pruned), int(0.3 * len(pruned)) + 1)
     best = top_k(score[pruned][None], number)[0]
     candidates = pruned[best]
     owner, centres = clusters(x[candidates], int(number / 10) + 1)
-    return mean_by_owner(x[candidates], owner, len(centres)), candidates[centres]
+    into = torch.full_like(keep, -1, dtype=torch.long)
+    into[candidates] = candidates[centres[owner]]
+    return mean_by_owner(x[candidates], owner, len(centres)), candidates[centres], into
 
 
 def clusters(x: Tensor, number: int) -> tuple[Tensor, Tensor]:

@@ -64,17 +64,18 @@ class VisionZip(PruningStrategy):
         dominant, contextual = self.split(visual.tokens.shape[1])
         class_token = visual.cls is not None
         keep = top_k(visual.cls_attention, dominant - class_token)  # [B, N]
-        rows, sources = [], []
+        rows, sources, into = [], [], []
         for b, chosen in enumerate(keep):
             x, keys = visual.tokens[b].float(), normalize(visual.keys[b], dim=-1)
             rest = (~chosen).nonzero().flatten()  # [P]
             targets = _targets(rest, contextual)
-            merged = _merge(x, keys, rest, targets)
+            merged, joined = _merge(x, keys, rest, targets)
             first = visual.cls[b, None].float() if class_token else x[:0]
             rows.append(torch.cat([first, x[chosen], merged]))
             sources.append(torch.cat([rest.new_full((len(first),), -1), chosen.nonzero().flatten(), targets]))
+            into.append(joined)
             chosen[targets] = True
-        return Selection(keep, tokens=tuple(rows), source=tuple(sources))
+        return Selection(keep, tuple(rows), tuple(sources), scores=visual.cls_attention, into=tuple(into))
 
 
 def _targets(rest: Tensor, number: int) -> Tensor:
@@ -84,10 +85,11 @@ def _targets(rest: Tensor, number: int) -> Tensor:
     return rest[:: max(1, len(rest) // number)][:number]
 
 
-def _merge(x: Tensor, keys: Tensor, rest: Tensor, targets: Tensor) -> Tensor:
-    """Contextual tokens [M, D] of the targets [M] among the remaining columns [P]."""
-    others = rest[~torch.isin(rest, targets)]
+def _merge(x: Tensor, keys: Tensor, rest: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Contextual tokens [M, D] of the targets [M] among the remaining columns [P], and where every column went [N]."""
+    others, into = rest[~torch.isin(rest, targets)], rest.new_full((len(x),), -1)
     if len(targets) == 0 or len(others) == 0:
-        return x[targets]
+        return x[targets], into
     owner = (keys[others] @ keys[targets].T).argmax(dim=-1)  # [P - M]
-    return x[targets] + mean_by_owner(x[others], owner, len(targets))
+    into[others] = targets[owner]
+    return x[targets] + mean_by_owner(x[others], owner, len(targets)), into

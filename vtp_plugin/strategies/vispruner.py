@@ -46,7 +46,8 @@ class VisPruner(PruningStrategy):
         order = visual.cls_attention.float().sort(dim=-1, descending=True, stable=True).indices  # [B, N]
         first = int(k * self.important + 1e-9)
         rest = thinned(cosines(visual.tokens), order[:, first:], k - first)
-        return Selection(mask(torch.cat([order[:, :first], rest], dim=1), order.shape[1]))
+        picks = torch.cat([order[:, :first], rest], dim=1)
+        return Selection(mask(picks, order.shape[1]), scores=visual.cls_attention)
 
 
 def thinned(similarity: Tensor, rest: Tensor, k: int) -> Tensor:

@@ -20,12 +20,12 @@ from torch.nn.functional import cosine_similarity
 
 from vtp_plugin.selectors import cosines, coverage, determinantal, mask, minmax
 from vtp_plugin.stages import Stage
-from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.strategy import QuestionStrategy
 from vtp_plugin.tokens import Selection, VisualTokens, top_k
 
 
 @dataclass(kw_only=True)
-class VTP(PruningStrategy):
+class VTP(QuestionStrategy):
     """Keep important tokens that stand for the others."""
 
     name = "vtp"
@@ -38,9 +38,9 @@ class VTP(PruningStrategy):
     control: str = "coverage"  # coverage, determinantal or none
     focus: float = 1.0  # exponent of the importance
     floor: float = 0.1  # importance that every token has
-    clip: str | None = None  # CLIP checkpoint with the text tower; None: the vision tower's own
 
     def validate(self) -> None:
+        super().validate()
         self.check_number("alpha", 0, 1)
         self.check_choice("relevance_sign", (1, -1))
         self.check_choice("control", ("coverage", "determinantal", "none"))
@@ -51,24 +51,20 @@ class VTP(PruningStrategy):
     def needs(self) -> tuple[str, ...]:
         return ("cls_attention",) * (self.alpha < 1) + ("aligned", "text") * (self.alpha > 0)
 
-    @property
-    def clip_checkpoint(self) -> str | None:
-        return self.clip
-
     def rounded(self, exact: float) -> int:
         return round(exact)
 
     def select(self, visual: VisualTokens) -> Selection:
         importance, k = self.importance(visual), self.wanted(visual)
         if self.control == "none":
-            return Selection(top_k(importance, k))
+            return Selection(top_k(importance, k), scores=importance)
         similarity = cosines(visual.tokens)
         if self.control == "coverage":
             picks = coverage(similarity, importance, k, demand=importance)
         else:
             kernel = importance[:, :, None] * similarity * importance[:, None]
             picks = determinantal(kernel, k, spare=importance)
-        return Selection(mask(picks, importance.shape[1]))
+        return Selection(mask(picks, importance.shape[1]), scores=importance)
 
     def importance(self, visual: VisualTokens) -> Tensor:
         """u of every token, [B, N]."""

@@ -23,10 +23,16 @@ def scale(module: nn.Module) -> float:
     return getattr(module, "scaling", getattr(module, "scale", module.head_dim**-0.5))
 
 
-def row(query: Tensor, keys: Tensor, factor: float, visible: Tensor | None = None) -> Tensor:
-    """Softmax of one query row, mean over heads: [B, H, d], [B, Hkv, L, d], visible [B, L] bool -> [B, L] fp32."""
+def row(
+    query: Tensor, keys: Tensor, factor: float, visible: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Softmax of one query row, mean over heads: [B, H, d], [B, Hkv, L, d], visible [B, L] bool -> [B, L] fp32.
+
+    `bias` [B, 1, L] is added to the logits.
+    """
     keys = keys.float().repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
     logits = (keys @ query.float()[..., None]).squeeze(-1) * factor  # [B, H, L]
+    logits = logits if bias is None else logits + bias
     if visible is not None:
         logits = logits.masked_fill(~visible[:, None], float("-inf"))
     return logits.softmax(-1).mean(1)

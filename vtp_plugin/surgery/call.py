@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from vtp_plugin.stages import Stage
+from vtp_plugin.tokens import Selection
+
+ROW_SIGNALS = ("cls_attention", "keys", "raw_keys", "class_query")  # read where a block's attention begins
 
 
 @dataclass
@@ -33,6 +36,11 @@ class Image:
     entered: int | None = None  # tokens that entered the prompt, where events do not tell
     fixed: int = 0  # tokens among `total` that are always kept: newline rows
 
+    @property
+    def counted(self) -> bool:
+        """False for an image that only a prompt without a place for it consumed."""
+        return self.columns is None or len(self.columns) > 0
+
 
 @dataclass(frozen=True)
 class PruningEvent:
@@ -40,12 +48,22 @@ class PruningEvent:
 
     strategy: str
     stage: Stage
-    layer: int | None  # llm stage: the first decoder layer without the dropped tokens
+    layer: int | None  # llm stage: the first decoder layer without the dropped tokens; vit: the block that merges
     images: list[int]  # numbers of the images within the call
     before: list[int]  # tokens per image
     after: list[int]
     kept: list[Tensor]  # per image, original raster positions of the survivors, -1 for a token without one
     seconds: float  # for signals and selection, device synchronised
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One answer of a strategy as it gave it, kept for those who look on."""
+
+    strategy: str
+    owners: Sequence[tuple[int, int]]  # per row: image, and what to add to `index` to get a position in that image
+    index: Tensor  # [B, N] raster positions of what was judged
+    selection: Selection
 
 
 @dataclass
@@ -57,9 +75,21 @@ class Call:
     scratch: dict[Any, Any] = field(default_factory=dict)  # signals on their way from a hook to a decision
     rows: int = 1  # prompts in the batch
     valid: Tensor | None = None  # [B, L] bool: columns of the assembled prompt that are not padding
+    positions: Tensor | None = None  # [B, n + 1]: look-up of original positions, see surgery.positions.lookup
+    positions_used: bool = False
     cuts: dict[int, Any] = field(default_factory=dict)  # llm stage: what was decided at each decoder layer
     events: list[PruningEvent] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)  # wall time by part: tower, selector, prefill, decode
+    seen: list[Any] = field(default_factory=list)  # shapes that passed the tower: metrics.counting.Seen
+    seconds: dict[str, float] = field(default_factory=dict)  # wall time by part, see metrics.latency
+    running: list[list[Any]] = field(default_factory=list)  # parts that are being timed, the innermost last
+    started: float = 0.0  # on the clock of metrics.latency
+    first_token: float | None = None  # seconds until the first token was chosen
+    passes: int = 0  # through the language model, if timed: the prefill and decoding steps
+    columns: int = 0  # of the prompt in the prefill, padding included
+    copies: int = 1  # sequences per prompt: beams, returned sequences
+    steps: list[tuple[int, int, bool]] = field(default_factory=list)  # decoding, if timed: tokens, those before, cached
+    warmup: bool = False  # the first call of a model
+    decisions: list[Decision] | None = None  # None: nobody looks on
 
     @contextmanager
     def in_tower(self, batch: Sequence[int]) -> Iterator[None]:
@@ -70,6 +100,15 @@ class Call:
         finally:
             self.batch = []
             self.scratch.clear()
+
+    def once(self, name: str, key: tuple[Any, ...], source: Any, make: Callable[[], Any]) -> Any:
+        """What `make` makes of `source`, remembered for the other decoder layers of the same pass."""
+        made = self.scratch.setdefault(f"once {name}", [])
+        for known, of, value in made:
+            if of is source and known == key:
+                return value
+        made[:] = [*made[-7:], (key, source, make())]
+        return made[-1][2]
 
     def spend(self, part: str, seconds: float) -> None:
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds

@@ -2,13 +2,14 @@
 
 From the cut layer on, hidden states, rotary tables, masks and the KV cache hold only the surviving columns of the
 prompt. The decision is made once per call, in the first pass, and reused in every later one. Surviving columns keep
-their positions, because the rotary tables are gathered.
+their positions, because the rotary tables are gathered, or are counted anew, and new tokens with them (`positions`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
 from vtp_plugin.surgery.call import Call
+from vtp_plugin.surgery.positions import Numbering, rotary_tables
 from vtp_plugin.surgery.reading import Reading
 from vtp_plugin.surgery.undo import Undo
 
@@ -27,11 +29,18 @@ if TYPE_CHECKING:
 
 CROPPING = ("assistant_model", "prompt_lookup_num_tokens")
 IGNORED = -100  # the label that every loss of transformers leaves out
-LAYER_SIGNALS = ("last_query_attention", "text_attention", "key_norms", "text_key_norms")  # of the layer before a cut
+LAYER_SIGNALS = (  # of the layer before a cut
+    "last_query_attention",
+    "text_attention",
+    "self_attention",
+    "cross_attention",
+    "key_norms",
+    "text_key_norms",
+)
 ENTRY_SIGNALS = ("entry", "text_entry")  # of the first layer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cut:
     """Columns of the prompt that layers from here on still see."""
 
@@ -39,6 +48,12 @@ class Cut:
     valid: Tensor  # [B, K] bool: False for padding, and for columns kept only to make the rows equally long
     length: int  # columns of the whole prompt
     merged: tuple[tuple[slice, Tensor, Tensor], ...] = ()  # rows, columns [M] of the prompt, their new values [M, D]
+    numbering: Numbering | None = None  # positions, where they are not those of the whole prompt
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether every column may be attended to."""
+        return bool(self.valid.all())
 
 
 class DecoderCuts:
@@ -107,23 +122,25 @@ class DecoderCuts:
             cache = kwargs.get("past_key_values")
             self._check(cache)
             if cache is not None and (past := cache.get_seq_length(number)) > 0:
-                mask = self._mask(kwargs, self._seen(call, number, hidden), None, hidden.shape[1], past)
-                return args, {**kwargs, "attention_mask": mask}
+                cut, count = self._seen(call, number, hidden), hidden.shape[1]
+                mask = self._mask(call, kwargs, cut, None, count, past)
+                tables = self._tables(call, number, hidden, kwargs["position_embeddings"], cut, past + count)
+                return args, {**kwargs, "attention_mask": mask, "position_embeddings": tables}
             self._check_window(module, kwargs["position_embeddings"][0].shape[1])
             if number in self.by_layer:
                 hidden = self._cut(call, number, hidden, kwargs["position_embeddings"])
-            return self._narrowed(hidden, args, kwargs, self._seen(call, number, hidden))
+            return self._narrowed(call, number, hidden, args, kwargs)
 
         return enter
 
-    def _narrowed(self, hidden: Tensor, args: Any, kwargs: dict[str, Any], cut: Cut) -> tuple[Any, Any]:
+    def _narrowed(self, call: Call, number: int, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The arguments of a layer in a pass over the whole prompt."""
-        total = kwargs["position_embeddings"][0].shape[1]
-        columns = _with_new(cut.columns, cut.length, total)
+        tables, cut = kwargs["position_embeddings"], self._seen(call, number, hidden)
+        columns = _with_new(cut.columns, cut.length, tables[0].shape[1])
         kwargs = {
             **kwargs,
-            "position_embeddings": tuple(attention.take(table, columns) for table in kwargs["position_embeddings"]),
-            "attention_mask": self._mask(kwargs, cut, columns, columns.shape[1], 0),
+            "position_embeddings": self._tables(call, number, hidden, tables, cut, columns.shape[1], columns),
+            "attention_mask": self._mask(call, kwargs, cut, columns, columns.shape[1], 0),
         }
         if kwargs.get("position_ids") is not None:  # contiguous: gaps would read as packed sequences
             kwargs["position_ids"] = torch.arange(columns.shape[1], device=hidden.device)[None]
@@ -132,6 +149,31 @@ class DecoderCuts:
         if args:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
+
+    def _tables(
+        self,
+        call: Call,
+        number: int,
+        hidden: Tensor,
+        host: tuple[Tensor, ...],
+        cut: Cut,
+        keys: int,
+        columns: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """The rotary tables for the last of `keys` columns: the host's, of the columns given, or counted anew."""
+        if columns is None and cut.numbering is None:
+            return host
+
+        def make() -> tuple[Tensor, ...]:
+            own = host if columns is None else tuple(attention.take(table, columns) for table in host)
+            if cut.numbering is None:
+                return own
+            positions = cut.numbering.upto(keys, own[0].shape[1])
+            anew = rotary_tables(self.pruned.adapter.language_model, number, hidden, positions)
+            rows = cut.numbering.applies[:, None, None]
+            return tuple(torch.where(rows, a, b) for a, b in zip(anew, own, strict=True))
+
+        return call.once("tables", (cut, keys), host[0], make)
 
     # -- deciding -------------------------------------------------------------------------------------------------
 
@@ -153,7 +195,9 @@ class DecoderCuts:
         """The last prompt token's attention row of the layer behind the cut, as if nothing were cut."""
         layer = self.layers[number]
         with torch.no_grad(), self.pruned.timed("selector"):
-            narrowed = {"position_embeddings": tuple(attention.take(table, before.columns) for table in tables)}
+            length = before.columns.shape[1]
+            read = self._tables(self.pruned.call, number, hidden, tables, before, length, before.columns)
+            narrowed = {"position_embeddings": read}
             normed = layer.input_layernorm.forward(hidden)
             return Reading.of(layer.self_attn, normed, narrowed, before.valid).last_row()
 
@@ -185,7 +229,7 @@ class DecoderCuts:
                 image.columns = image.columns[columns]
         for signal in ("reading", "last_query", "next_query"):
             call.scratch.pop((signal, number), None)
-        return _equalised(before, keep, merged)
+        return _equalised(before, keep, merged, compact=self.pruned.positions.layers[number] == "compact")
 
     def _text(self, call: Call, before: Cut, rows: int) -> Tensor:
         """The columns behind the first image that belong to no image, [B, L] bool; at least the last real one."""
@@ -220,6 +264,8 @@ class DecoderCuts:
             "last_query_attention": lambda: call.scratch["last_query", number][sample, where],
             "next_query_attention": lambda: call.scratch["next_query", number][sample, where],
             "text_attention": lambda: reading.rows(sample, text)[:, where],
+            "self_attention": lambda: reading.strongest(sample, where)[:, where].mean(0),
+            "cross_attention": lambda: reading.strongest(sample, text)[:, where].sum(0),
             "key_norms": lambda: reading.norms(sample)[where],
             "text_key_norms": lambda: reading.norms(sample)[text],
             "normed": lambda: norm(hidden[sample, where]),
@@ -251,13 +297,15 @@ class DecoderCuts:
     def _grid(self) -> tuple[int, int]:
         return self.pruned.adapter.tower.grid
 
-    def _mask(self, kwargs: Any, cut: Cut, queries: Tensor | None, count: int, past: int) -> Tensor | None:
+    def _mask(self, call: Call, kwargs: Any, cut: Cut, queries: Tensor | None, count: int, past: int) -> Tensor | None:
         """The attention mask of `count` queries behind `past` cached columns."""
         mask = kwargs.get("attention_mask")
         if mask is not None:
-            return _narrow(mask, queries, cut)
+            return call.once("mask", (cut, count), mask, lambda: _narrow(mask, queries, cut))
+        if cut.whole:
+            return None
         flash = "flash" in self.pruned.adapter.language_model.config._attn_implementation
-        return _made_mask(cut, count, past + count, flash)
+        return call.once("mask", (cut, count, past), None, lambda: _made_mask(cut, count, past + count, flash))
 
     def _check_window(self, layer: nn.Module, length: int) -> None:
         window = getattr(layer.self_attn, "sliding_window", None)
@@ -300,7 +348,7 @@ def narrowed_labels(call: Call, labels: Tensor) -> Tensor:
     return torch.where(cut.valid, labels.gather(1, cut.columns), IGNORED)
 
 
-def _equalised(before: Cut, keep: Tensor, merged: Sequence[tuple[slice, Tensor, Tensor]]) -> Cut:
+def _equalised(before: Cut, keep: Tensor, merged: Sequence[tuple[slice, Tensor, Tensor]], *, compact: bool) -> Cut:
     """The kept columns; shorter rows are filled up with columns that nobody will attend to."""
     longest = int(keep.sum(1).max())
     spare = torch.where(keep, 2, (~before.valid).int())  # kept first, then padding, then dropped columns
@@ -308,7 +356,12 @@ def _equalised(before: Cut, keep: Tensor, merged: Sequence[tuple[slice, Tensor, 
     columns = before.columns.gather(1, chosen)
     kept = [(rows, where, torch.isin(where, columns[rows.start]), values) for rows, where, values in merged]
     left = tuple((rows, where[mask], values[mask]) for rows, where, mask, values in kept)
-    return Cut(columns, keep.gather(1, chosen), before.length, left)
+    valid, numbering = keep.gather(1, chosen), before.numbering
+    if compact:
+        numbering = Numbering.counted(valid, before.valid.sum(1), numbering)
+    elif numbering is not None:
+        numbering = numbering.taken(chosen)
+    return Cut(columns, valid, before.length, left, numbering)
 
 
 def _with_new(columns: Tensor, length: int, total: int) -> Tensor:
@@ -330,13 +383,11 @@ def _narrow(mask: Tensor | None, queries: Tensor | None, cut: Cut) -> Tensor | N
     if queries is not None:
         mask = attention.take(mask.transpose(1, 2), queries).transpose(1, 2)
     mask = attention.take(mask.permute(0, 3, 1, 2), columns).permute(0, 2, 3, 1)  # [B, 1, Q', K]
-    return mask if valid.all() else _hide(mask, ~valid)
+    return mask if cut.whole else _hide(mask, ~valid)
 
 
-def _made_mask(cut: Cut, queries: int, keys: int, flash: bool) -> Tensor | None:
+def _made_mask(cut: Cut, queries: int, keys: int, flash: bool) -> Tensor:
     """A mask where the host needed none (no padding), but rows of unequal length had to be filled up."""
-    if cut.valid.all():
-        return None
     valid = _valid(cut, keys)
     if flash:
         return valid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable
@@ -64,21 +65,23 @@ class Pixels:
         return best
 
 
-_WATCHED: dict[int, tuple[Undo, list[Callable[[Any, Any], None]]]] = {}  # image processors by identity
+_WATCHED: dict[int, tuple[Undo, list[Callable[[Any, Any, float], None]]]] = {}  # image processors by identity
 
 
-def watch(processor: Any, listener: Callable[[Any, Any], None]) -> Callable[[], None]:
-    """Call listener(images, outputs) whenever this image processor has run; the answer ends it.
+def watch(processor: Any, listener: Callable[[Any, Any, float], None]) -> Callable[[], None]:
+    """Call listener(images, outputs, seconds) whenever this image processor has run; the answer ends it.
 
     All listeners of one processor share one wrapper, which goes with the last of them, in whatever order they leave.
     """
     if id(processor) not in _WATCHED:
         undo, listeners = Undo(), []
 
-        def preprocess(images: Any, *args: Any, **kwargs: Any) -> Any:
-            outputs = original(images, *args, **kwargs)
+        def preprocess(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            outputs = original(*args, **kwargs)
+            seconds = time.perf_counter() - started
             for each in list(listeners):
-                each(images, outputs)
+                each(args[0] if args else kwargs.get("images"), outputs, seconds)
             return outputs
 
         original = undo.override(processor, "preprocess", preprocess)

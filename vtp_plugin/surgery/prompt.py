@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vtp_plugin.errors import PruningError
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.decoder import IGNORED, narrowed_labels, refuse_cropping, refuse_filled_cache
+from vtp_plugin.surgery.positions import lookup
 from vtp_plugin.surgery.question import question_of
 from vtp_plugin.surgery.undo import Undo
 
@@ -45,8 +46,8 @@ class PlaceholderModel(Protocol):
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         """The images of a call, in the order of their placeholders; `total` placeholders each."""
 
-    def encode(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Any, list[int] | list[Rows]]:
-        """Run the tower; the host's features object with the kept rows, and how many or which rows every image has."""
+    def encode(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Any, list[Rows]]:
+        """Run the tower; the host's features object with the kept rows, and which rows every image has."""
 
     def serving(self, features: Any) -> AbstractContextManager[None]:
         """While open, the model answers with these features instead of running its tower."""
@@ -73,11 +74,6 @@ class Rows:
     def to(self, device: torch.device) -> Rows:
         """The same next to the prompt, which may live on another device than the tower."""
         return Rows(self.source.to(device), self.judged.to(device))
-
-    @classmethod
-    def first(cls, count: int, device: torch.device) -> Rows:
-        """The first rows of an image, all of them judged."""
-        return cls(torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device))
 
 
 @dataclass(frozen=True)
@@ -148,7 +144,7 @@ class PlaceholderCalls:
             shortened, features = self._prepare(call, inputs)
             if shortened is not None:
                 _shift_lengths(inputs, ids.shape[1] - shortened.columns.shape[1])
-            with self.family.serving(features), self._positions(shortened, ids, real):
+            with self.family.serving(features), self._positions(call, shortened, ids, real, by_column=False):
                 output = self.generate(**inputs)
         return output if shortened is None else _with_prompt(output, ids, shortened.columns.shape[1])
 
@@ -159,7 +155,7 @@ class PlaceholderCalls:
         with self.pruned.calling() as call:
             shortened, features = self._prepare(call, inputs)
             labels, named = inputs.pop("labels", None), inputs.pop("return_dict", None)
-            with self.family.serving(features), self._positions(shortened, ids, real):
+            with self.family.serving(features), self._positions(call, shortened, ids, real, by_column=True):
                 output = self.forward(**inputs, return_dict=True)
         output = self._expanded(output, call, shortened, labels, ids, inputs.get("logits_to_keep", 0))
         return output.to_tuple() if named is False else output
@@ -183,7 +179,7 @@ class PlaceholderCalls:
         columns = self._placeholders(call, ids)
         self._read_questions(call, ids, real)
         features, left = self.family.encode(call, inputs)
-        left = [rows.to(ids.device) if isinstance(rows, Rows) else Rows.first(rows, ids.device) for rows in left]
+        left = [rows.to(ids.device) for rows in left]
         keep = torch.ones_like(real)
         for image, where, rows in zip(call.images, columns, left, strict=True):
             keep[image.sample, where] = False
@@ -248,10 +244,24 @@ class PlaceholderCalls:
         call.place(shortened.valid, places, [image.sample for image in call.images])
         return replace(shortened, origin=origin)
 
-    def _positions(self, shortened: Shortened | None, ids: Tensor, real: Tensor) -> AbstractContextManager[None]:
-        """While open, the model computes positions as the family wants them for a shortened prompt."""
-        positions = getattr(self.family, "positions", None)
-        return nullcontext() if shortened is None or positions is None else positions(shortened, ids, real)
+    def _positions(
+        self, call: Call, shortened: Shortened | None, ids: Tensor, real: Tensor, *, by_column: bool
+    ) -> AbstractContextManager[None]:
+        """While open, the model computes positions as they were chosen for a shortened prompt.
+
+        `by_column`: the host counts the columns of a plain forward, padding included.
+        """
+        if shortened is None:
+            return nullcontext()
+        choice, family = self.pruned.positions.prompt, getattr(self.family, "positions", None)
+        if family is not None:
+            return family(shortened, ids, real, compact=choice == "compact")
+        if choice == "original":
+            columns = torch.ones_like(real) if by_column else real
+            kept = torch.ones_like(shortened.valid) if by_column else shortened.valid
+            ranks = (columns.cumsum(1) - 1).gather(1, shortened.origin.clamp(min=0))
+            call.positions = lookup(ranks, kept, columns.sum(1))
+        return nullcontext()
 
     def _expanded(
         self, output: Any, call: Call, shortened: Shortened | None, labels: Tensor | None, ids: Tensor, kept: Any

@@ -1,8 +1,18 @@
-"""The question in a prompt, without the chat template around it."""
+"""The question in a prompt, without the chat template around it, and in the language model's own space."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vtp_plugin.errors import PruningError
+
+if TYPE_CHECKING:
+    from vtp_plugin.adapter import Adapter
 
 TURNS = (  # the user's words in the conversation formats of the supported families, special tokens already gone
     re.compile(r"USER:(.*?)(?:ASSISTANT:|$)", re.DOTALL),
@@ -18,3 +28,33 @@ def question_of(prompt: str) -> str:
     prompt = PLACEHOLDER.sub("", prompt)
     turns = next((found for turn in TURNS if (found := turn.findall(prompt))), [prompt])
     return turns[-1].strip()
+
+
+class EmbeddedQuestions:
+    """The input space of a language model: what stands in for CLIP's shared space (text_encoder=llm)."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        if adapter.language_model is None or not len(adapter.decoder_layers):
+            raise PruningError(
+                f"text_encoder=llm: the language model of {adapter.models} does not see the projected patches"
+            )
+        self.adapter = adapter
+
+    def text(self, questions: Sequence[str]) -> Tensor:
+        """Mean input embedding of every question's tokens, [B, E] fp32."""
+        distinct = {question: self._embedded(question) for question in set(questions)}
+        return torch.stack([distinct[question] for question in questions])
+
+    def patches(self, projected: Tensor) -> Tensor:
+        """Projected patches as they are, fp32."""
+        return projected.float()
+
+    def text_macs(self, questions: Sequence[str]) -> int:
+        """Nothing: embeddings are looked up."""
+        return 0
+
+    def _embedded(self, question: str) -> Tensor:
+        embed = self.adapter.language_model.get_input_embeddings()
+        ids = self.adapter.encode_text(question)
+        with torch.no_grad():
+            return embed(torch.tensor(ids, device=embed.weight.device)).float().mean(0)

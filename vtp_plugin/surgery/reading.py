@@ -45,6 +45,17 @@ class Reading:
         before = torch.arange(self.hidden.shape[1], device=columns.device) <= columns[:, None]  # [T, L]
         return attention.row(queries, keys, attention.scale(self.module), self.valid[one] & before)
 
+    def strongest(self, sample: int, columns: Tensor) -> Tensor:
+        """Attention of some columns [T] of one sample, max over heads, [T, L] fp32; one head at a time."""
+        one = slice(sample, sample + 1)
+        queries, keys = self._queries(one, columns[None])[0].float(), self.keys[sample].float()  # [H, T, d]
+        before = torch.arange(self.hidden.shape[1], device=columns.device) <= columns[:, None]  # [T, L]
+        hidden, strongest = ~(self.valid[one] & before), queries.new_zeros(before.shape)
+        for query, key in zip(queries, keys.repeat_interleave(len(queries) // len(keys), dim=0), strict=True):
+            logits = (query @ key.T * attention.scale(self.module)).masked_fill(hidden, float("-inf"))
+            torch.maximum(strongest, logits.softmax(-1), out=strongest)
+        return strongest
+
     def norms(self, sample: int) -> Tensor:
         """L1 norm of every column's key, heads side by side, [L] fp32."""
         return self.keys[sample].float().abs().sum((0, 2))

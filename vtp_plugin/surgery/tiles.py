@@ -24,7 +24,7 @@ from vtp_plugin.surgery import attention
 from vtp_plugin.surgery.pixels import fingerprint, patches
 from vtp_plugin.surgery.prompt import Rows
 from vtp_plugin.surgery.undo import Undo
-from vtp_plugin.surgery.vision import VisionCuts
+from vtp_plugin.surgery.vision import VisionCuts, behind_projector, space_of
 
 if TYPE_CHECKING:
     from vtp_plugin.pruning import Judgement, Pruned
@@ -93,6 +93,12 @@ class TileCuts(VisionCuts):
                     f"or give keep_ratio"
                 )
 
+    def _check_merging(self, strategy: PruningStrategy) -> None:
+        raise strategy.error(
+            f"merging inside the blocks is not possible here, because {self._models} arranges the tower's tokens by "
+            f"their places"
+        )
+
     def _install_gather(self, undo: Undo) -> None:
         undo.after(self.tower.embeddings, self._gather)
 
@@ -128,9 +134,14 @@ class TileCuts(VisionCuts):
         index = torch.stack([units[tile] for tile in group])  # [G, U]
         tokens, signals = self._unit_signals(cut.strategy, group, index, *seen)
         marks = [self._call.scratch["fingerprints"][tile] for tile in group] if self.pixels else [0] * len(group)
-        selection = cut.ask(tokens, index, marks, self._unit_grid, signals)
+        selection = cut.ask(tokens, index, marks, self._unit_grid, signals, [self._owner(tile) for tile in group])
         for tile, columns in zip(group, selection.sources, strict=True):
             units[tile] = units[tile][columns]
+
+    def _owner(self, tile: int) -> tuple[int, int]:
+        """The image of a tile, and how many units its earlier tiles have."""
+        owners = self._call.scratch["owners"]
+        return owners[tile], (tile - owners.index(owners[tile])) * len(self.members)
 
     def _unit_signals(
         self, strategy: PruningStrategy, group: list[int], index: Tensor, values: Tensor, images: Any, embedded: Any
@@ -163,11 +174,13 @@ class TileCuts(VisionCuts):
         runs = []
         for group in _alike(units):
             self.columns = self.members[torch.stack([units[tile] for tile in group])].flatten(1).sort(-1).values
+            self._call.scratch["running"] = [self._call.scratch["owners"][tile] for tile in group]
             try:
                 output = self.forward(*_rows_of(args, group, len(units)), **_rows_of(kwargs, group, len(units)))
                 runs.append((group, self.columns, output, self._taken_signals()))
             finally:
                 self.columns = None
+                del self._call.scratch["running"]
         spread = _Spread(len(units), self._patches, self.tower.prefix, [run[:2] for run in runs])
         for key in runs[0][3]:
             self._call.scratch[key] = spread([run[3][key] for run in runs])
@@ -279,7 +292,8 @@ class TileCuts(VisionCuts):
         grid = image.grid if image.grid and len(group) == 1 else (1, int(offset[-1]))
         names = [name for name in cut.strategy.needs if name != "fingerprint"]
         signals = {name: self._row_signal(name, cut.strategy, group) for name in names}
-        selection = cut.ask(tokens[None], index[None], [image.fingerprint], grid, signals)
+        owners = [(group[0][0].number, 0)] if len(group) == 1 else ()
+        selection = cut.ask(tokens[None], index[None], [image.fingerprint], grid, signals, owners)
         chosen = selection.sources[0]
         tokens = selection.apply(tokens[None])[0]
         if selection.tokens is None:
@@ -298,11 +312,13 @@ class TileCuts(VisionCuts):
             return self._class_feature(group[0][0].number)
         if name == "text":
             question = self._call.images[group[0][0].number].question
-            return self.spaces[strategy.clip_checkpoint].text([question]).to(self.pruned.device)
+            return self.spaces[space_of(strategy)].text([question]).to(self.pruned.device)
+        if name in behind_projector(strategy):
+            return torch.cat([part.features[where] for part, where in group])[None]
         if name == "aligned":
             hidden = scratch["output", layer][:, self.tower.prefix :]
-            maps = self.spaces[strategy.clip_checkpoint].patches(self.tower.post_layernorm(hidden))
-            rows = self._arranged((name, layer, strategy.clip_checkpoint), maps)
+            maps = self.spaces[space_of(strategy)].patches(self.tower.post_layernorm(hidden))
+            rows = self._arranged((name, layer, *space_of(strategy)), maps)
         else:
             rows = self._arranged((name, layer), scratch[name, layer])
         order = {number: n for n, number in enumerate(self._call.batch)}

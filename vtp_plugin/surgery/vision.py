@@ -12,15 +12,15 @@ from vtp_plugin.adapter import SharedSpace, Tower
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
-from vtp_plugin.surgery.call import Call
+from vtp_plugin.surgery.call import ROW_SIGNALS, Call
+from vtp_plugin.surgery.merging import MASKABLE, MergingBlocks
 from vtp_plugin.surgery.pixels import Pixels, fingerprint, patches
+from vtp_plugin.surgery.question import EmbeddedQuestions
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.tokens import Selection
 
 if TYPE_CHECKING:
     from vtp_plugin.pruning import Pruned
-
-ROW_SIGNALS = ("cls_attention", "keys", "raw_keys", "class_query")  # read where a block's attention begins
 
 
 class VisionCuts:
@@ -31,10 +31,14 @@ class VisionCuts:
     def __init__(self, pruned: Pruned, tower: Tower, projector: nn.Module) -> None:
         self.pruned, self.tower, self.projector = pruned, tower, projector
         self.pixels: Pixels | None = None
-        self.spaces: dict[str | None, SharedSpace] = {}
+        self.spaces: dict[tuple[str, str | None], SharedSpace] = {}
+        self.merging: list[PruningStrategy] = []  # those that cut inside blocks
 
     def prepare(self) -> None:
         """Load what the strategies need; raises before anything is attached."""
+        self.merging = [s for s in self._at(Stage.VIT) if s.cut_blocks(self._block(None) + 1)]
+        for strategy in self.merging:
+            self._check_merging(strategy)
         for strategy in self.pruned.strategies:
             if strategy.budget == "total" and strategy.stage not in self.shared_budgets:
                 raise strategy.error(f"budget=total is not possible at the {strategy.stage.value} stage of this model")
@@ -45,8 +49,9 @@ class VisionCuts:
             if layer is not None and not -blocks <= layer < blocks:
                 raise strategy.error(f"layer must be in {-blocks} ... {blocks - 1} for this model, got {layer}")
         for strategy in self._needing("text"):
-            checkpoint = strategy.clip_checkpoint
-            self.spaces[checkpoint] = self.pruned.adapter.shared_space(checkpoint)
+            adapter, checkpoint = self.pruned.adapter, strategy.clip_checkpoint
+            llm = strategy.text_encoder == "llm"
+            self.spaces[space_of(strategy)] = EmbeddedQuestions(adapter) if llm else adapter.shared_space(checkpoint)
 
     def install(self, undo: Undo) -> None:
         if self._at(Stage.PIXELS) or self._at(Stage.VIT) or self._needing("fingerprint"):
@@ -54,16 +59,37 @@ class VisionCuts:
         if self._at(Stage.VIT):
             undo.after(self.tower.patch_embedding, self._patches_embedded)
         self._install_readers(undo)
+        for strategy in self.merging:
+            MergingBlocks(self.pruned, self.tower, strategy, self._block(None) + 1).install(undo)
         if self._at(Stage.PROJECTOR):
             undo.before(self.projector, self._projecting)
 
     def _install_readers(self, undo: Undo) -> None:
         for layer in {self._layer(s) for s in self._at(Stage.PROJECTOR) if set(s.needs) & set(ROW_SIGNALS)}:
             undo.before(getattr(self.tower.blocks[layer], self.tower.attention), self._row_reader(layer))
-        outputs = {self._layer(s) for s in self._at(Stage.PROJECTOR) if "aligned" in s.needs}
+        outputs = {
+            self._layer(s)
+            for s in self._at(Stage.PROJECTOR)
+            if "aligned" in s.needs and "aligned" not in behind_projector(s)
+        }
         outputs |= {self._block(None) for s in self._at(Stage.PROJECTOR) if "cls" in s.needs}
         for layer in outputs:
             undo.after(self.tower.blocks[layer], self._output_reader(layer))
+
+    def _check_merging(self, strategy: PruningStrategy) -> None:
+        """Refuse what merges inside blocks where the tower cannot do it."""
+        if self.tower.between is None:
+            raise strategy.error(f"merging inside the blocks is not possible in the tower of {self._models}")
+        kernel = self.tower.module.config._attn_implementation
+        if strategy.proportional and kernel not in MASKABLE:
+            raise strategy.error(
+                f"proportional attention needs a tower with {' or '.join(MASKABLE)} attention, this one has {kernel}; "
+                f"say proportional=false"
+            )
+
+    @property
+    def _models(self) -> str:
+        return self.pruned.adapter.models
 
     # -- pixels and vit -------------------------------------------------------------------------------------------
 
@@ -79,7 +105,7 @@ class VisionCuts:
         images = self.pixels.images(values) if self.pixels else None
         self._identify(images)
         columns, made = self._every_patch(output), False
-        for strategy in self._at(Stage.PIXELS) + self._at(Stage.VIT):
+        for strategy in self._at(Stage.PIXELS) + [s for s in self._at(Stage.VIT) if s not in self.merging]:
             selection = self._cut_patches(strategy, columns, values, images, output)
             if selection.places is not None:
                 values, output = self._remade(selection, values, output)
@@ -153,7 +179,8 @@ class VisionCuts:
                 keys = attention.heads(module, "k_proj", hidden)  # [B, H, 1 + N, d]
                 if self.tower.prefix:
                     query = attention.heads(module, "q_proj", hidden[:, :1])[:, :, 0]  # [B, H, d]
-                    weights = attention.row(query, keys, attention.scale(module))
+                    bias = self._call.scratch.get("key_weights")
+                    weights = attention.row(query, keys, attention.scale(module), bias=bias)
                 else:  # no class token: the attention that a patch receives from all of them
                     weights = attention.received(
                         attention.heads(module, "q_proj", hidden), keys, attention.scale(module)
@@ -191,11 +218,13 @@ class VisionCuts:
 
     def _cut_features(self, strategy: PruningStrategy, tokens: Tensor, columns: Tensor) -> Selection:
         with self.pruned.judging(strategy) as cut:
-            wanted = [name for name in strategy.needs if name not in ("fingerprint", "projected")]
+            behind = behind_projector(strategy)
+            wanted = [name for name in strategy.needs if name not in ("fingerprint", *behind)]
             signals = {name: self._signal(name, strategy, columns) for name in wanted}
-            if "projected" in strategy.needs:
+            if behind:
                 with torch.no_grad():
-                    signals["projected"] = self.projector.forward(tokens)  # without hooks: not yet the host's turn
+                    projected = self.projector.forward(tokens)  # without hooks: not yet the host's turn
+                signals |= dict.fromkeys(behind, projected)
             return cut.decide(tokens, self._call.batch, self.tower.grid, signals)
 
     def _signal(self, name: str, strategy: PruningStrategy, columns: Tensor) -> Tensor | None:
@@ -209,7 +238,7 @@ class VisionCuts:
             if not self.tower.prefix:
                 return None
             return call.scratch["output", self._block(None)][:, 0]
-        space = self.spaces[strategy.clip_checkpoint]
+        space = self.spaces[space_of(strategy)]
         if name == "text":
             return space.text([call.images[i].question for i in call.batch]).to(columns.device)
         hidden = attention.take(call.scratch["output", layer], columns + self.tower.prefix)
@@ -239,6 +268,17 @@ class VisionCuts:
         blocks = len(self.tower.blocks)
         layer = self.tower.projected if layer is None else layer
         return layer + blocks if layer < 0 else layer
+
+
+def space_of(strategy: PruningStrategy) -> tuple[str, str | None]:
+    """Which space a strategy compares patches and questions in."""
+    return strategy.text_encoder, strategy.clip_checkpoint
+
+
+def behind_projector(strategy: PruningStrategy) -> list[str]:
+    """The signals of a strategy that are what the projector makes of the tokens."""
+    names = ("projected", *(["aligned"] if strategy.text_encoder == "llm" else []))
+    return [name for name in names if name in strategy.needs]
 
 
 def interpolated(table: Tensor, grid: tuple[int, int], places: Tensor) -> Tensor:

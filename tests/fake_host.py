@@ -1,0 +1,64 @@
+"""Stands in for the host in tests of the sweep: says and writes what lmms-eval does, at once, and can misbehave.
+
+Started as `fake_host.py -m lmms_eval --config FILE`. FAKE_KILLED, FAKE_RAISES, FAKE_HALF: ids of cells that die, raise
+or end with half of their log written; FAKE_SECONDS: how long a cell takes; FAKE_LOG: a file that notes every start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import runfolder
+import yaml
+
+QUESTIONS = 8
+
+
+def answers(id: str) -> list[str]:
+    """Right but for every k-th, k by the name of the cell."""
+    k = 2 + sum(map(ord, id)) % 5
+    return ["no" if number % k == 1 else "yes" for number in range(QUESTIONS)]
+
+
+def evaluate(entry: dict) -> None:
+    folder = Path(entry["output_path"])
+    print(f"| INFO | Evaluation tracker args: {{'output_path': '{folder}'}}", flush=True)
+    with open(os.environ["FAKE_LOG"], "a") as log:
+        log.write(folder.name + "\n")
+    for done in range(QUESTIONS):
+        time.sleep(float(os.environ.get("FAKE_SECONDS", "0")) / QUESTIONS)
+        print(f"Model Responding: {done}%|##| {done + 1}/{QUESTIONS} [00:00<00:00]", end="\r", file=sys.stderr)
+        if folder.name in os.environ.get("FAKE_KILLED", "").split(",") and done == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+    if folder.name in os.environ.get("FAKE_RAISES", "").split(","):
+        raise ValueError("this cell cannot be run")
+    write(folder, entry)
+
+
+def write(folder: Path, entry: dict) -> None:
+    after = int(144 * entry.get("pruning_args", {}).get("keep_ratio", 1))
+    lines = [runfolder.line(n, a, "yes", after) for n, a in enumerate(answers(folder.name))]
+    (folder / "fake").mkdir(parents=True)
+    content = runfolder.results(lines, after, runfolder.TASK, entry["model"], "fake")
+    (folder / "fake" / "20260101_000000_results.json").write_text(json.dumps(content))
+    lines = lines[:3] if folder.name in os.environ.get("FAKE_HALF", "").split(",") else lines
+    log = folder / "fake" / f"20260101_000000_samples_{runfolder.TASK}.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def main() -> None:
+    assert sys.argv[1:3] + sys.argv[3:4] == ["-m", "lmms_eval", "--config"]
+    for entry in yaml.safe_load(Path(sys.argv[4]).read_text()):
+        try:
+            evaluate(entry)
+        except ValueError as error:
+            print(f"| ERROR | Error during evaluation: {error}. Please set `--verbosity=DEBUG` to get more.")
+
+
+if __name__ == "__main__":
+    main()

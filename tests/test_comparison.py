@@ -1,0 +1,137 @@
+"""A run folder as a table: rows, seeds, paired differences, and the warning about controls."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runfolder
+from runfolder import TASK
+
+from vtp_plugin.errors import PruningError
+from vtp_plugin.reporting import comparison, runs
+
+N = 40
+TARGETS = ["yes", "no"] * (N // 2)
+
+
+def answers(wrong: int, shift: int = 0) -> list[str]:
+    """So many wrong answers, from question `shift` on."""
+    turned = {(shift + number) % N for number in range(wrong)}
+    return [("no" if t == "yes" else "yes") if n in turned else t for n, t in enumerate(TARGETS)]
+
+
+CELLS = {
+    "none": answers(2),
+    "atp-0.25": answers(4),  # clearly better than random
+    "l2-0.25": answers(16),  # not better
+    "vprune": answers(30),  # fewer tokens than any control: no verdict
+    "random-0.25-seed0": answers(12, 10),
+    "random-0.25-seed1": answers(20, 10),
+    "stride-0.5": answers(3),
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> runs.Run:
+    return runs.load(runfolder.write(tmp_path / "run", CELLS, TARGETS, kept={"vprune": 20}))
+
+
+def values(name: str) -> np.ndarray:
+    return np.array([float(a == t) for a, t in zip(CELLS[name], TARGETS, strict=True)])
+
+
+def test_seeds_are_one_row(run: runs.Run) -> None:
+    found = {row.id: row for row in comparison.rows(run)}
+    assert list(found) == ["none", "atp-0.25", "l2-0.25", "vprune", "random-0.25", "stride-0.5"]
+    row = found["random-0.25"]
+    assert row.label == "random-0.25 (2 seeds)"
+    mean = (values("random-0.25-seed0") + values("random-0.25-seed1")) / 2
+    assert list(row.values[TASK].values()) == pytest.approx(list(mean))
+    paired = comparison.difference(found["atp-0.25"], row)
+    assert paired.value == pytest.approx((values("atp-0.25") - mean).mean())
+    assert paired.low > 0
+
+
+def test_the_table_says_what_was_measured(run: runs.Run) -> None:
+    table = comparison.table(run)
+    assert table.columns == [
+        *("strategy", TASK, "mean", "difference", "lost/won", "p", "same", "tokens", "FLOPs", "prefill")
+    ]
+    shown = {row[0]: row[1:] for row in table.rows}
+    assert shown["unpruned"] == ("95.0", "95.0", "-", "-", "-", "-", "144/144", "1.00x", "1.00x")
+    accuracy, mean, difference, turned, p, same, tokens, flops, prefill = shown["l2-0.25"]
+    assert (accuracy, mean, turned, same) == ("60.0", "60.0", "14/0", "65.0")
+    assert difference.startswith("-35.0 [")
+    assert p == "<0.001"  # 2 * 0.5 ** 14
+    assert (tokens, flops, prefill) == ("36/144", "0.33x", "1.00x")
+    assert shown["random-0.25 (2 seeds)"][3:5] == ("16/2", "-")
+
+
+def test_who_does_not_beat_a_control_is_named(run: runs.Run) -> None:
+    (said,) = comparison.warnings(run)
+    assert said.startswith("WARNING: not better than random with the same or fewer tokens: l2-0.25 (+0.0 [")
+    assert "atp" not in said
+    assert "vprune" not in said
+    assert said in comparison.table(run).caption
+
+
+def test_a_larger_budget_is_held_against_the_nearest_control(tmp_path: Path) -> None:
+    cells = {"none": answers(0), "l2-0.75": answers(5), "random-0.5": answers(5), "random-0.25": answers(20)}
+    (said,) = comparison.warnings(runs.load(runfolder.write(tmp_path / "run", cells, TARGETS)))
+    assert "l2-0.75 (+0.0 [+0.0, +0.0])" in said
+
+
+def test_the_summary_has_every_number(run: runs.Run) -> None:
+    found = comparison.summary(run)
+    json.dumps(found, allow_nan=False)
+    row = found["rows"]["atp-0.25"]
+    task = row["tasks"][TASK]
+    assert task["questions"] == N
+    assert task["accuracy"]["value"] == pytest.approx(0.9)
+    assert task["accuracy"]["low"] < 0.9 < task["accuracy"]["high"]
+    assert (task["lost"], task["won"], task["mcnemar_p"]) == (2, 0, 0.5)
+    assert task["agreement"] == pytest.approx(0.95)
+    assert task["yes_no"]["yes_ratio"] == pytest.approx(0.5)
+    assert task["yes_no"]["precision"] == pytest.approx(18 / 20)
+    assert row["difference"]["value"] == pytest.approx(-0.05)
+    assert row["tokens"] == {"before": 144.0, "after": 36.0}
+    assert found["rows"]["random-0.25"]["seeds"] == [0, 1]
+    assert found["rows"]["random-0.25"]["mcnemar_p"] is None
+
+
+def test_what_is_missing_is_said(run: runs.Run) -> None:
+    path = run.folder / "cells" / "vprune" / "cell.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "failed", "error": "it broke"}))
+    (run.folder / "cells" / "l2-0.25" / "cell.json").unlink()
+    caption = comparison.table(runs.load(run.folder)).caption
+    assert "Failed: vprune." in caption
+    assert "Not run yet: l2-0.25." in caption
+
+
+def test_without_the_unpruned_run_there_is_no_comparison(tmp_path: Path) -> None:
+    folder = runfolder.write(tmp_path / "run", {"atp-0.25": answers(1)}, TARGETS)
+    with pytest.raises(PruningError, match="needs the unpruned run"):
+        comparison.table(runs.load(folder))
+
+
+def test_the_outcome_is_written_four_times(run: runs.Run) -> None:
+    table = comparison.write(run, "a title")
+    assert (run.folder / "table.md").read_text().startswith("**a title**")
+    assert list(csv.reader(io.StringIO((run.folder / "table.csv").read_text())))[1:] == [list(r) for r in table.rows]
+    tex = (run.folder / "table.tex").read_text()
+    assert r"\begin{tabular}{lrrrllrlrr}" in tex
+    assert r"vtp\_scenes\_presence" in tex
+    assert "$<$0.001" in tex
+    assert tex.count(r"\\") == len(table.rows) + 1
+    assert json.loads((run.folder / "summary.json").read_text()) == comparison.summary(run)
+
+
+def test_names_of_tasks_lose_what_they_share() -> None:
+    assert comparison._short(["vtp_scenes_count", "vtp_scenes_digit"]) == ["count", "digit"]
+    assert comparison._short(["pope", "gqa"]) == ["pope", "gqa"]
+    assert comparison._short(["mmbench_en", "mmbench_en_dev"]) == ["en", "en_dev"]

@@ -1,0 +1,51 @@
+"""Compare strategies under lmms-eval: every configuration and the unpruned model, then a table with intervals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+
+def command(
+    file: Annotated[
+        Path | None, typer.Argument(help="A sweep file; options given beside it replace its fields.")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Run folder; one that exists is resumed.")] = ...,
+    model: Annotated[str | None, typer.Option(help="lmms-eval's model, e.g. llava.")] = None,
+    model_args: Annotated[str | None, typer.Option("--model_args", "--model-args", help="Its arguments.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="lmms-eval's tasks, separated by commas.")] = None,
+    pruning: Annotated[str | None, typer.Option(help="Strategies, separated by commas; a+b composes.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Keep ratios, separated by commas, for all with a budget.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Runs of every strategy with a random seed.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions per task; all if not given.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch_size", "--batch-size", help="lmms-eval's.")] = None,
+    launch: Annotated[
+        str | None, typer.Option(help='What starts lmms-eval, e.g. "accelerate launch --num_processes 4".')
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes that share the cells.")] = None,
+    gallery: Annotated[
+        bool | None, typer.Option("--gallery/--no-gallery", help="Keep pictures for vtp report.")
+    ] = None,
+) -> None:
+    from vtp_plugin.integrations import sweep, sweepfile
+    from vtp_plugin.reporting import comparison
+
+    given = {"model": model, "model_args": model_args, "tasks": tasks, "pruning": pruning, "keep": keep}
+    given |= {"seeds": seeds, "limit": limit, "launch": launch, "jobs": jobs, "gallery": gallery}
+    said = {"gallery": True, **(sweepfile.read(file) if file else {})} | _present(given)
+    if batch_size is not None:
+        said["options"] = {**(said.get("options") or {}), "batch_size": batch_size}
+    cells, host = sweepfile.planned(said)
+    console = Console(highlight=False)
+    run = sweep.run(output, cells, **host, console=console)
+    console.print(comparison.write(run).rich())
+    console.print(f"{output}: table.md, table.csv, table.tex, summary.json; pictures: vtp report {output}")
+    if run.failed:
+        raise typer.Exit(1)
+
+
+def _present(given: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if value is not None}

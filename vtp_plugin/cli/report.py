@@ -1,0 +1,32 @@
+"""One self-contained HTML page from a run folder of `vtp compare`: table, accuracy against cost, gallery."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vtp_plugin.errors import PruningError
+
+
+def command(
+    run_dir: Annotated[Path, typer.Argument(help="A folder that `vtp compare` wrote.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="The page to write; report.html in the run folder if not said."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Questions per task in the gallery; -1 for all recorded ones.")] = -1,
+) -> None:
+    from vtp_plugin.reporting import runs
+    from vtp_plugin.reporting.report import page
+
+    if samples < -1:
+        raise PruningError(f"--samples must be -1 or a whole number >= 0, got {samples}")
+    target = output or run_dir / "report.html"
+    if not target.resolve().parent.is_dir():
+        raise PruningError(f"no such folder: {target.parent}")
+    made = page(runs.load(run_dir), None if samples == -1 else samples)
+    target.write_text(made, encoding="utf-8")
+    Console(highlight=False, soft_wrap=True).print(f"written: {target} ({len(made.encode()) / 1e6:.1f} MB)")

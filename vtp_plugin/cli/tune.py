@@ -1,0 +1,52 @@
+"""Find the smallest keep ratio whose accuracy stays within a given drop, by a paired bootstrap interval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vtp_plugin.errors import PruningError
+
+
+def command(
+    max_drop: Annotated[str, typer.Option("--max-drop", help="Of the tasks' mean accuracy: 1% or 0.01.")] = ...,
+    pruning: Annotated[str, typer.Option(help="Strategies, each tuned by itself, separated by commas.")] = ...,
+    tasks: Annotated[str, typer.Option(help="lmms-eval's tasks, separated by commas.")] = ...,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Run folder; one that exists is resumed.")] = ...,
+    model: Annotated[str, typer.Option(help="lmms-eval's model, e.g. llava.")] = "llava",
+    model_args: Annotated[
+        str, typer.Option("--model_args", "--model-args", help="Its arguments.")
+    ] = "pretrained=vtp-tiny",
+    step: Annotated[float, typer.Option(help="Distance of the keep ratios that are tried.")] = 0.05,
+    limit: Annotated[int, typer.Option(help="Questions per task; -1 for all.")] = -1,
+    launch: Annotated[str, typer.Option(help='What starts lmms-eval, e.g. "accelerate launch".')] = "",
+) -> None:
+    from vtp_plugin.integrations import sweep, sweepfile, tuning
+    from vtp_plugin.reporting import comparison
+
+    drop, grid = _share(max_drop), tuning.grid(step)
+    host = {"model": model, "model_args": model_args, "tasks": sweepfile.names(tasks), "limit": limit, "launch": launch}
+    console = Console(highlight=False)
+    specs = sweepfile.names(pruning)
+    for spec in specs:
+        tuning.check(spec)
+    found = [tuning.tune(output, spec, grid, drop, console=console, **host) for spec in specs]
+    console.print(comparison.write(sweep.run(output, [sweep.UNPRUNED], **host)).rich())
+    for tuned in found:
+        console.print(tuned.sentence(), soft_wrap=True)
+    if not all(tuned.keep for tuned in found):
+        raise typer.Exit(1)
+
+
+def _share(text: str) -> float:
+    """1% or 0.01 as a number."""
+    try:
+        value = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise PruningError(f"--max-drop must be a share such as 1% or 0.01, got '{text}'")
+    return value
