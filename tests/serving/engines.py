@@ -11,6 +11,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as parquet
@@ -51,13 +52,13 @@ def one_each(number: int = 4) -> list[Request]:
 
 
 @contextmanager
-def engine(settings: Mapping[str, Any] | None, **arguments: Any) -> Iterator[Any]:
-    """A `vllm.LLM` of the embedded model with this `vtp_pruning`."""
+def engine(settings: Mapping[str, Any] | None, model: Path | None = None, **arguments: Any) -> Iterator[Any]:
+    """A `vllm.LLM` of the embedded model, or of another folder, with this `vtp_pruning`."""
     from vllm import LLM
 
     overrides = {"hf_overrides": {"vtp_pruning": dict(settings)}} if settings else {}
     limit = {"limit_mm_per_prompt": {"image": 2}, "kv_cache_memory_bytes": 2**26}
-    llm = LLM(str(resolve("vtp-tiny", "hf")), **{**ENGINE, **limit, **overrides, **arguments})
+    llm = LLM(str(model or resolve("vtp-tiny", "hf")), **{**ENGINE, **limit, **overrides, **arguments})
     try:
         yield llm
     finally:
@@ -98,16 +99,18 @@ def events(llm: Any) -> list[Any]:
 
 
 @cache
-def reference() -> tuple[Any, Any]:
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+def reference(folder: Path | None = None) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    folder = resolve("vtp-tiny", "hf")
-    return LlavaForConditionalGeneration.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    folder = folder or resolve("vtp-tiny", "hf")
+    return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
 
-def expected(settings: Mapping[str, Any], requests: Sequence[Request]) -> tuple[list[list[int]], list[list[Any]]]:
+def expected(
+    settings: Mapping[str, Any], requests: Sequence[Request], folder: Path | None = None
+) -> tuple[list[list[int]], list[list[Any]]]:
     """Answers and kept indices, per request, of the transformers path."""
-    model, processor = reference()
+    model, processor = reference(folder)
     hyper = {name: value for name, value in settings.items() if name != "strategy"}
     said, kept = [], []
     with prune(model, settings["strategy"], processor=processor, **hyper) as pruned:

@@ -45,7 +45,7 @@ def test_concurrent_requests_with_several_images_and_questions(server: Server):
     requests = [*one_each(4), ([first], one[1]), ([first], one[2]), ([second], one[0]), ([first, second], two[0])]
     said, _ = expected(SETTINGS, requests)
     with ThreadPoolExecutor(len(requests)) as pool:
-        answers = list(pool.map(lambda request: server.ask(*request, tokens=ANSWER), requests))
+        answers = list(pool.map(lambda request: server.ask(*request, ANSWER, add_special_tokens=True), requests))
     assert [content(answer) for answer in answers] == [text(ids) for ids in said]
     for answer, request in zip(answers, requests, strict=True):
         images = len(request[0])

@@ -22,7 +22,10 @@ from typing import Any
 
 from vtp_plugin.errors import PruningError
 
-FAMILIES = {"LlavaForConditionalGeneration": "llava"}  # vLLM's architecture -> module with `Pruned` and `plan_of`
+FAMILIES = {  # vLLM's architecture -> module with `Pruned` and `plan_of`
+    "LlavaForConditionalGeneration": "llava",
+    "LlavaNextForConditionalGeneration": "llava_next",
+}
 PROGRAMS = ("vllm", "api_server")  # vLLM's own
 OURS = "Vtp"  # in front of an architecture: our class for it
 
