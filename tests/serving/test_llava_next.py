@@ -1,4 +1,4 @@
-"""LLaVA-NeXT inside vLLM keeps what the transformers path keeps: the embedded model's weights, with tiles and newlines."""
+"""LLaVA-NeXT inside vLLM keeps what the transformers path keeps: the embedded model's weights, in tiles."""
 
 from __future__ import annotations
 
