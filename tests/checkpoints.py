@@ -71,14 +71,16 @@ class Host:
     arguments: str
     batch: int = 1  # batch size of its image task
     text_only: bool = True  # the host takes documents without a picture beside others
-    video: bool = True
 
 
-def _saved(family: str, processor: Callable[[], Any], folder: Path) -> None:
-    """Weights and processor in one folder."""
-    model = families.FAMILIES[family].build("sdpa")
-    model.save_pretrained(folder)
-    processor().save_pretrained(folder)
+def _saved(family: str, processor: Callable[[], Any]) -> Callable[[Path], None]:
+    """Writes weights and processor into one folder."""
+
+    def build(folder: Path) -> None:
+        families.FAMILIES[family].build("sdpa").save_pretrained(folder)
+        processor().save_pretrained(folder)
+
+    return build
 
 
 def _llava_next() -> Any:
@@ -189,26 +191,22 @@ def _llava_anyres(folder: Path) -> None:
 
 
 CPU = "device=cpu,device_map=cpu"
+AUTHORS = "device=cpu,device_map=auto"
 PIXELS = "min_pixels=1024,max_pixels=4096"
-
 HOSTS = {
-    "llava-1.5": Host("llava", "llava", partial(_embedded, "llava"), "device=cpu,device_map=auto", 3, False, False),
-    "llava-1.6": Host("llava", "llava_anyres", _llava_anyres, "device=cpu,device_map=auto", 3, False, False),
-    "llava_hf-1.5": Host("llava_hf", "llava_hf", partial(_embedded, "hf"), CPU, 1, False, False),
-    "llava_hf-next": Host("llava_hf", "llava_next", partial(_saved, "llava_next", _llava_next), CPU, 1, False, False),
+    "llava-1.5": Host("llava", "llava", partial(_embedded, "llava"), AUTHORS, 3, text_only=False),
+    "llava-1.6": Host("llava", "llava_anyres", _llava_anyres, AUTHORS, 3, text_only=False),
+    "llava_hf-1.5": Host("llava_hf", "llava_hf", partial(_embedded, "hf"), CPU, text_only=False),
+    "llava_hf-next": Host("llava_hf", "llava_next", _saved("llava_next", _llava_next), CPU, text_only=False),
     "llava_hf-onevision": Host(
-        "llava_hf", "llava_onevision", partial(_saved, "llava_onevision", _onevision), CPU, 1, False
+        "llava_hf", "llava_onevision", _saved("llava_onevision", _onevision), CPU, text_only=False
     ),
-    "qwen2_vl": Host(
-        "qwen2_vl", "qwen2_vl", partial(_saved, "qwen2_vl", partial(_qwen, "Qwen2VL")), f"{CPU},{PIXELS}", 3
-    ),
+    "qwen2_vl": Host("qwen2_vl", "qwen2_vl", _saved("qwen2_vl", partial(_qwen, "Qwen2VL")), f"{CPU},{PIXELS}", 3),
     "qwen2_5_vl": Host(
-        "qwen2_5_vl", "qwen2_5_vl", partial(_saved, "qwen2_5_vl", partial(_qwen, "Qwen2_5_VL")), f"{CPU},{PIXELS}", 3
+        "qwen2_5_vl", "qwen2_5_vl", _saved("qwen2_5_vl", partial(_qwen, "Qwen2_5_VL")), f"{CPU},{PIXELS}", 3
     ),
-    "qwen3_vl": Host(
-        "qwen3_vl", "qwen3_vl", partial(_saved, "qwen3_vl", partial(_qwen, "Qwen3VL")), f"{CPU},{PIXELS}", 3
-    ),
-    "internvl_hf": Host("internvl_hf", "internvl", partial(_saved, "internvl", _internvl), f"{CPU},max_patches=3"),
-    "gemma3": Host("gemma3", "gemma3", partial(_saved, "gemma3", _gemma3), CPU, 3),
-    "mistral3_vl": Host("mistral3_vl", "mistral3", partial(_saved, "mistral3", _mistral3), CPU, 3, video=False),
+    "qwen3_vl": Host("qwen3_vl", "qwen3_vl", _saved("qwen3_vl", partial(_qwen, "Qwen3VL")), f"{CPU},{PIXELS}", 3),
+    "internvl_hf": Host("internvl_hf", "internvl", _saved("internvl", _internvl), f"{CPU},max_patches=3"),
+    "gemma3": Host("gemma3", "gemma3", _saved("gemma3", _gemma3), CPU, 3),
+    "mistral3_vl": Host("mistral3_vl", "mistral3", _saved("mistral3", _mistral3), CPU, 3),
 }

@@ -44,6 +44,7 @@ class Kept:
     rows: list[Tensor] | None = None  # projector: rows that the host makes
     late: list[Tensor] | None = None  # llm: rows
     layer: int = 2
+    shifted: bool = False  # every kept row has the values of the next one that may be dropped, as if it was merged
     positions: str = ""  # original or compact; else what the family does, and original between layers
 
 
@@ -77,6 +78,8 @@ class Reference:
         if hasattr(self.core, "image_newline"):
             fixed = (rows == self.core.image_newline).all(-1)
         present = ~rows.isnan().any(-1)
+        if self.kept.shifted:
+            rows = self._shifted(rows, fixed)
         wanted = self._wanted(fixed.split(self.totals), present.split(self.totals))
         columns = torch.cat(self.where)
         keep = torch.ones_like(self.ids, dtype=torch.bool)
@@ -87,6 +90,14 @@ class Reference:
         self.deepstack = [self._flat(level)[wanted] for level in getattr(output, "deepstack_features", None) or []]
         self.columns = keep.nonzero().flatten()
         self.fixed = columns[fixed]
+
+    def _shifted(self, rows: Tensor, fixed: Tensor) -> Tensor:
+        """Rows [n, D] with the values of the next row that is not fixed, image by image."""
+        shifted = rows.clone()
+        for numbers, mask in zip(torch.arange(len(rows)).split(self.totals), fixed.split(self.totals), strict=True):
+            judged = numbers[~mask]
+            shifted[judged[:-1]] = rows[judged[1:]]
+        return shifted
 
     @property
     def visual(self) -> Tensor:

@@ -171,6 +171,15 @@ def clip_folder() -> Path:
     return folder
 
 
+def clip_text_of(vision: Any, folder: Path) -> Path:
+    """A saved random CLIPModel with a vision tower of these sizes, and its tokenizer."""
+    clip = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=vision.to_dict(), projection_dim=16))
+    randomise(clip, seed=3)
+    clip.save_pretrained(folder)
+    _tokenizer(folder)
+    return folder
+
+
 def _tokenizer(folder: Path) -> None:
     """CLIP's byte-level BPE without a single merge."""
     from tokenizers.pre_tokenizers import ByteLevel

@@ -388,7 +388,10 @@ def vision(
         blocks = clip_tower(tiny.tower, pixels, left)
         x = blocks[-2].output[[i + 1 for i in left]]
     else:
-        steps, last = len(getattr(tiny.tower, "vision_model", tiny.tower).encoder.layers) - 1, floor(merging.get("keep_ratio", 1 / 3) * len(left))
+        steps, last = (
+            len(getattr(tiny.tower, "vision_model", tiny.tower).encoder.layers) - 1,
+            floor(merging.get("keep_ratio", 1 / 3) * len(left)),
+        )
         counts = [len(left) - round((len(left) - last) * (step + 1) / steps) for step in range(steps)]
         blocks, left = merging_tower(tiny.tower, pixels, left, counts, merging.get("proportional", True))
         x = blocks[-2].output[1:]

@@ -132,6 +132,6 @@ def test_the_outcome_is_written_four_times(run: runs.Run) -> None:
 
 
 def test_names_of_tasks_lose_what_they_share() -> None:
-    assert comparison._short(["vtp_scenes_count", "vtp_scenes_digit"]) == ["count", "digit"]
-    assert comparison._short(["pope", "gqa"]) == ["pope", "gqa"]
-    assert comparison._short(["mmbench_en", "mmbench_en_dev"]) == ["en", "en_dev"]
+    assert comparison.short(["vtp_scenes_count", "vtp_scenes_digit"]) == ["count", "digit"]
+    assert comparison.short(["pope", "gqa"]) == ["pope", "gqa"]
+    assert comparison.short(["mmbench_en", "mmbench_en_dev"]) == ["en", "en_dev"]

@@ -1,11 +1,13 @@
-"""docs/example-plugin is a package that works: found through its entry point, listed, checked, usable by name."""
+"""docs/example-plugin is a package that works: installed by pip, listed, checked, usable by name like a built-in."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import entry_points
+from importlib.metadata import distributions, entry_points
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,98 @@ def test_vtp_check_reads_it_from_a_file():
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "center: all checks passed" in run.stdout
+
+
+# -- installed for real -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip has installed the package, offline."""
+    if {"pip", "setuptools"} - {distribution.name for distribution in distributions()}:
+        pytest.skip("needs pip and setuptools to build the package offline")
+    folder = tmp_path_factory.mktemp("installed")
+    source = shutil.copytree(EXAMPLE, folder / "source")  # builds leave traces
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target", str(folder / "site")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, str(source)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "site"
+
+
+def python(site: Path, code: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that has the package installed and is not near its source."""
+    path = os.pathsep.join([str(site), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", code, *args],
+        capture_output=True,
+        text=True,
+        cwd=site.parent,
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
+    )
+
+
+CLI = "from vtp_plugin.cli import main; main()"
+
+
+@pytest.mark.slow
+def test_installed_it_is_listed_and_checked(site: Path):
+    listed = python(site, CLI, "list")
+    assert listed.returncode == 0, listed.stderr
+    assert "center" in listed.stdout
+    checked = python(site, CLI, "check", "center")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "center: all checks passed" in checked.stdout
+
+
+PROMISES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_promises as shared
+from models import N, prompts, tiny
+
+import torch
+import vtp_plugin as vtp
+
+assert vtp.get_strategy("center").__module__ == "vtp_example.plugin"
+host = tiny("llava_hf")
+for kind in ("single", "batch"):
+    rows = prompts(kind)
+    with torch.no_grad():
+        before = host.forward(rows).logits
+        with host.prune("center", keep_ratio=1.0):
+            assert host.forward(rows).logits.equal(before)
+        with host.prune("center", keep_tokens=9) as pruned, shared.Lengths(host.decoder.layers) as lengths:
+            together = host.generate(rows)
+            found = shared.kept(pruned.events)["center"]
+        assert host.forward(rows).logits.equal(before)
+    assert all(len(index) == 9 for index in found.values())
+    images = [len(numbers) for numbers in host.numbers(rows)]
+    words = [sum(not isinstance(part, torch.Tensor) for part in row) for row in rows]
+    assert lengths == [max(w + 9 * i for w, i in zip(words, images))] * 4
+    for number, row in enumerate(rows):
+        with host.prune("center", keep_tokens=9):
+            alone = host.generate([row])
+        for one, all_ in zip(alone.logits, together.logits):
+            torch.testing.assert_close(one[0], all_[number], atol=2e-4, rtol=1e-4)
+with host.prune("center+fastv", keep_ratio=0.25) as pruned:
+    host.generate(prompts("single"))
+assert [event.strategy for event in pruned.events] == ["center", "fastv"]
+print("kept")
+"""
+
+
+@pytest.mark.slow
+def test_installed_it_keeps_the_shared_promises(site: Path):
+    done = python(site, PROMISES, str(Path(__file__).parent))
+    assert done.stdout.strip().endswith("kept"), done.stderr
+
+
+@pytest.mark.slow
+def test_installed_it_runs_through_lmms_eval(site: Path, tmp_path: Path):
+    pytest.importorskip("lmms_eval")
+    arguments = ["demo", "--pruning", "center", "--limit", "1", "-o", str(tmp_path / "out")]
+    done = python(site, CLI, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "center" in (tmp_path / "out" / "table.md").read_text()

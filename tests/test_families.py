@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import zlib
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import families
@@ -18,6 +20,7 @@ from families_reference import Kept, Reference
 from torch import Tensor, nn
 
 import vtp_plugin as vtp
+from vtp_plugin import PruningStrategy, Selection, Stage, VisualTokens
 from vtp_plugin.errors import PruningError
 
 NEW = 4
@@ -28,7 +31,25 @@ STRATEGIES = {  # per stage: what cuts there, and what keeps everything
     "projector": [("atp", {"alpha": 0.0, "keep_ratio": 0.4}), ("stride", {"keep_ratio": 0.6})],
     "llm": [("fastv", {"layer": 2, "keep_ratio": 0.4})],
 }
+
+
+@dataclass(kw_only=True)
+class Shifted(PruningStrategy):
+    """Keep every second row with the values of the next: values that are not the row's own, as merging makes them."""
+
+    name, stage, paper = "shifted", Stage.PROJECTOR, "none"
+
+    def select(self, visual: VisualTokens) -> Selection:
+        source = torch.arange(0, visual.tokens.shape[1] - 1, 2)
+        keep = torch.zeros(visual.tokens.shape[:2], dtype=torch.bool)
+        keep[:, source] = True
+        rows = tuple(image[source + 1] for image in visual.tokens)
+        return Selection(keep, tokens=rows, source=(source,) * len(rows))
+
+
 FULL = bool(os.environ.get("VTP_FULL_MATRIX"))
+
+MERGING: list[tuple[Any, dict[str, Any]]] = [(Shifted(), {})]
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -89,10 +110,12 @@ def kept_by_sample(events: list[Any], prompts: tuple[Prompt, ...], stage: str, p
     kept = {number: k for event in events for number, k in zip(event.images, event.kept, strict=True)}
     field = {"pixels": "units", "vit": "units", "projector": "rows", "llm": "late"}[stage]
     numbers = iter(range(len(kept)))
-    return [Kept(**{field: [kept[next(numbers)] for _ in p.totals]}, positions=positions) for p in prompts]
+    merged = any(event.strategy == Shifted.name for event in events)
+    common = {"positions": positions, "shifted": merged}
+    return [Kept(**{field: [kept[next(numbers)] for _ in prompt.totals]}, **common) for prompt in prompts]
 
 
-def decided(model: nn.Module, family: Family, prompts: tuple[Prompt, ...], name: str, fields: dict[str, Any]) -> Any:
+def decided(model: nn.Module, family: Family, prompts: tuple[Prompt, ...], name: Any, fields: dict[str, Any]) -> Any:
     with vtp.prune(model, name, processor=Processor(), **fields) as pruned:
         output = generated(model, batched(family, prompts))
         return output, list(pruned.events)
@@ -103,7 +126,7 @@ def test_promises(name: str, stage: str, attention: str, layout: str) -> None:
     family, model, prompts = FAMILIES[name], model_of(name, attention), prompts_of(name, layout)
     before = logits_of(model, batched(family, prompts))
     attributes = set(vars(model)) | set(vars(model.model))
-    for strategy, fields in STRATEGIES[stage]:
+    for strategy, fields in STRATEGIES[stage] + MERGING * (stage == "projector"):
         check_reference(model, family, prompts, stage, strategy, fields)
         if "keep_ratio" in fields:
             with vtp.prune(model, strategy, processor=Processor(), **{**fields, "keep_ratio": 1.0}):
@@ -112,7 +135,7 @@ def test_promises(name: str, stage: str, attention: str, layout: str) -> None:
     assert set(vars(model)) | set(vars(model.model)) == attributes
 
 
-def check_reference(model: Any, family: Family, prompts: Any, stage: str, strategy: str, fields: Any) -> None:
+def check_reference(model: Any, family: Family, prompts: Any, stage: str, strategy: Any, fields: Any) -> None:
     """Cached generation of the batch equals the slow reference of every sample; budgets and lengths are exact."""
     output, events = decided(model, family, prompts, strategy, fields)
     inputs, decisions = batched(family, prompts), kept_by_sample(events, prompts, stage, fields.get("positions", ""))
@@ -251,6 +274,34 @@ def test_missing_stage_says_why(name: str) -> None:
 def test_text_similarity_is_refused_without_a_text_tower(name: str) -> None:
     with pytest.raises(PruningError, match="has no CLIP text encoder that matches its vision tower"):
         vtp.prune(model_of(name, "sdpa"), "atp", processor=Processor())
+
+
+@pytest.mark.parametrize("layout", ["single", "batch"])
+def test_text_similarity_judges_every_row_of_the_tiles(layout: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """ATP with a CLIP text tower beside a LLaVA-NeXT; what it keeps gives the answers of the slow reference."""
+    from models import clip_text_of
+
+    family, model, prompts = FAMILIES["llava_next"], model_of("llava_next", "sdpa"), prompts_of("llava_next", layout)
+    folder = clip_text_of(model.config.vision_config, tmp_path_factory.mktemp("clip"))
+    kept = {}
+    for alpha in (0.0, 0.5, 1.0):
+        fields = {"alpha": alpha, "keep_ratio": 0.4, "clip": str(folder)}
+        check_reference(model, family, prompts, "projector", "atp", fields)
+        _, events = decided(model, family, prompts, "atp", fields)
+        kept[alpha] = [rows.tolist() for rows in events[-1].kept]
+    assert kept[0.0] != kept[0.5] != kept[1.0] != kept[0.0]
+
+
+def test_text_similarity_in_the_authors_package(anyres: nn.Module, tmp_path: Path) -> None:
+    from models import clip_text_of
+
+    folder = clip_text_of(anyres.get_vision_tower().config, tmp_path)
+    settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with vtp.prune(anyres, "atp", processor=Processor(), clip=str(folder), alpha=1.0, keep_ratio=0.4):
+        together = torch.stack(anyres.generate(**anyres_inputs(slice(None)), **settings).logits)
+        parts = (slice(0, 1), slice(1, 2))
+        singles = torch.cat([torch.stack(anyres.generate(**anyres_inputs(p), **settings).logits) for p in parts], 1)
+    torch.testing.assert_close(together, singles, rtol=1e-4, atol=1e-5)
 
 
 def test_video_with_interpolation_is_refused_inside_the_tower() -> None:

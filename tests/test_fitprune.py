@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import reference
 import slow
 import torch
-import yaml
 from models import N, picture, tiny
 from torch import Tensor
 
@@ -108,7 +108,9 @@ def slowly_fitted(samples: list, alpha: float) -> list[float]:
             gone = []
             for values in (signal.tolist() for signal in signals):
                 order = sorted(present, key=lambda i: (values[i], i))
-                good = [m for m in range(len(order) + 1) if sum(values[i] for i in order[m:]) >= (1 - alpha) * sum(values)]
+                good = [
+                    m for m in range(len(order) + 1) if sum(values[i] for i in order[m:]) >= (1 - alpha) * sum(values)
+                ]
                 gone.append(set(order[: max(good, default=0)]))
             present -= gone[0] & gone[1]
             row.append(len(present) / n)
@@ -129,8 +131,8 @@ def test_the_fit_deletes_what_both_attentions_can_spare(target: float):
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    path = tmp_path / "fit.yaml"
-    path.write_text(yaml.safe_dump({"left": [[1.0, 0.2, 0.0, 0.0], [1.0, 0.8, 0.4, 0.2]]}))
+    path = tmp_path / "fit.json"
+    path.write_text(json.dumps({"left": [[1.0, 0.2, 0.0, 0.0], [1.0, 0.8, 0.4, 0.2]]}))
     return path
 
 
@@ -147,12 +149,14 @@ def test_a_file_is_interpolated(file: Path):
 
 
 def test_a_file_for_another_depth_is_refused(file: Path):
-    file.write_text(yaml.safe_dump({"left": [[1.0, 0.5]]}))
+    file.write_text(json.dumps({"left": [[1.0, 0.5]]}))
     with pytest.raises(PruningError, match="was fitted for 2 decoder layers, this model has 4"):
         tiny("llava_hf").prune(get_strategy("fitprune")(schedule=str(file)))
 
 
-@pytest.mark.parametrize("content", ["left: [[2, 3]]", "x: 1", "left: 5", "left: [[]]", "[", "left: [[a]]"])
+@pytest.mark.parametrize(
+    "content", ['{"left": [[2, 3]]}', '{"x": 1}', '{"left": 5}', '{"left": [[]]}', "[", '{"left": [["a"]]}']
+)
 def test_a_file_without_schedules_is_refused(file: Path, content: str):
     file.write_text(content)
     with pytest.raises(PruningError, match="fitprune: schedule must be a file that `vtp calibrate fitprune` wrote"):
@@ -175,10 +179,10 @@ def test_the_command_fits_the_embedded_model(tmp_path: Path):
     if not app.registered_commands:
         vtp_register_commands(app)
     Image.frombytes("RGB", (64, 64), bytes(range(256)) * 48).save(tmp_path / "a.png")
-    target = tmp_path / "fit.yaml"
+    target = tmp_path / "fit.json"
     result = CliRunner().invoke(app, ["calibrate", "fitprune", str(tmp_path / "a.png"), "-o", str(target)])
     assert result.exit_code == 0, result.output
-    left = yaml.safe_load(target.read_text())["left"]
+    left = json.loads(target.read_text())["left"]
     assert len(left) == 9
     for step, row in enumerate(left, 1):
         assert row[0] == 1.0

@@ -43,7 +43,9 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "fastv+random": [("fastv", {"layer": 1}), ("random", {"at": "llm", "layer": 3})],
 }
 FEW = ["l2", "vprune", "visionzip", "fastv", "vprune+atp+fastv"]
-EVERYTHING: dict[str, dict[str, Any]] = {name: {"keep_ratio": 1.0} for name in ("l2", "tome", "visionzip", "fastv", "stride")}
+EVERYTHING: dict[str, dict[str, Any]] = {
+    name: {"keep_ratio": 1.0} for name in ("l2", "tome", "visionzip", "fastv", "stride")
+}
 EVERYTHING |= {"random": {"keep_tokens": N}, "atp": {"keep_ratio": 1.0}, "vprune": {}}
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 

@@ -62,9 +62,40 @@ def determinant_gains(kernel: Tensor, picks: list[int]) -> list[dict[int, float]
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 1), (17, 6), (17, 17)])
 def test_farthest_points(kind: str, n: int, k: int):
     x = slow.tokens(kind, n)
-    picks = selectors.farthest_points(selectors.cosines(x), k)
+    picks = selectors.farthest_points(1 - selectors.cosines(x), k)
     for row, chosen in zip(x, picks.tolist(), strict=True):
         follows(chosen, diversity_gains(slow.cosines(row), chosen))
+
+
+@pytest.mark.parametrize("kind", slow.INPUTS)
+def test_distances_and_weighted_farthest_points(kind: str):
+    x, weight = slow.tokens(kind, 12), torch.rand(2, 12) + 0.1
+    squared = selectors.distances(x)
+    assert torch.allclose(squared, (x[:, :, None] - x[:, None]).square().sum(-1), atol=CLOSE)
+    for b, row in enumerate(selectors.farthest_points(squared, 7, weight).tolist()):
+        gains = []
+        for t in range(7):
+            left = [j for j in range(12) if j not in row[:t]]
+            near = {j: min(squared[b, s, j].item() for s in row[:t] or range(12) if s != j) for j in left}
+            gains.append({j: weight[b, j].item() * d for j, d in near.items()})
+        follows(row, gains)
+
+
+@pytest.mark.parametrize("kind", slow.INPUTS)
+@pytest.mark.parametrize(("n", "k"), [(2, 2), (17, 6), (17, 17)])
+def test_mean_matching(kind: str, n: int, k: int):
+    x = slow.tokens(kind, n)
+    picks = selectors.mean_matching(selectors.centred(x), torch.zeros(2, 1, dtype=torch.long), k)
+    for row, chosen in zip(x.double(), picks.tolist(), strict=True):
+        means = [
+            {j: -float((row[[*chosen[:t], j]].sum(0) - (t + 1) * row.mean(0)).square().sum()) for j in range(n)}
+            for t in range(1, k)
+        ]
+        left = [{j: gain for j, gain in m.items() if j not in chosen[: t + 1]} for t, m in enumerate(means)]
+        assert chosen[0] == 0
+        assert len(set(chosen)) == k
+        for pick, gain in zip(chosen[1:], left, strict=True):
+            assert gain[pick] >= max(gain.values()) - 1e-3
 
 
 @pytest.mark.parametrize("demanded", [False, True])
@@ -109,7 +140,8 @@ def test_a_batch_is_its_images_alone():
     assert together.equal(torch.cat([selectors.cosines(one[None]) for one in x]))
     kernel = w[:, :, None] * together * w[:, None]
     for select in (
-        lambda s: selectors.farthest_points(together[s], 20),
+        lambda s: selectors.farthest_points(1 - together[s], 20),
+        lambda s: selectors.mean_matching(selectors.centred(x[s]), torch.arange(3)[s, None], 20),
         lambda s: selectors.coverage(together[s], w[s], 20, w[s]),
         lambda s: selectors.determinantal(kernel[s], 20, w[s]),
     ):

@@ -371,6 +371,39 @@ def test_bad_input_is_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
+def invoke(*arguments: object) -> Any:
+    cli.vtp_register_commands(cli=cli.app)
+    host = [f"--{key}={value}" for key, value in HOST.items()]
+    return CliRunner().invoke(cli.app, [*map(str, arguments), *host], env={"COLUMNS": "200"})
+
+
+def test_compare_ends_with_a_table_and_an_exit_code(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_LOG", str(folder.log))
+    arguments = ["compare", "-o", folder.run_dir, "--pruning", "l2,random", "--keep", "0.5,0.25", "--seeds", 2]
+    monkeypatch.setenv("FAKE_RAISES", "l2-0.25")
+    said = invoke(*arguments)
+    assert said.exit_code == 1
+    assert "failed  l2-0.25  this cell cannot be run" in said.output
+    monkeypatch.delenv("FAKE_RAISES")
+    said = invoke(*arguments, "--gallery", "--batch_size", 1)
+    assert isinstance(said.exception, PruningError)  # other options than those of the folder
+    said = invoke(*arguments)
+    assert said.exit_code == 0, said.output
+    assert folder.started == Counter([*CELLS, "l2-0.25"])
+    table = (folder.run_dir / "table.md").read_text()
+    assert all(name in table for name in ("| unpruned |", "| l2-0.25 |", "| random-0.25 (2 seeds) |"))
+    assert "random-0.25 (2 seeds)" in said.output
+
+
+@pytest.mark.parametrize(("drop", "sentence"), [("90%", "l2: keep_ratio=0.25 stays"), ("0", "l2: no keep ratio stays")])
+def test_tune_says_what_it_found(folder: Folder, monkeypatch: pytest.MonkeyPatch, drop: str, sentence: str) -> None:
+    monkeypatch.setenv("FAKE_LOG", str(folder.log))
+    said = invoke("tune", "--max-drop", drop, "-o", folder.run_dir, "--pruning", "l2", "--step", 0.25)
+    assert sentence in said.output
+    assert said.exit_code == (1 if "no keep" in sentence else 0)
+    assert {"none", "l2-0.75"} <= {*folder.started}
+
+
 REAL = {
     "model": "llava",
     "model_args": "pretrained=vtp-tiny",

@@ -1,4 +1,4 @@
-"""The package's own strategy: importance as ATP, coverage and determinants as restated."""
+"""The package's own strategy: difference, then proportion, as restated with lists and loops."""
 
 from __future__ import annotations
 
@@ -7,67 +7,78 @@ import slow
 import torch
 
 from vtp_plugin import VisualTokens, get_strategy
+from vtp_plugin.errors import PruningError
+
+SIGNALS = {"projector": ("projected", "cls_attention"), "llm": ("normed", "last_query_attention")}
 
 
-def seen_by(kind: str, n: int, dtype: torch.dtype = torch.float32) -> VisualTokens:
-    signals = {"cls_attention": slow.attention(2, n), "aligned": torch.randn(2, n, 5), "text": torch.randn(2, 5)}
-    return slow.visual(slow.tokens(kind, n, d=24, dtype=dtype), **signals)
+def seen_by(kind: str, n: int, at: str = "projector", dtype: torch.dtype = torch.float32) -> VisualTokens:
+    features, importance = SIGNALS[at]
+    x = slow.tokens(kind, n, d=24, dtype=dtype)
+    return slow.visual(torch.zeros(2, n, 3), **{features: x, importance: slow.attention(2, n)})
 
 
-def importance(seen: VisualTokens, b: int, alpha: float, sign: int, focus: float, floor: float) -> list[float]:
-    text = seen.text[b].double().tolist()
-    intra = slow.minmax(seen.cls_attention[b].double().tolist())
-    inter = slow.minmax([sign * slow.cosine(row, text) for row in seen.aligned[b].double().tolist()])
-    return [((1 - alpha) * a + alpha * r + floor) ** focus for a, r in zip(intra, inter, strict=True)]
+def restated(x: torch.Tensor, u: list[float], k: int, by_mean: int) -> list[int]:
+    """x [N, D] in double precision; u to the power of focus; the last `by_mean` picks bring the mean back."""
+    rows, n = x.tolist(), len(x)
 
+    def apart(i: int, j: int) -> float:
+        return sum((a - b) ** 2 for a, b in zip(rows[i], rows[j], strict=True))
 
-def restated(seen: VisualTokens, b: int, k: int, control: str, u: list[float]) -> list[int]:
-    similarity, n, picks = slow.cosines(seen.tokens[b]), len(u), []
-    if control == "none":
-        return slow.best(u, k)
-    kernel = torch.tensor([[u[i] * similarity[i][j] * u[j] for j in range(n)] for i in range(n)], dtype=torch.float64)
+    def off(picks: list[int]) -> float:
+        means = [sum(rows[i][c] for i in picks) / len(picks) - sum(r[c] for r in rows) / n for c in range(x.shape[1])]
+        return sum(m**2 for m in means)
+
+    picks: list[int] = []
     while len(picks) < k:
-        covered = [max([similarity[i][s] for s in picks] + [0.0]) for i in range(n)]
-
-        def gain(j: int) -> float:
-            if control == "determinantal":
-                return float(torch.linalg.det(kernel[[*picks, j]][:, [*picks, j]]))
-            return u[j] * sum(u[i] * max(0.0, similarity[i][j] - covered[i]) for i in range(n))  # noqa: B023
-
-        picks.append(slow.argmax([j for j in range(n) if j not in picks], gain))
+        left = [j for j in range(n) if j not in picks]
+        if len(picks) < max(1, k - by_mean):
+            rivals = picks or range(n)
+            picks.append(slow.argmax(left, lambda j: u[j] * min(apart(i, j) for i in rivals if i != j)))  # noqa: B023
+        else:
+            picks.append(slow.argmax(left, lambda j: -off([*picks, j])))
     return sorted(picks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("control", ["coverage", "determinantal", "none"])
-@pytest.mark.parametrize(
-    ("alpha", "sign", "focus", "floor"), [(0.5, -1, 1.0, 0.1), (0.0, 1, 2.0, 0.0), (1.0, 1, 0.5, 0.3)]
-)
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 1), (20, 6)])
-def test_as_described(n, k, alpha, sign, focus, floor, control, dtype):
-    seen = seen_by("random", n, dtype)
-    hyper = {"alpha": alpha, "relevance_sign": sign, "focus": focus, "floor": floor, "control": control}
-    kept = get_strategy("vtp")(keep_tokens=k, **hyper).decide(seen)
+@pytest.mark.parametrize("at", ["projector", "llm"])
+@pytest.mark.parametrize(("proportion", "focus"), [(None, 0.0), (0.0, 1.0), (0.5, 0.5), (1.0, 2.0)])
+@pytest.mark.parametrize(("n", "k"), [(2, 1), (20, 6), (20, 15)])
+def test_as_described(n: int, k: int, proportion: float | None, focus: float, at: str, dtype: torch.dtype):
+    seen = seen_by("random", n, at, dtype)
+    kept = get_strategy("vtp")(keep_tokens=k, at=at, proportion=proportion, focus=focus).decide(seen)
+    features, importance = (getattr(seen, name) for name in SIGNALS[at])
     for b in range(2):
-        u = importance(seen, b, alpha, sign, focus, floor)
-        assert slow.columns(kept)[b] == restated(seen, b, k, control, u)
+        u = [(v + 0.1) ** focus for v in slow.minmax(importance[b].double().tolist())]
+        by_mean = round(k * (k / n if proportion is None else proportion))
+        assert slow.columns(kept)[b] == restated(features[b].double(), u, k, by_mean)
 
 
 @pytest.mark.parametrize("kind", ["duplicates", "constant"])
-@pytest.mark.parametrize("control", ["coverage", "determinantal", "none"])
+@pytest.mark.parametrize("focus", [0.0, 1.0])
 @pytest.mark.parametrize("k", [1, 6, 39])
-def test_exactly_k(kind: str, control: str, k: int):
-    slow.check_exact(get_strategy("vtp")(keep_tokens=k, control=control).decide(seen_by(kind, 40)), 40, k)
+def test_exactly_k(kind: str, focus: float, k: int):
+    slow.check_exact(get_strategy("vtp")(keep_tokens=k, focus=focus).decide(seen_by(kind, 40)), 40, k)
 
 
-def test_without_text_no_text_is_needed():
-    strategy = get_strategy("vtp")(alpha=0.0, keep_tokens=5)
-    assert tuple(strategy.needs) == ("cls_attention",)
-    seen = seen_by("random", 20)
-    slow.check_exact(strategy.decide(slow.visual(seen.tokens, cls_attention=seen.cls_attention)), 20, 5)
+def test_what_is_rare_stays_and_what_is_frequent_stays_frequent():
+    """36 alike, 3 of another kind, 1 of a third; a tenth of noise."""
+    kinds = torch.tensor([0] * 36 + [1] * 3 + [2])
+    x = torch.randn(3, 24)[kinds] + 0.1 * torch.randn(40, 24)
+    seen = slow.visual(torch.zeros(1, 40, 3), projected=x[None])
+    (kept,) = get_strategy("vtp")(keep_tokens=20).decide(seen).sources
+    assert torch.bincount(kinds[kept], minlength=3)[1:].tolist() in ([1, 1], [2, 1])
+    (spread,) = get_strategy("vtp")(keep_tokens=3, proportion=0.0).decide(seen).sources
+    assert sorted(kinds[spread].tolist()) == [0, 1, 2]
 
 
-def test_without_control_it_is_atp_of_the_projected_block():
-    seen = seen_by("random", 30)
-    ours = get_strategy("vtp")(keep_tokens=9, control="none", relevance_sign=1).decide(seen)
-    assert ours.keep.equal(get_strategy("atp")(keep_tokens=9).decide(seen).keep)
+def test_importance_is_read_only_where_it_counts():
+    make = get_strategy("vtp")
+    assert tuple(make().needs) == ("projected",)
+    assert tuple(make(focus=0.5).needs) == ("projected", "cls_attention")
+    assert tuple(make(at="llm", focus=0.5).needs) == ("normed", "last_query_attention")
+
+
+def test_a_share_above_one_is_refused():
+    with pytest.raises(PruningError, match=r"vtp: proportion must be a number in \[0, 1\], got 2"):
+        get_strategy("vtp")(proportion=2)

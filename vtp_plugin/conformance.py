@@ -26,6 +26,20 @@ VALUES = (True, False, 0, 1, 2, 3, 5, 8, 64, -1, -2, 0.0, 0.1, 0.5, 0.9, 1.0, 3.
 PREFILL = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # multiply-accumulates per token of a LLaVA-1.5-7B, attention aside
 
 
+@dataclass(frozen=True)
+class Widths:
+    """How wide synthetic tokens and signals are."""
+
+    tower: int = 16  # features of the vision tower, keys of all heads together
+    llm: int = 16  # hidden states and projected tokens
+    shared: int = 16  # CLIP's joint space
+    head: int = 16
+    patch: int = PATCH  # pixels per side
+
+
+REAL = Widths(tower=1024, llm=4096, shared=768, head=64, patch=14)  # LLaVA-1.5-7B
+
+
 class Broken(Exception):
     """A promise that is not kept; the message says how it was seen."""
 
@@ -54,10 +68,18 @@ def conforms(cls: type[PruningStrategy]) -> Iterator[Outcome]:
 
 
 def sample(
-    strategy: PruningStrategy, n: int, *, kind: str = "random", b: int = 2, d: int = 16, seed: int = 0
+    strategy: PruningStrategy,
+    n: int,
+    *,
+    kind: str = "random",
+    b: int = 2,
+    widths: Widths = Widths(),
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> VisualTokens:
     """Tokens with the signals that the strategy needs, fp32 as far as signals are fp32 in a model."""
     draw = torch.Generator().manual_seed(seed)
+    d, llm, shared, head = widths.tower, widths.llm, widths.shared, widths.head
 
     def normal(*shape: int) -> Tensor:
         return _of_kind(kind, torch.randn(shape, generator=draw))
@@ -65,18 +87,18 @@ def sample(
     def row(*shape: int) -> Tensor:
         return torch.softmax(normal(*shape, 1)[..., 0] * 2, -1) * 0.9
 
-    pixels = _pixels(kind, b, n, draw) if strategy.stage is Stage.PIXELS else None
+    pixels = _pixels(kind, b, n, draw, widths.patch) if strategy.stage is Stage.PIXELS else None
     fields: dict[str, Callable[[], Any]] = {
         "pixels": lambda: pixels,
         "centered": lambda: normal(b, n, d),
         "positioned": lambda: normal(b, n, d),
         "cls": lambda: torch.randn(b, d, generator=draw),
         "cls_attention": lambda: row(b, n),
-        "keys": lambda: normal(b, n, d),
+        "keys": lambda: normal(b, n, head),
         "sizes": lambda: torch.randint(1, 4, (b, n), generator=draw).float(),
-        "aligned": lambda: normal(b, n, d),
-        "text": lambda: torch.randn(b, d, generator=draw),
-        "projected": lambda: normal(b, n, d),
+        "aligned": lambda: normal(b, n, shared),
+        "text": lambda: torch.randn(b, shared, generator=draw),
+        "projected": lambda: normal(b, n, llm),
         "class_query": lambda: torch.randn(b, d, generator=draw) * 2,
         "raw_keys": lambda: normal(b, n, d),
         "last_query_attention": lambda: row(b, n),
@@ -84,23 +106,23 @@ def sample(
         "text_attention": lambda: row(b, WORDS, n),
         "self_attention": lambda: row(b, n),
         "cross_attention": lambda: row(b, n),
-        "entry": lambda: normal(b, n, d),
-        "text_entry": lambda: torch.randn(b, WORDS, d, generator=draw),
+        "entry": lambda: normal(b, n, llm),
+        "text_entry": lambda: torch.randn(b, WORDS, llm, generator=draw),
         "key_norms": lambda: normal(b, n, d).abs().sum(-1),
         "text_key_norms": lambda: torch.rand(b, WORDS, generator=draw),
-        "normed": lambda: normal(b, n, d),
-        "text_normed": lambda: torch.randn(b, WORDS, d, generator=draw),
+        "normed": lambda: normal(b, n, llm),
+        "text_normed": lambda: torch.randn(b, WORDS, llm, generator=draw),
         "fingerprint": lambda: tuple(range(7, 7 + b)),
     }
     unknown = [name for name in strategy.needs if name not in fields]
     if unknown:
         raise Broken(f"needs names no signal: '{unknown[0]}'. Signals: {', '.join(sorted(fields))}")
-    return VisualTokens(
-        tokens=normal(b, n, d) if pixels is None else pixels.flatten(2),
-        grid=_grid(n),
-        index=torch.arange(n).expand(b, n),
-        **{name: fields[name]() for name in fields if name in strategy.needs},
-    )
+    width = llm if strategy.stage is Stage.LLM else d
+    tokens = normal(b, n, width) if pixels is None else pixels.flatten(2)
+    made = {name: fields[name]() for name in fields if name in strategy.needs}
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()}
+    index = torch.arange(n, device=device).expand(b, n)
+    return VisualTokens(tokens=tokens.to(device), grid=_grid(n), index=index, **moved)
 
 
 def _of_kind(kind: str, x: Tensor) -> Tensor:
@@ -114,11 +136,11 @@ def _of_kind(kind: str, x: Tensor) -> Tensor:
     return x * 1000 if kind == "large" else x
 
 
-def _pixels(kind: str, b: int, n: int, draw: torch.Generator) -> Tensor:
+def _pixels(kind: str, b: int, n: int, draw: torch.Generator, size: int = PATCH) -> Tensor:
     """Patches with flat, close and noisy neighbours."""
     levels = torch.randint(0, 2, (b, n, 1, 1, 1), generator=draw) * 96 + 30  # just below the edge of a bin
     spread = torch.tensor([0, 1, 3, 12, 60])[torch.randint(0, 5, (b, n, 1, 1, 1), generator=draw)]
-    noise = (torch.rand(b, n, 3, PATCH, PATCH, generator=draw) * spread).long()
+    noise = (torch.rand(b, n, 3, size, size, generator=draw) * spread).long()
     pixels = (levels + noise).clamp(0, 255).to(torch.uint8)
     return pixels[:, :1].expand_as(pixels).clone() if kind == "equal" else pixels * (kind != "zero")
 
@@ -159,7 +181,9 @@ def _left(seen: VisualTokens, selection: Selection) -> VisualTokens:
         return torch.stack([row[own] for row, own in zip(value, columns, strict=True)]) if per_token else value
 
     fields = {name: taken(name, value) for name, value in vars(seen).items()}
-    new = selection.tokens or selection.apply(seen.tokens)  # unrounded: the judgement is compared, not the model's dtype
+    new = selection.tokens or selection.apply(
+        seen.tokens
+    )  # unrounded: the judgement is compared, not the model's dtype
     return VisualTokens(**{**fields, "tokens": torch.stack(new)})
 
 
@@ -377,7 +401,7 @@ def _cost(cls: type[PruningStrategy]) -> str:
     speed, parts = _macs_per_second(), []
     for n in (576, 2880):
         strategy = cls(keep_ratio=1 / 9) if _budgeted(cls) else cls()
-        seen = sample(strategy, n, b=1, d=1024)
+        seen = sample(strategy, n, b=1, widths=REAL)
         started = time.perf_counter()
         run(strategy, seen)
         seconds = time.perf_counter() - started

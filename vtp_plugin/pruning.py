@@ -75,29 +75,34 @@ class Pruned:
             raise
 
     def _attach(self, measure: bool) -> None:
-        for strategy in self.strategies:
-            if reason := self.adapter.stages[strategy.stage]:
-                raise PruningError(
-                    f"{strategy.name}: {self.adapter.models} has no {strategy.stage.value} stage: {reason}"
-                )
         self.positions = Choice.of(self.strategies, self.adapter)
         vision = self.adapter.vision(self)
+        for strategy in self.strategies:
+            if reason := self._unfit(strategy, vision):
+                possible = [name for name, cls in plugins.strategies().items() if not self._unfit(cls(), vision)]
+                raise strategy.error(f"{reason}; possible here: {', '.join(possible)}")
         decoder = DecoderCuts(self, self.adapter.decoder_layers, [s for s in self.strategies if s.stage is Stage.LLM])
         vision.prepare()
         decoder.prepare()
         self.spaces = vision.spaces
+        counting.watch(self, self._undo)  # first, so that it sees what the cuts make of a block's output
         vision.install(self._undo)
         decoder.install(self._undo)
         if self.positions.prompt == "original":
             OriginalPositions(self).install(self._undo)
         self.adapter.install(self, self._undo)
-        counting.watch(self, self._undo)
         if vision.pixels is not None:
             self._watch_processor(vision)
         if measure:
             self._measure()
         object.__setattr__(self.model, MARK, self)
         self._undo.callback(object.__delattr__, self.model, MARK)
+
+    def _unfit(self, strategy: PruningStrategy, vision: VisionCuts) -> str:
+        """Why the model cannot give the strategy what it needs; "" if it can."""
+        if reason := self.adapter.stages[strategy.stage]:
+            return f"{self.adapter.models} has no {strategy.stage.value} stage: {reason}"
+        return vision.lacking(strategy)
 
     def _watch_processor(self, vision: VisionCuts) -> None:
         """Let pixels-stage strategies see images at full precision, as they leave the image processor."""
@@ -178,7 +183,9 @@ class Pruned:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where the model computes: the device of its first weights that are not offloaded."""
+        devices = (weight.device for weight in self.model.parameters())
+        return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
     @property
     def one_by_one(self) -> bool:

@@ -48,26 +48,59 @@ def greedy(gain: Callable[[], Tensor], pick: Callable[[Tensor], None], taken: Te
     return torch.stack(picks, dim=1)
 
 
-def farthest_points(similarity: Tensor, k: int) -> Tensor:
-    """Max-min diversity over 1 - similarity [B, N, N]; the first pick has the farthest nearest neighbour."""
-    distance = 1 - similarity
+def centred(tokens: Tensor) -> Tensor:
+    """Tokens [B, N, D] minus the mean of their image, fp32."""
+    return torch.stack([one - one.mean(0) for one in tokens.float()])
+
+
+def distances(tokens: Tensor) -> Tensor:
+    """Squared Euclidean distance of every pair, [B, N, D] -> [B, N, N]."""
+    products = torch.stack([one @ one.T for one in tokens.float()])
+    sizes = products.diagonal(dim1=1, dim2=2)
+    return (sizes[:, :, None] + sizes[:, None] - 2 * products).clamp(min=0)
+
+
+def farthest_points(distance: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
+    """Max-min diversity: repeatedly the largest weight_j min over picks d_sj; distance [B, N, N], weight [B, N].
+
+    The first pick has the farthest nearest neighbour; no weight counts every token alike.
+    """
     itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
     nearest = distance.masked_fill(itself, float("inf")).amin(-1)  # [B, N]: to the nearest other one
-    first = nearest.argmax(-1)
+    weight = torch.ones_like(nearest) if weight is None else weight
+    first = (nearest * weight).argmax(-1)
     taken, rows = mask(first[:, None], nearest.shape[1]), torch.arange(len(first), device=first.device)
     state = distance[rows, first]  # [B, N]: to the nearest pick
 
     def pick(best: Tensor) -> None:
         torch.minimum(state, distance[rows, best], out=state)
 
-    rest = greedy(lambda: state, pick, taken, k - 1) if k > 1 else first[:, None][:, :0]
+    rest = greedy(lambda: state * weight, pick, taken, k - 1) if k > 1 else first[:, None][:, :0]
     return torch.cat([first[:, None], rest], dim=1)
+
+
+def mean_matching(centred: Tensor, picks: Tensor, k: int) -> Tensor:
+    """Add to the picks [B, M] until there are k [B, k]: each time the token that leaves the smallest |sum of picks|.
+
+    Of tokens minus their mean [B, N, D] that is the token that brings the mean of the picks closest to that of all.
+    """
+    if picks.shape[1] == k:
+        return picks
+    products = torch.stack([one @ one.T for one in centred])
+    sizes, taken = products.diagonal(dim1=1, dim2=2), mask(picks, centred.shape[1])
+    rows = torch.arange(len(picks), device=picks.device)
+    along = torch.stack([p[own].sum(0) for p, own in zip(products, picks, strict=True)])  # [B, N]: <x_j, sum>
+
+    def pick(best: Tensor) -> None:
+        along.add_(products[rows, best])
+
+    return torch.cat([picks, greedy(lambda: -2 * along - sizes, pick, taken, k - picks.shape[1])], dim=1)
 
 
 def coverage(
     similarity: Tensor, weight: Tensor, k: int, demand: Tensor | None = None, bonus: Tensor | None = None
 ) -> Tensor:
-    """Weighted facility location: gain_j = bonus_j + weight_j sum_i demand_i max(0, sim_ij - covered_i), covered from 0.
+    """Weighted facility location: gain_j = bonus_j + weight_j sum_i demand_i max(0, sim_ij - covered_i), from 0 on.
 
     similarity [B, N, N], weight, demand and bonus [B, N]; no demand counts every token once, no bonus is 0.
     """

@@ -43,7 +43,9 @@ class VisualTokens:
     normed: Tensor | None = None  # [B, N, D]: tokens after the language model's final norm
     text_normed: Tensor | None = None  # [B, T, D]
     fingerprint: tuple[int, ...] | None = None  # one number per image, the same in any batch, order and precision
-    layer: int | None = None  # llm stage: the decoder layer that will not see the dropped tokens; vit: the merging block
+    layer: int | None = (
+        None  # llm stage: the decoder layer that will not see the dropped tokens; vit: the merging block
+    )
     cut: tuple[int, int] = (0, 1)  # which cut of the strategy this is, and of how many
     entered: int | None = None  # tokens of the image at the strategy's first cut; None: this is the first
 

@@ -3,8 +3,9 @@
 Images are packed as in LLaVA-NeXT (newline rows are always kept and count in no budget; `budget=per_image` by default),
 each image of a prompt with several is one tile; a video is one image whose tiles are its frames, pooled by the host.
 SigLIP has no class token: the attention that a patch receives, mean over queries, stands in for the class token's.
-Where the host interpolates (very large images, videos), rows are mixtures of patches: there the projector and llm
-stages work, the pixels and vit stages are refused when the image arrives. Positions are renumbered after a cut.
+Where the host interpolates (very large images, videos), rows are mixtures of patches: there the projector stage judges
+and merges the projected rows, the llm stage works, the pixels and vit stages are refused when the image arrives.
+Positions are renumbered after a cut.
 """
 
 from __future__ import annotations

@@ -13,62 +13,127 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from vtp_plugin import plugins
+from vtp_plugin import config, plugins
 from vtp_plugin.errors import PruningError, unknown
 
 DTYPES = ("float32", "bfloat16", "float16")
+KERNELS = ("eager", "sdpa", "flash_attention_2")
 
 
 def command(
-    shape: Annotated[str, typer.Option(help="llava-1.5-7b or llava-1.5-13b.")] = "llava-1.5-7b",
+    shape: Annotated[str, typer.Option(help="A model's shape, e.g. llava-1.5-7b or clip-vit-l-14.")] = "llava-1.5-7b",
     layers: Annotated[int, typer.Option(help="Decoder layers; 0 for the shape's own.")] = 0,
-    pruning: Annotated[str, typer.Option(help="Strategies, separated by commas.")] = "l2,visionzip,fastv,random,stride",
+    pruning: Annotated[str, typer.Option(help="Strategies, separated by commas.")] = "",
+    pruning_args: Annotated[str, typer.Option(help="Their hyper-parameters, e.g. fastv.layer=3.")] = "",
     keep: Annotated[str, typer.Option(help="Keep ratios, separated by commas.")] = "0.5,0.25",
-    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas; 1, with --selectors 1,16.")] = "",
     repeats: Annotated[int, typer.Option(help="Timed rounds; medians are reported.")] = 5,
+    selectors: Annotated[bool, typer.Option(help="Time what the strategies themselves compute instead.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; chosen by itself.")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; chosen by itself.")] = "",
     attention: Annotated[str, typer.Option(help="eager, sdpa or flash_attention_2.")] = "sdpa",
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the numbers to this JSON.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write JSON here, a table beside it.")] = None,
 ) -> None:
+    from vtp_plugin.integrations import bench, shapes
+
+    sizes, ratios = shapes.shape_of(shape), _numbers(keep, float, "--keep")
+    names = pruning or _usual(selectors, sizes.decodes)
+    chosen = _strategies([name.strip() for name in names.split(",")], ratios, config.parse_pairs(pruning_args))
+    batches = _numbers(batch or ("1,16" if selectors else "1"), int, "--batch")
+    bench.check(sizes, layers, batches, repeats)
+    where, precision = _place(device, dtype, attention)
+    if output is not None and not output.parent.is_dir():
+        raise PruningError(f"folder not found: {output.parent}")
+    if selectors:
+        rows, table = _selectors(chosen, layers, batches, repeats, where, precision)
+    else:
+        bench.refuse(chosen, sizes)
+        rows, table = _timings(shape, chosen, layers, batches, repeats, where, precision, attention)
+    Console(highlight=False).print(table.rich())
+    if output is not None:
+        facts = {"shape": shape, "layers": layers, "attention": attention, "dtype": precision}
+        output.write_text(json.dumps(_record(rows, facts, where), indent=1) + "\n")
+        output.with_suffix(".md").write_text(table.markdown() + "\n")
+
+
+def _timings(
+    shape: str, chosen: list[Any], layers: int, batches: list[int], repeats: int, where: Any, dtype: str, attention: str
+) -> tuple[list[Any], Any]:
+    """Build the model and time every strategy at every batch size."""
     import torch
 
-    from vtp_plugin.integrations import bench
+    from vtp_plugin.integrations import bench, shapes
 
-    if shape not in bench.SHAPES:
-        raise unknown("shape", shape, bench.SHAPES)
-    ratios = _numbers(keep, float, "--keep")
-    chosen = [strategy for name in pruning.split(",") for strategy in _strategies(name.strip(), ratios)]
-    batches = _numbers(batch, int, "--batch")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    precision = dtype or ("bfloat16" if where.type == "cuda" else "float32")
-    if precision not in DTYPES:
-        raise unknown("dtype", precision, DTYPES)
-    model = bench.build(shape, layers or None, where, getattr(torch, precision), attention)
+    sizes = shapes.shape_of(shape)
+    model = sizes.build(layers or None, where, getattr(torch, dtype), attention)
     timings = [
         timing
         for size in batches
         for strategy in track(chosen, description=f"batch {size}", transient=True)
-        for timing in bench.compare(model, [strategy], _Levels(), size, repeats)
+        for timing in bench.compare(sizes, model, [strategy], size, repeats)
     ]
-    Console(highlight=False).print(_table(timings, shape, model).rich())
-    if output is not None:
-        output.write_text(json.dumps(_record(timings, shape, model, where, precision, attention), indent=2) + "\n")
+    title = shape + (f", {layers} layers" if layers else "")
+    return timings, _table(timings, title) if sizes.decodes else _encoder_table(timings, title)
 
 
-class _Levels:
-    """Stands in for an image processor: the pictures are random numbers."""
+def _selectors(
+    chosen: list[Any], layers: int, batches: list[int], repeats: int, where: Any, dtype: str
+) -> tuple[list[Any], Any]:
+    """Time the strategies on synthetic signals."""
+    import torch
 
-    image_mean, image_std, do_normalize = [0.5] * 3, [0.25] * 3, True
+    from vtp_plugin.integrations import selector_cost
+    from vtp_plugin.reporting.tables import Table
 
-    def preprocess(self, images: Any) -> None:
-        """Never called: the pixels are made without it."""
+    timed = layers or 1
+    found = selector_cost.costs(
+        chosen, batches=batches, layers=timed, repeats=repeats, device=where, dtype=getattr(torch, dtype)
+    )
+    title = f"selection beside the prefill of a LLaVA-1.5-7B ({timed} of 32 decoder layers timed, scaled)"
+    table = Table(("strategy", "stage", "tokens", "batch", "kept", "seconds", "of the prefill"), title=title)
+    for c in found:
+        table.add(c.strategy, c.stage, c.tokens, c.batch, f"{c.kept:.0f}", f"{c.seconds:.4f}", f"{c.share:.2%}")
+    return found, table
 
 
-def _strategies(name: str, ratios: list[float]) -> list[Any]:
-    """The strategy at every budget; one without a budget once, at its own thresholds."""
-    cls = plugins.get_strategy(name)
-    return [cls(keep_ratio=ratio) for ratio in ratios] if cls.budgeted else [cls()]
+def _usual(selectors: bool, decodes: bool) -> str:
+    if selectors:
+        return ",".join(plugins.list_strategies())
+    return "l2,visionzip,fastv,random,stride" if decodes else "l2"
+
+
+def _place(device: str, dtype: str, attention: str) -> tuple[Any, str]:
+    """The device, and the precision that is usual on it."""
+    import torch
+
+    if attention not in KERNELS:
+        raise unknown("attention", attention, KERNELS)
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise unknown("device", device, ("cpu", "cuda")) from None
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise PruningError("--device cuda: there is no CUDA device")
+    precision = dtype or ("bfloat16" if where.type == "cuda" else "float32")
+    if precision not in DTYPES:
+        raise unknown("dtype", precision, DTYPES)
+    return where, precision
+
+
+def _strategies(names: list[str], ratios: list[float], arguments: dict[str, Any]) -> list[Any]:
+    """Every strategy at every budget; one without a budget once, at its own thresholds."""
+    fields: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, value in arguments.items():
+        name, dot, field = key.partition(".")
+        if not dot or name not in fields:
+            raise PruningError(f"--pruning-args: '{key}' must be STRATEGY.FIELD, with one of {', '.join(names)}")
+        fields[name][field] = value
+    budgets = {name: ratios if plugins.get_strategy(name).budgeted else [None] for name in names}
+    return [
+        config.build(name, {**({} if ratio is None else {"keep_ratio": ratio}), **fields[name]})
+        for name in names
+        for ratio in budgets[name]
+    ]
 
 
 def _numbers(text: str, kind: type, option: str) -> list[Any]:
@@ -78,28 +143,58 @@ def _numbers(text: str, kind: type, option: str) -> list[Any]:
         raise PruningError(f"{option} must be numbers separated by commas, got '{text}'") from None
 
 
-def _table(timings: list[Any], shape: str, model: Any) -> Any:
+# -- what is shown and written ----------------------------------------------------------------------------------------
+
+
+def _table(timings: list[Any], title: str) -> Any:
     from vtp_plugin.reporting.tables import Table
 
     columns = ("strategy", "keep", "batch", "tokens", "FLOPs", "TTFT", "realised", "of ideal", "selector", "break-even")
-    table = Table(columns, title=f"{shape}, {model.config.text_config.num_hidden_layers} decoder layers")
+    table = Table((*columns, "KV bytes", "peak bytes", "decode", "attach"), title=title)
     for t in timings:
         table.add(
-            t.strategy,
-            f"{t.keep:g}" if t.keep else "-",
-            t.batch,
-            f"{t.tokens_after:.0f}/{t.tokens_before}",
-            f"{t.flops_ratio:.2f}x",
+            *_first_columns(t),
             f"{t.ttft_ratio:.2f}x",
-            f"{t.realised:.0%}" if t.realised is not None else "-",
+            _share(t.realised),
             f"{t.over_ideal:.3f}x",
-            f"{t.selector_seconds * 1e3:.1f} ms",
+            _milliseconds(t.selector),
             f"{t.break_even:.0f}" if t.break_even is not None else "-",
+            f"{t.kv_bytes['after'] / t.kv_bytes['before']:.2f}x",
+            f"{t.peak_bytes['pruned'] / t.peak_bytes['unpruned']:.2f}x" if t.peak_bytes else "-",
+            f"{t.decode_ratio:.2f}x",
+            _milliseconds(t.attaching),
         )
     return table
 
 
-def _record(timings: list[Any], shape: str, model: Any, device: Any, dtype: str, attention: str) -> dict[str, Any]:
+def _encoder_table(timings: list[Any], title: str) -> Any:
+    from vtp_plugin.reporting.tables import Table
+
+    columns = ("strategy", "keep", "batch", "tokens", "FLOPs", "images/s", "unpruned", "speed", "realised", "of ideal")
+    table = Table(columns, title=title)
+    for t in timings:
+        rates = (f"{t.images_per_second[side]:.1f}" for side in ("pruned", "unpruned"))
+        shares = (f"{1 / t.ttft_ratio:.2f}x", _share(t.realised), f"{t.over_ideal:.3f}x")
+        table.add(*_first_columns(t), *rates, *shares)
+    return table
+
+
+def _first_columns(t: Any) -> tuple[Any, ...]:
+    keep, tokens = f"{t.keep:g}" if t.keep else "-", f"{t.tokens_after:.0f}/{t.tokens_before}"
+    return t.strategy, keep, t.batch, tokens, f"{t.flops_ratio:.2f}x"
+
+
+def _share(value: float | None) -> str:
+    return f"{value:.0%}" if value is not None else "-"
+
+
+def _milliseconds(seconds: list[float]) -> str:
+    from statistics import median
+
+    return f"{median(seconds) * 1e3:.1f} ms"
+
+
+def _record(rows: list[Any], facts: dict[str, Any], device: Any) -> dict[str, Any]:
     import torch
 
     from vtp_plugin.reporting.record import versions
@@ -108,10 +203,7 @@ def _record(timings: list[Any], shape: str, model: Any, device: Any, dtype: str,
         "command": shlex.join(["vtp", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
-        "dtype": dtype,
-        "attention": attention,
-        "shape": shape,
-        "decoder_layers": model.config.text_config.num_hidden_layers,
+        **facts,
         "versions": versions(),
-        "timings": [timing.as_json() for timing in timings],
+        "timings": [row.as_json() for row in rows],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +35,9 @@ def command(
     patch: Annotated[int, typer.Option(help="Side of a patch, in pixels.")] = 14,
     model: Annotated[str, typer.Option(help="fitprune: a LLaVA in transformers' format.")] = "vtp-tiny",
     question: Annotated[str, typer.Option(help="fitprune: what to ask about each picture.")] = "Describe the image.",
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result to this YAML.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the result (vprune YAML, fitprune JSON) here.")
+    ] = None,
 ) -> None:
     if method is Method.fitprune:
         if target is not None:
@@ -56,7 +59,7 @@ def _pictures_for(images: Path, target: float) -> list[Path]:
 
 
 def _schedules(paths: list[Path], model_name: str, question: str) -> str:
-    """FitPrune's file: the share of the tokens that each layer sees, for nine targets."""
+    """FitPrune's file, JSON: the share of the tokens that each layer sees, for nine targets."""
     from functools import partial
 
     from vtp_plugin.metrics.calibration import witnessed
@@ -70,9 +73,8 @@ def _schedules(paths: list[Path], model_name: str, question: str) -> str:
     samples = [[(s.self_attention[0], s.cross_attention[0]) for s in layers] for layers in seen]
     rows = [fitted(samples, step / 10) for step in track(range(1, 10), "fitting", transient=True)]
     left = [[round(share, 5) for share in row] for row in rows]
-    comment = "# FitPrune: share of the visual tokens that each decoder layer sees, one row per target.\n"
     settings = {"model": model_name, "pictures": len(paths), "question": question, "left": left}
-    return comment + yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=120)
+    return json.dumps(settings) + "\n"
 
 
 def _threshold(method: str, paths: list[Path], target: float, pruning_args: str, size: int, patch: int) -> str:

@@ -41,7 +41,7 @@ def command(
     cells, host = sweepfile.planned(said)
     console = Console(highlight=False)
     run = sweep.run(output, cells, **host, console=console)
-    console.print(comparison.write(run).rich())
+    comparison.write(run).show(console)
     console.print(f"{output}: table.md, table.csv, table.tex, summary.json; pictures: vtp report {output}")
     if run.failed:
         raise typer.Exit(1)

@@ -28,11 +28,11 @@ def command(
 
     console = Console(highlight=False)
     specs = sweep.cells([spec.strip() for spec in pruning.split(",")], [keep_ratio])
-    tiny = {"model": "llava", "model_args": "pretrained=vtp-tiny", "environment": sweep.OFFLINE}
-    run = sweep.run(output, specs, **tiny, tasks="vtp_scenes", limit=limit, console=console)
+    host = {"model": "llava", "model_args": "pretrained=vtp-tiny", "tasks": "vtp_scenes"}
+    run = sweep.run(output, specs, **host, limit=limit, console=console)
     table = comparison.write(run, f"vtp-tiny, {_questions(limit)}, asked: keep_ratio={keep_ratio}")
     comparison.kept_picture(specs).savefig(output / "kept.png", dpi=130)
-    console.print(table.rich())
+    table.show(console)
     console.print(f"table and record: {output / 'table.md'}, {output / 'summary.json'}")
     console.print(f"what each strategy kept of three scenes: {output / 'kept.png'}")
     if run.failed:

@@ -34,7 +34,7 @@ def command(
     for spec in specs:
         tuning.check(spec)
     found = [tuning.tune(output, spec, grid, drop, console=console, **host) for spec in specs]
-    console.print(comparison.write(sweep.run(output, [sweep.UNPRUNED], **host)).rich())
+    comparison.write(sweep.run(output, [sweep.UNPRUNED], **host)).show(console)
     for tuned in found:
         console.print(tuned.sentence(), soft_wrap=True)
     if not all(tuned.keep for tuned in found):

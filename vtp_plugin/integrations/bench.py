@@ -1,86 +1,72 @@
 """Speed without checkpoints: random weights in a real model's shape, pruned against unpruned and against the ideal.
 
-The ideal is the same model given exactly K visual tokens by hand, with no plugin at all: the tower's blocks run on K
-patches (pixels, vit), the projector gets K rows (projector), or the decoder layers change length at layer K (llm).
-All sides use the same attention kernel, are warmed up, run in turn, and are timed with the device synchronised.
+All sides use the same attention kernel, are warmed up, run in turn, and are timed with the device synchronised. Ratios
+are taken within a round and the median over rounds is reported, so that a machine that slows down does not favour one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtp_plugin.errors import unknown
-from vtp_plugin.metrics.latency import clock
-from vtp_plugin.pruning import prune
+from vtp_plugin.errors import PruningError
+from vtp_plugin.integrations.ideals import ideal
+from vtp_plugin.integrations.shapes import Shape, random_text
+from vtp_plugin.metrics.latency import clock, percentiles
+from vtp_plugin.pruning import Pruned, prune
 from vtp_plugin.reporting.record import samples_of
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.call import Call
 
-QUESTION_TOKENS = 75  # text tokens around the image: system prompt, question and tail of a usual request
+SIDES = ("unpruned", "ideal", "pruned")
+DECODING = 8  # steps that are timed
+EARLY = (Stage.PIXELS, Stage.VIT)
 
 
-def _vision(width: int, layers: int, image: int) -> dict[str, int]:
-    """A CLIP tower with patches of 14 pixels and heads of 64."""
-    heads = width // 64
-    return {
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "image_size": image,
-        "patch_size": 14,
-        "projection_dim": 768,
-    }
+class Levels:
+    """Stands in for an image processor: the pictures are random numbers."""
 
+    image_mean, image_std, do_normalize = [0.5] * 3, [0.25] * 3, True
 
-def _text(width: int, mlp: int, layers: int, vocabulary: int = 32064) -> dict[str, int]:
-    """A LLaMA with heads of 128."""
-    return {
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // 128,
-        "vocab_size": vocabulary,
-    }
-
-
-SHAPES = {
-    "llava-1.5-7b": {"vision": _vision(1024, 24, 336), "text": _text(4096, 11008, 32)},
-    "llava-1.5-13b": {"vision": _vision(1024, 24, 336), "text": _text(5120, 13824, 40)},
-    "small": {"vision": _vision(128, 4, 168), "text": _text(256, 512, 4)},  # to try the command itself
-}
+    def preprocess(self, images: Any) -> None:
+        """Never called: the pixels are made without it."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One strategy at one budget and batch size."""
+    """One strategy at one budget and batch size. Seconds until the first token, or per pass of an encoder."""
 
     strategy: str
     keep: float | None
     batch: int
     tokens_before: int
     tokens_after: float  # mean over images
-    flops_ratio: float
-    ttft_seconds: float  # median
-    unpruned_seconds: float
-    ideal_seconds: float
-    selector_seconds: float
-    peak_bytes: int | None  # CUDA only
+    macs: dict[str, dict[str, int]]  # before and after, by part, mean over samples
+    seconds: dict[str, list[float]]  # by side, one per round
+    selector: list[float]
+    attaching: list[float]  # attaching and detaching
+    kv_bytes: dict[str, int] | None = None  # before and after, the whole batch
+    peak_bytes: dict[str, int] | None = None  # by side; CUDA only
+    decoding: dict[str, list[float]] = field(default_factory=dict)  # per step: pruned, and unpruned at equal KV length
+
+    @property
+    def flops_ratio(self) -> float:
+        return sum(self.macs["after"].values()) / sum(self.macs["before"].values())
 
     @property
     def ttft_ratio(self) -> float:
-        return self.ttft_seconds / self.unpruned_seconds
+        return self._ratio("pruned", "unpruned")
 
     @property
     def over_ideal(self) -> float:
-        return self.ttft_seconds / self.ideal_seconds
+        return self._ratio("pruned", "ideal")
 
     @property
     def realised(self) -> float | None:
@@ -91,162 +77,167 @@ class Timing:
     @property
     def break_even(self) -> float | None:
         """Visual tokens from which pruning pays, if saving and overhead stay what they are per token and per call."""
-        overhead = max(0.0, self.ttft_seconds - self.ideal_seconds)
-        saving = (self.unpruned_seconds - self.ideal_seconds) / self.tokens_before
-        return overhead / saving if saving > 0 else None
+        whole, best, took = (median(self.seconds[side]) for side in ("unpruned", "ideal", "pruned"))
+        saving = (whole - best) / self.tokens_before
+        return max(0.0, took - best) / saving if saving > 0 else None
+
+    @property
+    def decode_ratio(self) -> float | None:
+        """A decoding step of the pruned model against one of the unpruned model with as many KV entries."""
+        return median(self.decoding["pruned"]) / median(self.decoding["unpruned"]) if self.decoding else None
+
+    @property
+    def images_per_second(self) -> dict[str, float]:
+        return {side: self.batch / median(seconds) for side, seconds in self.seconds.items()}
+
+    def _ratio(self, side: str, other: str) -> float:
+        return median(a / b for a, b in zip(self.seconds[side], self.seconds[other], strict=True))
 
     def as_json(self) -> dict[str, Any]:
-        derived = ("ttft_ratio", "over_ideal", "realised", "break_even")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+        derived = ("flops_ratio", "ttft_ratio", "over_ideal", "realised", "break_even", "decode_ratio")
+        summary = {name: getattr(self, name) for name in (*derived, "images_per_second")}
+        spread = {side: percentiles(seconds) for side, seconds in self.seconds.items()}
+        return asdict(self) | summary | {"seconds_percentiles": spread}
 
 
-def build(shape: str, layers: int | None, device: torch.device, dtype: torch.dtype, attention: str) -> nn.Module:
-    """A LLaVA of that shape with random weights; `layers` cuts the language model short."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    if shape not in SHAPES:
-        raise unknown("shape", shape, SHAPES)
-    sizes = SHAPES[shape]
-    text = dict(sizes["text"], pad_token_id=0)
-    text["num_hidden_layers"] = layers or text["num_hidden_layers"]
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**sizes["vision"]),
-        text_config=LlamaConfig(**text),
-        image_token_id=32000,
-        attn_implementation=attention,
-    )
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return LlavaForConditionalGeneration(config).eval()
-    finally:
-        torch.set_default_dtype(default)
-
-
-def inputs_of(model: nn.Module, batch: int) -> dict[str, Tensor]:
-    """Random pictures and prompts of one image each."""
-    vision, device = model.config.vision_config, next(model.parameters()).device
-    visual = (vision.image_size // vision.patch_size) ** 2
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(100, 30000, (batch, QUESTION_TOKENS + visual), generator=generator)
-    ids[:, QUESTION_TOKENS // 2 : QUESTION_TOKENS // 2 + visual] = model.config.image_token_id
-    pixels = torch.randn(batch, 3, vision.image_size, vision.image_size, generator=generator)
-    return {
-        "input_ids": ids.to(device),
-        "attention_mask": torch.ones_like(ids).to(device),
-        "pixel_values": pixels.to(device, model.dtype),
-    }
+def refuse(strategies: Sequence[PruningStrategy], shape: Shape) -> None:
+    """Refuse before anything is built what cannot run on random weights."""
+    for strategy in strategies:
+        if "text" in strategy.needs:
+            raise strategy.error(
+                "it reads the question through a CLIP text tower, which random weights lack"
+                + (": give alpha=0 to measure the rest" if "alpha" in strategy.fields() else "")
+            )
+        if not shape.decodes and strategy.stage not in EARLY:
+            raise strategy.error(f"an encoder has no {strategy.stage.value} stage; strategies of pixels and vit apply")
 
 
 def compare(
-    model: nn.Module, strategies: Sequence[PruningStrategy], processor: Any, batch: int, repeats: int
+    shape: Shape, model: nn.Module, strategies: Sequence[PruningStrategy], batch: int, repeats: int = 5
 ) -> list[Timing]:
-    """Time every strategy against the unpruned model and its ideal, in turn."""
-    inputs = inputs_of(model, batch)
-    return [_timing(model, strategy, processor, inputs, repeats) for strategy in strategies]
+    """Time every strategy against the unpruned model and its ideal, in turn. Works for encoders, too.
+
+    `model` comes from `shape.build`; `batch` images, one per prompt. Raises PruningError for what `refuse` refuses.
+    """
+    refuse(strategies, shape)
+    inputs = shape.inputs(model, batch)
+    return [_Bench(shape, model, inputs, strategy).run(repeats) for strategy in strategies]
 
 
-def _timing(
-    model: nn.Module, strategy: PruningStrategy, processor: Any, inputs: dict[str, Tensor], repeats: int
-) -> Timing:
-    calls: list[Call] = []
-    device = inputs["input_ids"].device
-    with prune(model, strategy, processor=processor) as pruned:
-        pruned.finished.append(calls.append)
-        _first_token(model, inputs)
-        reports = samples_of(pruned, calls[-1])
-        images = [image for report in reports for image in report["images"]]
-        before, after = images[0]["before"], sum(image["after"] for image in images) / len(images)
-        flops = [report["prefill_flops"] for report in reports]
-    kept = round(after)
+class _Bench:
+    """One strategy on one model and one batch."""
 
-    def with_plugin() -> None:
-        _first_token(model, inputs)
+    def __init__(self, shape: Shape, model: nn.Module, inputs: dict[str, Tensor], strategy: PruningStrategy) -> None:
+        self.shape, self.model, self.inputs, self.strategy = shape, model, inputs, strategy
+        self.device = next(model.parameters()).device
+        self.calls: list[Call] = []
+        with self._pruned() as pruned:
+            self._forward()
+            self.reports = samples_of(pruned, self.calls[-1])
+        images = [image for report in self.reports for image in report["images"]]
+        self.before = images[0]["before"]
+        self.after = sum(image["after"] for image in images) / len(images)
+        self.lengths = list(self.reports[0].get("prompt_tokens", {}).get("by_layer", []))
 
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds: dict[str, list[float]] = {"unpruned": [], "ideal": [], "pruned": []}
-    for repeat in range(repeats + 1):
-        unpruned = _timed(lambda: _first_token(model, inputs), device)
-        best = _timed(lambda: ideal(model, inputs, kept, strategy), device)
-        with prune(model, strategy, processor=processor):
-            took = _timed(with_plugin, device)
-        if repeat:  # the first round warms up
-            for name, value in (("unpruned", unpruned), ("ideal", best), ("pruned", took)):
-                seconds[name].append(value)
-    return Timing(
-        strategy=strategy.name,
-        keep=strategy.keep_ratio,
-        batch=len(inputs["input_ids"]),
-        tokens_before=before,
-        tokens_after=after,
-        flops_ratio=sum(f["after"] for f in flops) / sum(f["before"] for f in flops),
-        ttft_seconds=median(seconds["pruned"]),
-        unpruned_seconds=median(seconds["unpruned"]),
-        ideal_seconds=median(seconds["ideal"]),
-        selector_seconds=calls[-1].seconds.get("selector", 0.0),
-        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-    )
+    def run(self, repeats: int) -> Timing:
+        seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+        attaching, peaks = [], {}
+        for repeat in range(repeats + 1):
+            took = {"unpruned": self._timed(self._forward, peaks, "unpruned")}
+            took["ideal"] = self._timed(self._ideal, peaks, "ideal")
+            started = clock(self.device)
+            with self._pruned():
+                attached = clock(self.device) - started
+                took["pruned"] = self._timed(self._forward, peaks, "pruned")
+                started = clock(self.device)
+            if repeat:  # the first round warms up
+                attaching.append(attached + clock(self.device) - started)
+                for side, value in took.items():
+                    seconds[side].append(value)
+        kv = [report["kv_cache_bytes"] for report in self.reports if "kv_cache_bytes" in report]
+        return Timing(
+            strategy=self.strategy.name,
+            keep=self.strategy.keep_ratio,
+            batch=len(self.reports),
+            tokens_before=self.before,
+            tokens_after=self.after,
+            macs={when: self._macs(when) for when in ("before", "after")},
+            seconds=seconds,
+            selector=[call.seconds.get("selector", 0.0) for call in self.calls[-repeats:]],
+            attaching=attaching,
+            kv_bytes={when: sum(entry[when] for entry in kv) for when in ("before", "after")} if kv else None,
+            peak_bytes=peaks or None,
+            decoding=self._decoding() if self.shape.decodes else {},
+        )
 
+    def _macs(self, when: str) -> dict[str, int]:
+        flops = [report["flops"][when] for report in self.reports]
+        parts = [part for part in flops[0] if part != "decode"]
+        return {part: sum(one[part] for one in flops) // (2 * len(flops)) for part in parts}
 
-def _timed(run: Callable[[], Any], device: torch.device) -> float:
-    started = clock(device)
-    with torch.no_grad():
+    # -- the sides ------------------------------------------------------------------------------------------------
+
+    def _pruned(self) -> Pruned:
+        pruned = prune(self.model, self.strategy, processor=Levels())
+        pruned.finished.append(self.calls.append)
+        return pruned
+
+    def _forward(self) -> None:
+        with torch.no_grad():
+            if self.shape.decodes:
+                self.model(**self.inputs, use_cache=True, logits_to_keep=1)
+            else:
+                self.model(**self.inputs)
+
+    def _ideal(self) -> None:
+        kept = round(self.after)
+        seen = kept if self.strategy.stage in EARLY else self.before
+        rows = self.before if self.strategy.stage is Stage.LLM else kept
+        with torch.no_grad():
+            ideal(self.shape, self.model, self.inputs, seen=seen, rows=rows, lengths=self.lengths)
+
+    def _timed(self, run: Callable[[], None], peaks: dict[str, int], side: str) -> float:
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        started = clock(self.device)
         run()
-    return clock(device) - started
+        seconds = clock(self.device) - started
+        if cuda:
+            peaks[side] = torch.cuda.max_memory_allocated(self.device)
+        return seconds
+
+    # -- decoding -------------------------------------------------------------------------------------------------
+
+    def _decoding(self) -> dict[str, list[float]]:
+        """Seconds of decoding steps: pruned, and unpruned on text with as many KV entries per layer on average."""
+        length = round(sum(self.lengths) / len(self.lengths))
+        ids = random_text(len(self.reports), length, torch.Generator().manual_seed(1)).to(self.device)
+        text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        steps: dict[str, list[float]] = {"unpruned": [], "pruned": []}
+        for _ in range(2):
+            steps["unpruned"] += self._steps(text)
+            with self._pruned():
+                steps["pruned"] += self._steps(self.inputs)
+        return steps
+
+    def _steps(self, inputs: dict[str, Tensor]) -> list[float]:
+        """From one pass through the language model to the next, the first two left out: prefill and warm-up."""
+        marks: list[float] = []
+        handle = self.model.model.language_model.register_forward_pre_hook(
+            lambda module, args: marks.append(clock(self.device))
+        )
+        try:
+            self.model.generate(**inputs, max_new_tokens=DECODING + 3, do_sample=False)
+        finally:
+            handle.remove()
+        return [after - before for before, after in pairwise(marks[2:])]
 
 
-def _first_token(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs, use_cache=True, logits_to_keep=1).logits
-
-
-def ideal(model: nn.Module, inputs: dict[str, Tensor], kept: int, strategy: PruningStrategy) -> Tensor:
-    """The first token of the same model with exactly `kept` visual tokens, by hand and without any plugin."""
-    early = strategy.stage in (Stage.PIXELS, Stage.VIT)
-    late = strategy.stage is Stage.LLM
-    core = model.model
-    features = _tower(core, inputs["pixel_values"], kept if early else None)
-    features = core.multi_modal_projector(features if late else features[:, :kept])  # [B, K, D]
-    text = core.get_input_embeddings()(inputs["input_ids"][:, :QUESTION_TOKENS])
-    half = QUESTION_TOKENS // 2
-    embeds = torch.cat([text[:, :half], features, text[:, half:]], dim=1)
-    hidden = _two_lengths(core, embeds, kept, strategy) if late else _language(core, embeds)
-    return model.lm_head(hidden[:, -1:])
-
-
-def _tower(core: nn.Module, pixels: Tensor, kept: int | None) -> Tensor:
-    """Features of the projected layer, the blocks running on the first `kept` patches."""
-    tower = getattr(core.vision_tower, "vision_model", core.vision_tower)
-    hidden = tower.embeddings(pixels)
-    hidden = tower.pre_layrnorm(hidden if kept is None else hidden[:, : kept + 1])
-    layers = list(tower.encoder.layers)
-    for number, layer in enumerate(layers):
-        output = layer(hidden, attention_mask=None)
-        hidden = output[0] if isinstance(output, tuple) else output
-        if number == len(layers) + core.config.vision_feature_layer:
-            features = hidden
-    return features[:, 1:]
-
-
-def _language(core: nn.Module, embeds: Tensor) -> Tensor:
-    return core.language_model(inputs_embeds=embeds, use_cache=True).last_hidden_state
-
-
-def _two_lengths(core: nn.Module, embeds: Tensor, kept: int, strategy: PruningStrategy) -> Tensor:
-    """The decoder layers, the later ones on a shorter sequence."""
-    from transformers import DynamicCache
-
-    language, length = core.language_model, embeds.shape[1]
-    half, dropped = QUESTION_TOKENS // 2, length - QUESTION_TOKENS - kept
-    columns = torch.cat([torch.arange(half + kept), torch.arange(half + kept + dropped, length)]).to(embeds.device)
-    positions = torch.arange(length, device=embeds.device)[None]
-    tables, hidden = language.rotary_emb(embeds, position_ids=positions), embeds
-    cache = DynamicCache(config=language.config)
-    for number, layer in enumerate(language.layers):
-        if number == strategy.decoder_layer:
-            hidden, tables = hidden[:, columns], tuple(table[:, columns] for table in tables)
-        output = layer(hidden, attention_mask=None, position_embeddings=tables, past_key_values=cache, use_cache=True)
-        hidden = output[0] if isinstance(output, tuple) else output
-    return language.norm(hidden)
+def check(shape: Shape, layers: int, batches: Sequence[int], repeats: int) -> None:
+    """Refuse numbers that make no sense."""
+    depth = (shape.text or shape.vision).get("num_hidden_layers", 0)
+    if layers and not 1 <= layers <= depth:
+        raise PruningError(f"--layers must be in 1 ... {depth} for this shape, or 0 for all, got {layers}")
+    if min(batches) < 1 or repeats < 1:
+        raise PruningError(f"--batch and --repeats must be at least 1, got {min(batches)} and {repeats}")

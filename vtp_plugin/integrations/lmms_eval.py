@@ -36,6 +36,7 @@ import yaml
 from vtp_plugin import config, plugins
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.integrations import llava
+from vtp_plugin.integrations.perturb import Perturbation
 from vtp_plugin.pruning import Pruned
 from vtp_plugin.reporting.gallery import Recorder
 from vtp_plugin.reporting.record import record, samples_of
@@ -44,6 +45,7 @@ from vtp_plugin.surgery.call import Call
 from vtp_plugin.version import __version__
 
 KEY = "pruning"
+PERTURB = f"{KEY}.perturb"  # beside the hyper-parameters: harder pictures or questions, see perturb.py
 TINY = "vtp-tiny"
 TINY_LAYOUTS = {"llava": "llava", "llava_hf": "hf"}
 TASKS = Path(__file__).parent / "tasks"
@@ -219,17 +221,23 @@ def _settings(settings: Mapping[str, Any]) -> list[PruningStrategy] | None:
 
 def strategies_of(arguments: Mapping[str, Any]) -> list[PruningStrategy] | None:
     """The strategies in parsed model arguments; None if there are none."""
-    hyper = settings_of(arguments)
     if KEY not in arguments:
-        if hyper:
-            raise PruningError(f"{KEY}.{next(iter(hyper))} needs {KEY}=NAME")
+        if ours := [name for name in arguments if name.startswith(f"{KEY}.")]:
+            raise PruningError(f"{ours[0]} needs {KEY}=NAME")
         return None
-    return config.resolve(str(arguments[KEY]), hyper)
+    perturbation_of(arguments)
+    return config.resolve(str(arguments[KEY]), settings_of(arguments))
+
+
+def perturbation_of(arguments: Mapping[str, Any]) -> Perturbation | None:
+    """What is to be done to pictures or questions; None if nothing."""
+    return Perturbation.parse(arguments[PERTURB]) if PERTURB in arguments else None
 
 
 def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The hyper-parameters among parsed model arguments."""
-    return {k.removeprefix(f"{KEY}."): _typed(v) for k, v in arguments.items() if k.startswith(f"{KEY}.")}
+    ours = {k: v for k, v in arguments.items() if k.startswith(f"{KEY}.") and k != PERTURB}
+    return {name.removeprefix(f"{KEY}."): _typed(value) for name, value in ours.items()}
 
 
 def _typed(value: Any) -> Any:
@@ -270,7 +278,11 @@ def build(host: type, model_id: str, arguments: Mapping[str, Any]) -> Any:
     rest = {k: v for k, v in arguments.items() if k != KEY and not k.startswith(f"{KEY}.")}
     if model_id in VLLM:
         return importlib.import_module("vtp_plugin.integrations.lmms_eval_vllm").build(
-            host, strategies, {"strategy": arguments.get(KEY), **settings_of(arguments)}, rest
+            host,
+            strategies,
+            {"strategy": arguments.get(KEY), **settings_of(arguments)},
+            rest,
+            perturbation_of(arguments),
         )
     tiny = rest.get("pretrained") == TINY
     if strategies is None and not tiny:
@@ -281,7 +293,7 @@ def build(host: type, model_id: str, arguments: Mapping[str, Any]) -> Any:
     if llava.needs_cpu_care(lm.model):
         llava.run_on_cpu(lm.model)
     if strategies is not None:
-        Run(lm, attach(lm, strategies), strategies).install()
+        Run(lm, attach(lm, strategies), strategies, perturbation_of(arguments)).install()
     return lm
 
 
@@ -330,8 +342,10 @@ def _with_device(host: type, model_id: str, arguments: dict[str, Any]) -> dict[s
 class Run:
     """One evaluation of one pruned model: knows the document behind every call, and ends with the proof."""
 
-    def __init__(self, lm: Any, pruned: Pruned, strategies: list[PruningStrategy]) -> None:
-        self.lm, self.pruned, self.strategies = lm, pruned, strategies
+    def __init__(
+        self, lm: Any, pruned: Pruned, strategies: list[PruningStrategy], perturbation: Perturbation | None = None
+    ) -> None:
+        self.lm, self.pruned, self.strategies, self.perturbation = lm, pruned, strategies, perturbation
         self.asked = Asked()
         self.samples: list[dict[str, Any]] = []
         self.gallery = Recorder.wanted(pruned)
@@ -347,6 +361,8 @@ class Run:
     def evaluate(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         self._mark_cache(kwargs.get("response_cache"))
         self.lm.task_dict = Documents(self.lm.task_dict, self.asked)
+        if self.perturbation is not None:
+            self._perturb(kwargs["task_dict"] if "task_dict" in kwargs else args[1])
         try:
             results = original(*args, **kwargs)
         finally:
@@ -358,6 +374,8 @@ class Run:
         self._check(samples, [failure for _, failure in everyone if failure])
         if results is not None:
             results[KEY] = self.record(samples)
+            if self.perturbation is not None:
+                results[KEY]["perturbation"] = self.perturbation.as_json()
             _annotate(results.get("samples") or {}, samples)
         return results
 
@@ -371,7 +389,14 @@ class Run:
         """No answer of another configuration, version or unpruned run may be taken from the response cache."""
         if cache is not None:
             mark = cache._model_fingerprint_hash + config.fingerprint(self.strategies, __version__)
+            mark += repr(self.perturbation)
             cache._model_fingerprint_hash = hashlib.sha256(mark.encode()).hexdigest()[:16]
+
+    def _perturb(self, tasks: Mapping[str, Any]) -> None:
+        from lmms_eval.evaluator_utils import get_task_list
+
+        for output in get_task_list(tasks):
+            self.perturbation.install(output.task)
 
     def _finished(self, call: Call) -> None:
         reports = samples_of(self.pruned, call)

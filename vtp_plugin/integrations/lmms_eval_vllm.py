@@ -14,6 +14,7 @@ from typing import Any
 
 from vtp_plugin import config
 from vtp_plugin.integrations import lmms_eval
+from vtp_plugin.integrations.perturb import Perturbation
 from vtp_plugin.integrations.vllm.plan import KEY
 from vtp_plugin.reporting.record import summary
 from vtp_plugin.strategy import PruningStrategy
@@ -23,7 +24,11 @@ TINY_ARGUMENTS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 10
 
 
 def build(
-    host: type, strategies: list[PruningStrategy] | None, settings: Mapping[str, Any], arguments: Mapping[str, Any]
+    host: type,
+    strategies: list[PruningStrategy] | None,
+    settings: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    perturbation: Perturbation | None,
 ) -> Any:
     """lmms-eval's vLLM model from its arguments, pruned if there are strategies, which `settings` describe."""
     wanted = dict(arguments)
@@ -35,7 +40,7 @@ def build(
         wanted["hf_overrides"] = {**_parsed(wanted.get("hf_overrides")), KEY: dict(settings)}
     lm = host(**wanted)
     if strategies is not None:
-        ServedRun(lm, strategies).install()
+        ServedRun(lm, strategies, perturbation).install()
     return lm
 
 
@@ -47,8 +52,8 @@ def _parsed(overrides: Any) -> dict[str, Any]:
 class ServedRun(lmms_eval.Run):
     """An evaluation of one model behind vLLM."""
 
-    def __init__(self, lm: Any, strategies: list[PruningStrategy]) -> None:
-        self.lm, self.strategies, self.pruned = lm, strategies, Requests(lm)
+    def __init__(self, lm: Any, strategies: list[PruningStrategy], perturbation: Perturbation | None = None) -> None:
+        self.lm, self.strategies, self.pruned, self.perturbation = lm, strategies, Requests(lm), perturbation
         self.asked, self.samples, self.gallery = lmms_eval.Asked(), self.pruned.samples, None
 
     def record(self, samples: list[dict[str, Any]]) -> dict[str, Any]:

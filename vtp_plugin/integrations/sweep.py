@@ -22,7 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vtp_plugin import config
 from vtp_plugin.errors import PruningError
+from vtp_plugin.integrations import lmms_eval
 from vtp_plugin.integrations.host import Host, Listener
+from vtp_plugin.integrations.perturb import Perturbation
 from vtp_plugin.plugins import list_strategies
 from vtp_plugin.reporting import runs
 from vtp_plugin.reporting.runs import BASELINE, Cell, Run, Spec
@@ -66,7 +68,7 @@ def cell(
     """One configuration, checked. `fields` are further hyper-parameters; names are made where none is given."""
     arguments = {"keep_ratio": keep, "seed": seed}
     arguments = {key: value for key, value in arguments.items() if value is not None} | fields
-    config.resolve(spec, arguments)
+    _resolve(spec, arguments)
     id = id or _name(spec, keep, seed)
     label = label or (UNPRUNED.label if spec == BASELINE else id)
     return Spec(id=id, label=label, pruning=spec, pruning_args=arguments, seed=seed, keep=keep)
@@ -148,17 +150,32 @@ def _check(settings: Mapping[str, Any]) -> None:
     if not all(settings["tasks"]):
         raise PruningError("a comparison needs tasks")
     for entry in settings["cells"]:
-        config.resolve(entry["pruning"], entry["pruning_args"])
+        _resolve(entry["pruning"], entry["pruning_args"])
+
+
+def _resolve(spec: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse strategies, hyper-parameters and a perturbation that there are not."""
+    said = dict(arguments)
+    if perturbation := said.pop("perturb", None):
+        Perturbation.parse(perturbation)
+    config.resolve(spec, said)
 
 
 def check_host(model: str, tasks: Sequence[str]) -> None:
     """Refuse a model or a task that the host does not have; what the plugin brings is known without asking it."""
-    from vtp_plugin.integrations import lmms_eval
+    if _foreign(tasks) or model not in lmms_eval.TINY_LAYOUTS:
+        lmms_eval.check_names(model, _foreign(tasks))
 
+
+def _foreign(tasks: Sequence[str]) -> list[str]:
+    """Those that do not come with the plugin."""
     own = {path.stem for path in lmms_eval.TASKS.rglob("*.yaml")}
-    foreign = [task for task in tasks if task not in own]
-    if foreign or model not in lmms_eval.TINY_LAYOUTS:
-        lmms_eval.check_names(model, foreign)
+    return [task for task in tasks if task not in own]
+
+
+def _embedded(settings: Mapping[str, Any]) -> bool:
+    """Whether model and tasks come with the plugin, so that nothing is wanted from the hub."""
+    return f"pretrained={lmms_eval.TINY}" in settings["model_args"].split(",") and not _foreign(settings["tasks"])
 
 
 def _joined(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +238,7 @@ class _Sweep:
                 rest,
                 self._entry(),
                 self.folder / runs.CELLS,
-                self.folder / WORK / f"job{job}-{attempt}",
+                self.folder / WORK / f"{os.getpid()}-{job}-{attempt}",
                 self.settings["launch"].split(),
                 self._environment(),
             )
@@ -244,7 +261,8 @@ class _Sweep:
         looks = {"VTP_GALLERY_EACH": "1", "VTP_GALLERY_PICTURES": str(self.folder / PICTURES)}
         said = {name: str(value) for name, value in self.settings["environment"].items()}
         shared = threads if self.settings["jobs"] > 1 and "OMP_NUM_THREADS" not in os.environ else {}
-        return {**shared, **(looks if self.settings["gallery"] else {}), **said}
+        offline = OFFLINE if _embedded(self.settings) else {}
+        return {**shared, **offline, **(looks if self.settings["gallery"] else {}), **said}
 
     def _listener(self, job: int) -> Listener:
         """A bar for this process: the questions of its cell."""

@@ -189,7 +189,7 @@ def _as_it_ran(adapter: Adapter, call: Call, images: dict[int, Image]) -> Counte
 def selector_macs(pruned: Pruned, call: Call, row: int) -> int:
     """What strategies spend on text towers, on projecting candidates and on attention rows of the tower, per sample.
 
-    The comparison of scores and the rows that are read between decoder layers are not counted.
+    The comparison of scores and single rows between decoder layers are not counted.
     """
     questions = {image.question for image in call.images if image.sample == row}
     text = sum(space.text_macs([question]) for space in pruned.spaces.values() for question in sorted(questions))
@@ -199,7 +199,16 @@ def selector_macs(pruned: Pruned, call: Call, row: int) -> int:
         mine = [n for image, n in zip(event.images, event.before, strict=True) if call.images[image].sample == row]
         if event.strategy in projecting:
             candidates += sum(mine)
-    return text + candidates * sum(pruned.adapter.costs.projectors[:1]) + _rows_macs(pruned, call, row)
+    projecting = candidates * sum(pruned.adapter.costs.projectors[:1])
+    return text + projecting + _rows_macs(pruned, call, row) + _next_keys_macs(pruned, call, row)
+
+
+def _next_keys_macs(pruned: Pruned, call: Call, row: int) -> int:
+    """Keys that are projected before the cut for a strategy that asks the layer behind it."""
+    layers, lengths = pruned.adapter.costs.layers, decoder_lengths(pruned.adapter, call, row)
+    asking = [s for s in pruned.strategies if "next_query_attention" in s.needs]
+    cuts = {cut for strategy in asking for cut in strategy.cut_layers(len(layers)) if cut in call.cuts}
+    return sum(layers[cut].keys * lengths[cut - 1] for cut in cuts)
 
 
 def _rows_macs(pruned: Pruned, call: Call, row: int) -> int:

@@ -26,6 +26,7 @@ class Layer:
     mlp: int  # MACs per token behind it
     width: int  # of all queries together
     cached: int = 0  # elements of keys and values per token
+    keys: int = 0  # MACs per token to project keys
     window: int | None = None  # tokens that its KV cache holds at most
 
     @classmethod
@@ -35,7 +36,12 @@ class Layer:
         projections, window = matrices(inner), getattr(inner, "sliding_window", None)
         cached = sum(getattr(inner, name).out_features for name in ("k_proj", "v_proj") if hasattr(inner, name))
         return cls(
-            projections, matrices(layer) - projections, _query_width(inner), cached, None if not window else window - 1
+            projections=projections,
+            mlp=matrices(layer) - projections,
+            width=_query_width(inner),
+            cached=cached,
+            keys=matrices(inner.k_proj) if hasattr(inner, "k_proj") else projections // 4,
+            window=window - 1 if window else None,
         )
 
     def macs(self, tokens: int, keys: int | None = None, leaving: int | None = None) -> int:

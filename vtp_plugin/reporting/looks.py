@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,7 +100,16 @@ class Looking:
         if len(tiles) != sum(image.tiles for image in call.images):
             return None
         shown = range(call.images[number].tiles)[self.pruned.adapter.overview]
-        return self.pixels.levels(tiles[first + shown][None])[0].cpu()
+        levels = self.pixels.levels(tiles[first + shown][None])[0].cpu()
+        return self._unpadded(levels, call.images[number], grid)
+
+    def _unpadded(self, levels: Tensor, image: Image, grid: tuple[int, int]) -> Tensor:
+        """Without the border that a batch of unequal pictures has, where every image has a grid of its own."""
+        tower = self.pruned.adapter.tower
+        if tower.grid != (1, 1):
+            return levels
+        side = tower.patch_size * isqrt(image.patches // image.total)
+        return levels[:, : grid[0] * side, : grid[1] * side]
 
     def _unpacked(self, call: Call, number: int, grid: tuple[int, int], values: Tensor) -> Tensor:
         """The picture of patches in one sequence [S, 3 * t * p * p], unit by unit."""

@@ -9,7 +9,7 @@ import io
 
 import numpy as np
 
-VEIL = (92, 94, 102, 222)  # over a dropped patch, RGBA
+VEIL = (62, 66, 104, 225)  # over a dropped patch, RGBA
 NOTHING = (0, 0, 0, 0)
 LEVELS = 15  # of a score map; one more colour is transparent
 HEAT, HEAT_ALPHA = "inferno", 215

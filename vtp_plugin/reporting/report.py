@@ -104,7 +104,7 @@ def _lead(run: Run) -> str:
 
 def _warnings(run: Run) -> list[str]:
     """Whatever keeps a reader from trusting the numbers."""
-    said = [text.removeprefix("WARNING: ").capitalize() for text in comparison.warnings(run)]
+    said = [text.replace("WARNING: not", "Not", 1) for text in comparison.warnings(run)]
     said += [f"{cell.label} failed: {cell.error}" for cell in run.failed]
     return said + ([f"Not finished yet: {', '.join(run.unfinished)}."] if run.unfinished else [])
 
@@ -114,9 +114,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     said = {name: settings.get(name) for name in ("model", "model_args", "limit")}
     return [
         ("Evaluation", _joined({"tasks": " ".join(settings.get("tasks") or []), **said})),
-        ("Model", _joined(record["model"])),
-        ("Versions", _joined(record["versions"])),
-        ("FLOPs", record["prefill_flops"]["convention"]),
+        ("Model", _joined(record.get("model", {}))),
+        ("Versions", _joined(record.get("versions", {}))),
+        ("FLOPs", record["prefill_flops"].get("convention", "")),
     ]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from rich import box
 from rich import table as rich_table
+from rich.console import Console
 
 LATEX = {  # what a letter of text is called in LaTeX
     "\\": r"\textbackslash{}",
@@ -51,6 +52,10 @@ class Table:
         for row in self.rows:
             table.add_row(*row)
         return table
+
+    def show(self, console: Console) -> None:
+        """On a terminal as it fits there, in a log as Markdown, whole."""
+        console.print(self.rich() if console.is_terminal else self.markdown(), soft_wrap=not console.is_terminal)
 
     def markdown(self) -> str:
         """For a README."""

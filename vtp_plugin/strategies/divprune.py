@@ -32,5 +32,5 @@ class DivPrune(PruningStrategy):
         return round(exact)
 
     def select(self, visual: VisualTokens) -> Selection:
-        picks = farthest_points(cosines(visual.projected), self.wanted(visual))
+        picks = farthest_points(1 - cosines(visual.projected), self.wanted(visual))
         return Selection(mask(picks, visual.tokens.shape[1]))

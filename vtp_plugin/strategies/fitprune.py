@@ -24,12 +24,12 @@ the bisection goes on until alpha is known to 2^-16 (the code stops at 0.01). Po
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from vtp_plugin.stages import Stage
@@ -51,6 +51,7 @@ class FitPrune(PruningStrategy):
     needs = ("self_attention", "cross_attention")
     nominal = True
     default_keep_ratio = 0.4
+    default_positions = "original"
 
     schedule: str | list[int] | None = None  # a calibrated file, or tokens of 576 that leave behind each layer
     start: int = 1  # first decoder layer that sees fewer tokens
@@ -99,9 +100,9 @@ class FitPrune(PruningStrategy):
         path = Path(self.schedule)
         self.check("schedule", path.is_file(), "must be a file, or tokens like '14 33 89'")
         try:
-            rows = yaml.safe_load(path.read_text())["left"]
+            rows = json.loads(path.read_text())["left"]
             tables = {sum(shares) / len(shares): [float(share) for share in shares] for shares in rows}
-        except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, ValueError, ZeroDivisionError):
+        except (LookupError, TypeError, ValueError, ZeroDivisionError):
             tables = {}
         good = tables and all(0 <= share <= 1 for shares in tables.values() for share in shares)
         self.check("schedule", good, "must be a file that `vtp calibrate fitprune` wrote")

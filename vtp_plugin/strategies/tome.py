@@ -88,7 +88,7 @@ class ToMe(PruningStrategy):
 
 
 def _matched(keys: Tensor, k: int, first: int) -> Tensor:
-    """The new token, of k, that every token [N] becomes part of; keys [N, d], `first` class tokens stand before them."""
+    """The new token, of k, that every token [N] becomes part of; keys [N, d] behind `first` class tokens."""
     columns = torch.arange(len(keys), device=keys.device)
     a, b = columns[(columns + first) % 2 == 0], columns[(columns + first) % 2 == 1]
     owner, r = torch.empty_like(columns), len(keys) - k

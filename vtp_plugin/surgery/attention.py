@@ -57,5 +57,5 @@ def rotated(module: nn.Module, query: Tensor, cos: Tensor, sin: Tensor) -> Tenso
 
 def take(tensor: Tensor, columns: Tensor) -> Tensor:
     """Per row, the given columns of dimension 1: [B or 1, L, ...], [B, K] -> [B, K, ...]."""
-    tensor = tensor.expand(len(columns), *tensor.shape[1:])
+    tensor, columns = tensor.expand(len(columns), *tensor.shape[1:]), columns.to(tensor.device)
     return tensor[torch.arange(len(columns), device=tensor.device)[:, None], columns]

@@ -8,7 +8,7 @@ their positions, because the rotary tables are gathered, or are counted anew, an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,13 @@ class Cut:
     length: int  # columns of the whole prompt
     merged: tuple[tuple[slice, Tensor, Tensor], ...] = ()  # rows, columns [M] of the prompt, their new values [M, D]
     numbering: Numbering | None = None  # positions, where they are not those of the whole prompt
+
+    def to(self, device: torch.device) -> Cut:
+        """The same next to a layer that lives on another device; merged values travel with the hidden states."""
+        if self.columns.device == device:
+            return self
+        numbering = self.numbering and self.numbering.to(device)
+        return replace(self, columns=self.columns.to(device), valid=self.valid.to(device), numbering=numbering)
 
     @cached_property
     def whole(self) -> bool:
@@ -170,8 +177,8 @@ class DecoderCuts:
                 return own
             positions = cut.numbering.upto(keys, own[0].shape[1])
             anew = rotary_tables(self.pruned.adapter.language_model, number, hidden, positions)
-            rows = cut.numbering.applies[:, None, None]
-            return tuple(torch.where(rows, a, b) for a, b in zip(anew, own, strict=True))
+            rows = cut.numbering.applies[:, None, None].to(own[0].device)
+            return tuple(torch.where(rows, a.to(b), b) for a, b in zip(anew, own, strict=True))
 
         return call.once("tables", (cut, keys), host[0], make)
 
@@ -211,6 +218,7 @@ class DecoderCuts:
                 if image.columns is None or len(image.columns) == 0:
                     continue
                 sample = image.sample * rows
+                image.columns = image.columns.to(hidden.device)
                 where = torch.searchsorted(before.columns[sample].contiguous(), image.columns)
                 first = image.entering.setdefault(strategy.name, image.columns)
                 with self.pruned.judging(strategy, layer=number) as cut:
@@ -239,7 +247,7 @@ class DecoderCuts:
             if image.columns is None or len(image.columns) == 0:
                 continue
             sample = slice(image.sample * rows, (image.sample + 1) * rows)
-            where = torch.searchsorted(before.columns[sample.start].contiguous(), image.columns)
+            where = torch.searchsorted(before.columns[sample.start].contiguous(), image.columns.to(text.device))
             text[sample, where] = False
             text[sample] &= column > where.min()
         text[torch.arange(len(text), device=text.device), last] |= ~text.any(1)
@@ -270,8 +278,8 @@ class DecoderCuts:
             "text_key_norms": lambda: reading.norms(sample)[text],
             "normed": lambda: norm(hidden[sample, where]),
             "text_normed": lambda: norm(hidden[sample, text]),
-            "entry": lambda: call.scratch["entry"][sample, first],
-            "text_entry": lambda: call.scratch["entry"][sample, before.columns[sample, text]],
+            "entry": lambda: call.scratch["entry"].to(hidden.device)[sample, first.to(hidden.device)],
+            "text_entry": lambda: call.scratch["entry"].to(hidden.device)[sample, before.columns[sample, text]],
         }
         with torch.no_grad():
             return read[name]()[None] if name in read else None
@@ -280,8 +288,9 @@ class DecoderCuts:
         """What layer `number` sees of the prompt."""
         earlier = [layer for layer in call.cuts if layer <= number]
         if earlier:
-            return call.cuts[max(earlier)]
-        valid = call.valid.repeat_interleave(len(hidden) // len(call.valid), dim=0)
+            cut = call.cuts[max(earlier)] = call.cuts[max(earlier)].to(hidden.device)
+            return cut
+        valid = call.valid.to(hidden.device).repeat_interleave(len(hidden) // len(call.valid), dim=0)
         columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
         return Cut(columns, valid, valid.shape[1])
 
@@ -344,7 +353,7 @@ def narrowed_labels(call: Call, labels: Tensor) -> Tensor:
     """Labels [B, L] of a whole prompt for the columns that the last layer sees; padding is ignored by the loss."""
     if not call.cuts:
         return labels
-    cut = call.cuts[max(call.cuts)]
+    cut = call.cuts[max(call.cuts)].to(labels.device)
     return torch.where(cut.valid, labels.gather(1, cut.columns), IGNORED)
 
 
@@ -375,8 +384,8 @@ def _narrow(mask: Tensor | None, queries: Tensor | None, cut: Cut) -> Tensor | N
 
     `queries` are the surviving query columns [B, Q'] in a pass over the whole prompt, None when decoding.
     """
-    columns = _with_new(cut.columns, cut.length, mask.shape[-1])
-    valid = _valid(cut, columns.shape[1])
+    columns = _with_new(cut.columns, cut.length, mask.shape[-1]).to(mask.device)
+    valid = _valid(cut, columns.shape[1]).to(mask.device)
     if mask.ndim == 2:
         return mask.gather(1, columns) * valid
     mask = mask.expand(len(columns), *mask.shape[1:])

@@ -72,9 +72,7 @@ class MergingBlocks:
             with self.pruned.judging(self.strategy, layer=number) as cut:
                 signals = self._signals(number, hidden, sizes)
                 facts = {"cut": (self.cuts.index(number), len(self.cuts)), "entered": self._scratch["entered"]}
-                selection = cut.decide(
-                    hidden[:, prefix:], self.pruned.call.batch, self.tower.grid, signals, **facts
-                )
+                selection = cut.decide(hidden[:, prefix:], self.pruned.call.batch, self.tower.grid, signals, **facts)
             if selection.owner is None:
                 return None
             self._scratch["selection"] = selection, sizes

@@ -124,6 +124,10 @@ class Numbering:
         """The columns `chosen` [B, K'] with the positions that they have."""
         return Numbering(self.positions.gather(1, chosen), self.following, self.applies)
 
+    def to(self, device: torch.device) -> Numbering:
+        """The same on another device."""
+        return Numbering(*(tensor.to(device) for tensor in (self.positions, self.following, self.applies)))
+
     def upto(self, keys: int, queries: int) -> Tensor:
         """Positions of the last `queries` of `keys` columns, [B, queries]; new tokens follow."""
         new = torch.arange(keys - self.positions.shape[1], device=self.positions.device)

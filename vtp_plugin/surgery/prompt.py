@@ -269,7 +269,7 @@ class PlaceholderCalls:
         """The output with logits for every column of the caller's prompt, and the loss over those that are left."""
         seen = shortened
         if call.cuts:
-            cut = call.cuts[max(call.cuts)]
+            cut = call.cuts[max(call.cuts)].to(ids.device)
             before = shortened.columns if shortened is not None else torch.arange(ids.shape[1], device=ids.device)
             seen = Shortened(torch.where(cut.valid, before.expand(len(ids), -1).gather(1, cut.columns), -1))
         if labels is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtp_plugin.errors import PruningError
+from vtp_plugin.stages import Stage
 
 if TYPE_CHECKING:
     from vtp_plugin.adapter import Adapter
@@ -34,7 +35,7 @@ class EmbeddedQuestions:
     """The input space of a language model: what stands in for CLIP's shared space (text_encoder=llm)."""
 
     def __init__(self, adapter: Adapter) -> None:
-        if adapter.language_model is None or not len(adapter.decoder_layers):
+        if adapter.stages[Stage.LLM]:  # the reason why its language model holds no patches
             raise PruningError(
                 f"text_encoder=llm: the language model of {adapter.models} does not see the projected patches"
             )

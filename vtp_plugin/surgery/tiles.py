@@ -8,6 +8,7 @@ host's own arrangement as extra channels (`arrange`), so a row of several tokens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ from vtp_plugin.surgery.vision import VisionCuts, behind_projector, space_of
 if TYPE_CHECKING:
     from vtp_plugin.pruning import Judgement, Pruned
 
+MIXED = 0.02  # the variance of token numbers within a row that is made of several
 WHOLE = 1e-4  # a row whose tokens are all left has this much of them missing at most
 
 
@@ -37,7 +39,8 @@ class Arranging(Protocol):
 
     tower: Tower
     projector: nn.Module
-    tokenwise: bool  # the projector works token by token: a strategy sees tower features, not projected rows
+    tokenwise: bool  # the projector works token by token: a strategy sees tower features, not projected rows,
+    # unless the host interpolates the projected ones
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         """Channels of the tower's tokens, [T, N, C] or [S, C], as the host arranges features: per image [n, C].
@@ -93,11 +96,14 @@ class TileCuts(VisionCuts):
                     f"or give keep_ratio"
                 )
 
-    def _check_merging(self, strategy: PruningStrategy) -> None:
-        raise strategy.error(
-            f"merging inside the blocks is not possible here, because {self._models} arranges the tower's tokens by "
-            f"their places"
-        )
+    def lacking(self, strategy: PruningStrategy) -> str:
+        if "class_query" in strategy.needs and self.tower.prefix:
+            return f"it needs one class token per image, {self.pruned.adapter.models} has one per tile"
+        return super().lacking(strategy)
+
+    def _unmergeable(self, strategy: PruningStrategy) -> str:
+        models = self.pruned.adapter.models
+        return f"merging inside the blocks is not possible, {models} arranges the tower's tokens by their places"
 
     def _install_gather(self, undo: Undo) -> None:
         undo.after(self.tower.embeddings, self._gather)
@@ -217,6 +223,7 @@ class TileCuts(VisionCuts):
         """What is left of the rows that the host made of the images in the tower."""
         self.kind, self.inputs = kind, inputs
         self.arranged: dict[Any, list[Tensor]] = {}
+        self.tokenwise = self.family.tokenwise and bool(self._at(Stage.PROJECTOR)) and self._one_token_a_row()
         parts = self._parts(features)
         for strategy in self._at(Stage.PROJECTOR):
             with self.pruned.judging(strategy) as cut:
@@ -231,7 +238,7 @@ class TileCuts(VisionCuts):
     def _parts(self, features: Sequence[Tensor]) -> list[Part]:
         layout = self._layout()
         tokens: Sequence[Tensor] = features
-        if self.family.tokenwise and self._at(Stage.PROJECTOR):
+        if self.tokenwise:
             tokens = self._arranged("features", self._call.scratch["features"])
         parts = []
         for number, rows, seen, (alive, tile) in zip(self._call.batch, features, tokens, layout, strict=True):
@@ -245,6 +252,13 @@ class TileCuts(VisionCuts):
             source = (~newline & (alive > 0.5)).nonzero().flatten()
             parts.append(Part(number, source, seen[source], rows[source], tile, newline.nonzero().flatten()))
         return parts
+
+    def _one_token_a_row(self) -> bool:
+        """Whether the host takes tokens as they are; one that interpolates would have projected them before."""
+        numbers = torch.arange(math.prod(self._map_shape), device=self.pruned.device).view(self._map_shape) % 251.0
+        maps = torch.stack([numbers, numbers**2], dim=-1)
+        means = [rows.unbind(-1) for rows in self.family.arrange(maps, self.kind, self.inputs)]
+        return not any((square - mean**2 > MIXED).any() for mean, square in means)
 
     def _layout(self) -> list[tuple[Tensor, Tensor]]:
         """Per image and row: the share of its tokens that is left (nan for a newline), and its tile."""
@@ -299,7 +313,7 @@ class TileCuts(VisionCuts):
         if selection.tokens is None:
             features = features[chosen]
         else:
-            features = self.projector(tokens[None])[0] if self.family.tokenwise else tokens
+            features = self.projector(tokens[None])[0] if self.tokenwise else tokens
         source = torch.where(chosen >= 0, source[chosen.clamp(min=0)], -1)
         owner = torch.where(chosen >= 0, owner[chosen.clamp(min=0)], 0)
         left = [owner == number for number in range(len(group))]
@@ -308,6 +322,8 @@ class TileCuts(VisionCuts):
     def _row_signal(self, name: str, strategy: PruningStrategy, group: list[tuple[Part, Tensor]]) -> Tensor | None:
         """One field of VisualTokens for the rows of a group, [1, N, ...]."""
         layer, scratch = self._layer(strategy), self._call.scratch
+        if name == "projected":
+            return torch.cat([part.features[where] for part, where in group])[None]
         if name == "cls":
             return self._class_feature(group[0][0].number)
         if name == "text":
@@ -326,7 +342,7 @@ class TileCuts(VisionCuts):
 
     def _class_feature(self, number: int) -> Tensor | None:
         """The class token of the image's first tile, [1, D], where it lives in the space of the tokens."""
-        if not self.tower.prefix or not self.family.tokenwise:
+        if not self.tower.prefix or not self.tokenwise:
             return None
         return self._call.scratch["output", self._block(None)][self._call.scratch["owners"].index(number), :1]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vtp_plugin.adapter import SharedSpace, Tower
+from vtp_plugin.adapter import Adapter, SharedSpace, Tower
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
@@ -37,8 +37,6 @@ class VisionCuts:
     def prepare(self) -> None:
         """Load what the strategies need; raises before anything is attached."""
         self.merging = [s for s in self._at(Stage.VIT) if s.cut_blocks(self._block(None) + 1)]
-        for strategy in self.merging:
-            self._check_merging(strategy)
         for strategy in self.pruned.strategies:
             if strategy.budget == "total" and strategy.stage not in self.shared_budgets:
                 raise strategy.error(f"budget=total is not possible at the {strategy.stage.value} stage of this model")
@@ -76,20 +74,26 @@ class VisionCuts:
         for layer in outputs:
             undo.after(self.tower.blocks[layer], self._output_reader(layer))
 
-    def _check_merging(self, strategy: PruningStrategy) -> None:
-        """Refuse what merges inside blocks where the tower cannot do it."""
+    def lacking(self, strategy: PruningStrategy) -> str:
+        """Why this tower cannot give the strategy what it needs; "" if it can."""
+        adapter = self.pruned.adapter
+        if {"aligned", "text"} & set(strategy.needs) and type(adapter).shared_space is Adapter.shared_space:
+            return f"{adapter.models} has no CLIP text encoder that matches its vision tower"
+        if "class_query" in strategy.needs and not self.tower.prefix:
+            return f"it needs a class token, the vision tower of {adapter.models} has none"
+        return self._unmergeable(strategy) if strategy.cut_blocks(self._block(None) + 1) else ""
+
+    def _unmergeable(self, strategy: PruningStrategy) -> str:
+        """Why tokens cannot be merged inside the blocks; "" if they can."""
         if self.tower.between is None:
-            raise strategy.error(f"merging inside the blocks is not possible in the tower of {self._models}")
+            return f"merging inside the blocks is not possible in the tower of {self.pruned.adapter.models}"
         kernel = self.tower.module.config._attn_implementation
         if strategy.proportional and kernel not in MASKABLE:
-            raise strategy.error(
+            return (
                 f"proportional attention needs a tower with {' or '.join(MASKABLE)} attention, this one has {kernel}; "
                 f"say proportional=false"
             )
-
-    @property
-    def _models(self) -> str:
-        return self.pruned.adapter.models
+        return ""
 
     # -- pixels and vit -------------------------------------------------------------------------------------------
 

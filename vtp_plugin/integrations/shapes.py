@@ -1,0 +1,248 @@
+"""The shapes of published models, as configurations with random weights, and random inputs that fit them.
+
+A shape is a name and sizes; the classes below turn them into transformers models. `small` and `clip-vit-small` are for
+trying commands.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vtp_plugin.errors import unknown
+
+QUESTION_TOKENS = 75  # text tokens around the image: system prompt, question and tail of a usual request
+IMAGE_TOKEN = 32000
+
+
+@dataclass(frozen=True)
+class Shape(ABC):
+    """One model's sizes, in the words of its configuration."""
+
+    vision: Mapping[str, Any]
+    text: Mapping[str, Any] | None = None  # None: an encoder
+    decodes: ClassVar[bool] = True
+
+    @abstractmethod
+    def model(self, layers: int | None, attention: str) -> nn.Module:
+        """The model; `layers` cuts the language model short."""
+
+    @abstractmethod
+    def pixels(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random images, one per prompt, by argument name."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Visual tokens of one image."""
+
+    def prompt(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random text with the placeholders of one image in its middle."""
+        ids = random_text(batch, QUESTION_TOKENS + self.tokens, generator)
+        ids[:, QUESTION_TOKENS // 2 : QUESTION_TOKENS // 2 + self.tokens] = IMAGE_TOKEN
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def build(self, layers: int | None, device: torch.device, dtype: torch.dtype, attention: str) -> nn.Module:
+        """The model with random weights on a device."""
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                model = self.model(layers, attention).eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(default)
+        if self.decodes:
+            model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+        return model
+
+    def inputs(self, model: nn.Module, batch: int) -> dict[str, Tensor]:
+        """Random pictures and prompts of one image each."""
+        generator = torch.Generator().manual_seed(0)
+        prompt = self.prompt(batch, generator) if self.decodes else {}
+        pixels = self.pixels(batch, generator)
+        device = next(model.parameters()).device
+        cast = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in (prompt | pixels).items()}
+        return {name: value.to(device) for name, value in cast.items()}
+
+    def _text(self, layers: int | None) -> dict[str, Any]:
+        return {**self.text, "pad_token_id": 0, "num_hidden_layers": layers or self.text["num_hidden_layers"]}
+
+    @property
+    def _side(self) -> int:
+        return self.vision["image_size"] // self.vision["patch_size"]
+
+
+class Llava(Shape):
+    """LLaVA-1.5: one image of the tower's size."""
+
+    def model(self, layers: int | None, attention: str) -> nn.Module:
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+        vision, text = CLIPVisionConfig(**self.vision), LlamaConfig(**self._text(layers))
+        config = LlavaConfig(
+            vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, attn_implementation=attention
+        )
+        return LlavaForConditionalGeneration(config)
+
+    def pixels(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        side = self.vision["image_size"]
+        return {"pixel_values": torch.randn(batch, 3, side, side, generator=generator)}
+
+    @property
+    def tokens(self) -> int:
+        return self._side**2
+
+
+class LlavaNext(Shape):
+    """LLaVA-NeXT: a square image of 2 x 2 crops and a base tile: 5 tiles (2880 tokens) and the newlines of the rows."""
+
+    def model(self, layers: int | None, attention: str) -> nn.Module:
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+        side, vision, text = self.vision["image_size"], CLIPVisionConfig(**self.vision), self._text(layers)
+        config = LlavaNextConfig(
+            vision_config=vision,
+            text_config=LlamaConfig(**text),
+            image_token_id=IMAGE_TOKEN,
+            image_grid_pinpoints=[[2 * side, 2 * side]],
+            attn_implementation=attention,
+        )
+        return LlavaNextForConditionalGeneration(config)
+
+    def pixels(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        side = self.vision["image_size"]
+        values = torch.randn(batch, 5, 3, side, side, generator=generator)
+        return {"pixel_values": values, "image_sizes": torch.tensor([[2 * side, 2 * side]] * batch)}
+
+    @property
+    def tokens(self) -> int:
+        return self._side**2 + 2 * self._side * (2 * self._side + 1)
+
+
+@dataclass(frozen=True)
+class Qwen25(Shape):
+    """Qwen2.5-VL: one square image of any resolution."""
+
+    side: int = 36  # visual tokens along one side
+
+    def model(self, layers: int | None, attention: str) -> nn.Module:
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+        config = Qwen2_5_VLConfig(
+            vision_config=dict(self.vision),
+            text_config=self._text(layers),
+            image_token_id=IMAGE_TOKEN,
+            attn_implementation=attention,
+        )
+        return Qwen2_5_VLForConditionalGeneration(config)
+
+    def prompt(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        prompt = super().prompt(batch, generator)
+        return prompt | {"mm_token_type_ids": (prompt["input_ids"] == IMAGE_TOKEN).int()}
+
+    def pixels(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        grid = (1, 2 * self.side, 2 * self.side)
+        width = 3 * 2 * self.vision["patch_size"] ** 2
+        values = torch.randn(batch * grid[1] * grid[2], width, generator=generator)
+        return {"pixel_values": values, "image_grid_thw": torch.tensor([grid] * batch)}
+
+    @property
+    def tokens(self) -> int:
+        return self.side**2
+
+
+class Clip(Shape):
+    """CLIP's vision transformer by itself."""
+
+    decodes = False
+
+    def model(self, layers: int | None, attention: str) -> nn.Module:
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        vision = {**self.vision, "num_hidden_layers": layers or self.vision["num_hidden_layers"]}
+        return CLIPVisionModelWithProjection(CLIPVisionConfig(**vision, attn_implementation=attention))
+
+    pixels = Llava.pixels
+    tokens = Llava.tokens
+
+
+def random_text(batch: int, length: int, generator: torch.Generator) -> Tensor:
+    """Ids that are no placeholder, [B, L]."""
+    return torch.randint(100, 30000, (batch, length), generator=generator)
+
+
+def _vision(width: int, layers: int, image: int, patch: int = 14) -> dict[str, int]:
+    """A CLIP tower with heads of 64."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "image_size": image,
+        "patch_size": patch,
+        "projection_dim": 768 if width > 768 else 512,
+    }
+
+
+def _decoder(width: int, mlp: int, layers: int, vocabulary: int = 32064, **more: Any) -> dict[str, Any]:
+    """A LLaMA with heads of 128."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 128,
+        "vocab_size": vocabulary,
+        **more,
+    }
+
+
+def _qwen_vision(width: int, mlp: int, layers: int, heads: int, out: int, whole: list[int]) -> dict[str, Any]:
+    """A Qwen2.5-VL tower with patches of 14 pixels and windows of 112; blocks in `whole` see all."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "depth": layers,
+        "num_heads": heads,
+        "out_hidden_size": out,
+        "patch_size": 14,
+        "fullatt_block_indexes": whole,
+    }
+
+
+def _qwen_text(width: int, mlp: int, layers: int, heads: int, groups: int, sections: list[int]) -> dict[str, Any]:
+    rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6}
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": groups, "rope_parameters": rope}
+    return _decoder(width, mlp, layers, 152064) | sizes
+
+
+SHAPES: dict[str, Shape] = {
+    "llava-1.5-7b": Llava(_vision(1024, 24, 336), _decoder(4096, 11008, 32)),
+    "llava-1.5-13b": Llava(_vision(1024, 24, 336), _decoder(5120, 13824, 40)),
+    "llava-next-7b": LlavaNext(_vision(1024, 24, 336), _decoder(4096, 11008, 32)),
+    "qwen2.5-vl-7b": Qwen25(
+        _qwen_vision(1280, 3420, 32, 16, 3584, [7, 15, 23, 31]),
+        _qwen_text(3584, 18944, 28, 28, 4, [16, 24, 24]),
+    ),
+    "clip-vit-b-32": Clip(_vision(768, 12, 224, 32)),
+    "clip-vit-b-16": Clip(_vision(768, 12, 224, 16)),
+    "clip-vit-l-14": Clip(_vision(1024, 24, 224)),
+    "clip-vit-l-14-336": Clip(_vision(1024, 24, 336)),
+    "small": Llava(_vision(128, 4, 168), _decoder(256, 512, 4)),
+    "small-next": LlavaNext(_vision(128, 4, 84), _decoder(256, 512, 4)),
+    "small-qwen": Qwen25(
+        _qwen_vision(128, 256, 4, 2, 256, [1, 3]), _qwen_text(256, 512, 4, 4, 2, [8, 12, 12]), side=12
+    ),
+    "clip-vit-small": Clip(_vision(128, 4, 168)),
+}
+
+
+def shape_of(name: str) -> Shape:
+    """The shape of that name; PruningError for an unknown one."""
+    if name not in SHAPES:
+        raise unknown("shape", name, SHAPES)
+    return SHAPES[name]
