@@ -38,6 +38,8 @@ def command(
     runs += [{"strategy": name, "keep_ratio": ratio} for name in names for ratio in ratios]
     for settings in filter(None, runs):
         strategies_of(settings)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
     path, extra = _served(model)
     console, lines = Console(highlight=False), []
     with tempfile.TemporaryDirectory() as folder:
