@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Request, answers, ask, columns, engine, events, expected, reference, scenes
+from engines import IMAGE_TOKEN, Request, answers, ask, columns, engine, events, expected, prompt, reference, scenes
 from PIL import Image
 
 from vtp_plugin.integrations.vllm import Refused
@@ -88,3 +88,23 @@ def test_stages_before_the_projector_are_refused(folder: Path):
         engine({"strategy": "l2"}, folder, **ROOM),
     ):
         pass
+
+
+def test_the_record_counts_what_each_picture_would_have_had(folder: Path):
+    pytest.importorskip("lmms_eval")
+    from lmms_eval.models.simple.vllm import VLLM
+
+    from vtp_plugin import config
+    from vtp_plugin.integrations.lmms_eval_vllm import ServedRun
+
+    asked, processor = requests(), reference(folder)[1]
+    whole = [processor(images=list(r[0]), text=prompt(r))["input_ids"][0].count(IMAGE_TOKEN) for r in asked]
+    with engine(SETTINGS[0], folder, **ROOM) as llm:
+        lm = VLLM.__new__(VLLM)
+        lm.client = llm
+        run = ServedRun(lm, config.resolve("visionzip", {"keep_ratio": 0.25}))
+        left = columns(ask(lm.client, asked))
+        run.pruned.detach()
+    assert [len(sample["images"]) for sample in run.samples] == [len(pictures) for pictures, _ in asked]
+    for side, counts in (("before", whole), ("after", left)):
+        assert [sum(image[side] for image in sample["images"]) for sample in run.samples] == counts

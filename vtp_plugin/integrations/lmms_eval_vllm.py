@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 from vtp_plugin import config
+from vtp_plugin.errors import PruningError
 from vtp_plugin.integrations import lmms_eval
 from vtp_plugin.integrations.perturb import Perturbation
 from vtp_plugin.integrations.vllm.plan import KEY
@@ -78,13 +78,15 @@ class Requests:
     def __init__(self, lm: Any) -> None:
         self.samples: list[dict[str, Any]] = []
         self.documents: deque[tuple[str, Any]] = deque()
+        self.processed: deque[tuple[list[int], list[dict[str, int]]]] = deque()  # prompt ids, and counts per image
         self.known: list[Any] = []  # outputs of the last call
         self.undo = Undo()
         model = lm.client.llm_engine.model_config.hf_config
         self.architecture = model.architectures[0]
-        self.placeholder = model.image_token_index
-        self.whole = (model.vision_config.image_size // model.vision_config.patch_size) ** 2
+        processor = lm.client.renderer.get_mm_processor()
+        self.whole = unpruned(processor.info) if getattr(model, KEY, None) else None
         self._watch(lm, "generate_until", self._asking)
+        self._watch(processor, "apply", self._processing)
         for name in ("chat", "generate"):
             self._watch(lm.client, name, self._answering)
 
@@ -100,12 +102,25 @@ class Requests:
         self.documents = deque((request.arguments[4], request.arguments[3]) for request in requests)
         return original(requests, *args, **kwargs)
 
+    def _processing(self, original: Callable, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """vLLM puts the placeholders of one request into its prompt, in this process."""
+        prompt = original(inputs, *args, **kwargs)
+        counts = []
+        for number, place in enumerate(prompt["mm_placeholders"].get("image", ())):
+            size = inputs.mm_data_items["image"].get_image_size(number)
+            whole = self.whole(image_width=size.width, image_height=size.height) if self.whole else place.length
+            counts.append({"before": whole, "after": place.length})
+        self.processed.append((list(prompt["prompt_token_ids"]), counts))
+        return prompt
+
     def _answering(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """Of two calls, one inside the other, the inner one knows the outputs already."""
         outputs = original(*args, **kwargs)
         if not any(output is known for output in outputs for known in self.known):
             self.known = list(outputs)
             self.samples += [self._sample(output.prompt_token_ids) | self._document() for output in outputs]
+            if self.processed:
+                raise PruningError("vLLM answered other prompts than it was given: their tokens cannot be counted")
         return outputs
 
     def _document(self) -> dict[str, Any]:
@@ -115,8 +130,14 @@ class Requests:
         return {"task": task, "doc_id": document}
 
     def _sample(self, ids: Sequence[int]) -> dict[str, Any]:
-        """One request: pictures are runs of placeholders."""
-        runs = [len(list(run)) for token, run in groupby(ids) if token == self.placeholder]
-        images = [{"before": self.whole, "after": after} for after in runs]
+        """One request; a prompt without pictures was not processed."""
+        counted = self.processed and self.processed[0][0] == list(ids)
+        images = self.processed.popleft()[1] if counted else []
         before = len(ids) + sum(image["before"] - image["after"] for image in images)
         return {"images": images, "prompt_tokens": {"before": before, "after": len(ids)}}
+
+
+def unpruned(info: Any) -> Callable[..., int]:
+    """How vLLM itself counts the tokens of a picture of a size, without what this package adds to its class."""
+    host = next(cls for cls in type(info).__mro__ if cls.__module__.split(".")[0] == "vllm")
+    return host(info.ctx).get_num_image_tokens
