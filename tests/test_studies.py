@@ -134,7 +134,7 @@ CHECKS = {
     "vprune-design": check_design,
     "hard-samples": check_hard,
 }
-FAST = {"shapes": [], "keep": [0.5, 1.0], "limit": 8, "seeds": 2}
+FAST = {"shapes": ["clip-vit-small"], "speed_keep": [0.5], "rounds": 1, "keep": [0.5], "limit": 8, "seeds": 2}
 
 
 def test_the_poster_s_decisions(tmp_path: Path, console: Console) -> None:
@@ -149,6 +149,8 @@ def test_the_poster_s_decisions(tmp_path: Path, console: Console) -> None:
         ("random", 1),
     }
     assert rows["unpruned", None]["same_decision"] == 1
+    (speed,) = results["speed"]
+    assert speed["images_per_second"]["pruned"] == pytest.approx(8 / speed["seconds"]["pruned"])
     assert rows["unpruned", None]["cosine"] == pytest.approx(1, abs=1e-5)
     assert rows["l2", None]["cosine"] > rows["bottom", None]["cosine"]
     assert {path.name for path in (tmp_path / "study").glob("*.png")} == {"decisions.png", "kept.png"}
@@ -195,6 +197,8 @@ def test_bad_input_is_refused_before_the_work_starts(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32)).save(tmp_path / "images" / "cat" / "1.png")
     refused("poster-l2", {**FAST, "images": str(tmp_path / "images"), "classes": "cat,dog"}, out, "do not match: dog")
     refused("poster-l2", {**FAST, "model": str(tmp_path)}, out, "cannot load an encoder")
+    refused("poster-l2", {**FAST, "shapes": ["clip-vit-l-15"]}, out, "Did you mean 'clip-vit-l-14'")
+    refused("poster-l2", {**FAST, "shapes": ["llava-1.5-7b"]}, out, "no encoder")
     refused("atp-robustness", {"perturbations": ["fog:1"]}, out, "unknown perturbation 'fog'")
     refused("atp-efficiency", {"keep": 2}, out, "keep_ratio must be in")
     refused("hard-samples", {"limit": 0}, out, "limit must be")

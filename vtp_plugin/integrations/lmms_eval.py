@@ -24,6 +24,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
@@ -89,12 +90,20 @@ def _exit_code() -> None:
 
 
 def _offer_tasks() -> None:
-    """Let every TaskManager find our tasks, as if they had been named with --include_path."""
+    """Let every TaskManager find our tasks, as if they had been named with --include_path.
+
+    The host's own tasks, 1600 files that take seconds, are read once for all configurations of a process.
+    """
     from lmms_eval.tasks import TaskManager
+
+    defaults: dict[str, Any] = {}
 
     def around(original: Callable, manager: Any, include_path: Any = None, include_defaults: bool = True) -> Any:
         paths = [include_path] if isinstance(include_path, str) else list(include_path or [])
-        return original(manager, include_path=[*paths, str(TASKS)], include_defaults=include_defaults)
+        if include_defaults and not defaults:
+            defaults.update(original(manager, include_path=None, include_defaults=True))
+        named = original(manager, include_path=[*paths, str(TASKS)], include_defaults=False)
+        return {**named, **(deepcopy(defaults) if include_defaults else {})}
 
     _wrap(TaskManager, "initialize_tasks", around)
 

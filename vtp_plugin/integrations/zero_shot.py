@@ -105,6 +105,11 @@ class ZeroShot:
             features = self.model.get_image_features(inputs["pixel_values"].to(self.model.device)).pooler_output
         return normalize(features, dim=-1)
 
+    def seen(self, picture: Any) -> Tensor:
+        """A picture as it leaves the image processor, without normalisation, [3, H, W] uint8."""
+        inputs = self.processor.image_processor(opened(picture), do_normalize=False, return_tensors="pt")
+        return (inputs["pixel_values"][0] * 255).round().byte()
+
 
 def opened(picture: Any) -> Any:
     """The RGB picture of a path, or the picture itself."""
