@@ -9,6 +9,7 @@ from pathlib import Path
 PAGES = (Path("README.md"), Path("docs/studies.md"))
 STUDIES = Path("docs/results/studies")
 DEMO_TABLE = Path("docs/results/demo/table.md")
+BENCH_TABLE = Path("docs/results/bench_cpu.md")
 
 
 def parts() -> dict[str, Callable[[], str]]:
@@ -18,7 +19,8 @@ def parts() -> dict[str, Callable[[], str]]:
     return {
         "strategies": lambda: catalogue().markdown(),
         "models": lambda: families().markdown(),
-        "demo": lambda: DEMO_TABLE.read_text().strip(),
+        "demo": DEMO_TABLE.read_text,
+        "bench": BENCH_TABLE.read_text,
         **{f"study {path.parent.name}": path.read_text for path in sorted(STUDIES.glob("*/table.md"))},
     }
 
