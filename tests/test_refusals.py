@@ -171,7 +171,7 @@ def test_a_call_that_cannot_be_pruned(name: str, bad: str, call: str) -> None:
 # -- what `vtp list --models` says ------------------------------------------------------------------------------------
 
 
-def tested(name: str) -> set[str]:
+def promised(name: str) -> set[str]:
     """The stages at which the promises of a family are tested."""
     if name in FAMILIES:
         return set(FAMILIES[name].stages)
@@ -194,7 +194,7 @@ def test_the_matrix_is_what_works(name: str, model: nn.Module) -> None:
         able |= {stage.value} if "" in said else set()
         if row[stage] != "yes":
             assert all(f" has no {stage.value} stage: {row[stage]}; possible here: " in message for message in said)
-    assert able == {stage.value for stage in Stage if row[stage] == "yes"} == tested(name)
+    assert able == {stage.value for stage in Stage if row[stage] == "yes"} == promised(name)
 
 
 def refusal(model: nn.Module, strategy: str) -> str:
