@@ -52,7 +52,7 @@ TRAPS = {  # trap -> (guard, test)
         "test_counting.py::test_kv_bytes_are_those_of_the_real_cache",
     ),
     "a random control that shuffles the tokens it keeps": (
-        "strategy.top_k, ascending",
+        "Selection.sources, in the order of the mask",
         "test_strategies.py::test_kept_tokens_are_ascending_and_untouched",
     ),
     "the first call, which warms up, among the times": (
