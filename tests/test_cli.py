@@ -105,6 +105,7 @@ def test_demo_ends_with_a_table_and_a_picture(tmp_path: Path) -> None:
     assert json.loads(results.read_text())["pruning"]["visual_tokens"]["mean_after"] == 36
 
 
-def test_the_readme_is_up_to_date() -> None:
-    text = readme.README.read_text()
+@pytest.mark.parametrize("page", readme.PAGES, ids=str)
+def test_a_generated_page_is_up_to_date(page: Path) -> None:
+    text = page.read_text()
     assert readme.filled(text) == text, "run `make readme`"

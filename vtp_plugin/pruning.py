@@ -85,12 +85,12 @@ class Pruned:
         vision.prepare()
         decoder.prepare()
         self.spaces = vision.spaces
+        counting.watch(self, self._undo)  # first, so that it sees what the cuts make of a block's output
         vision.install(self._undo)
         decoder.install(self._undo)
         if self.positions.prompt == "original":
             OriginalPositions(self).install(self._undo)
         self.adapter.install(self, self._undo)
-        counting.watch(self, self._undo)
         if vision.pixels is not None:
             self._watch_processor(vision)
         if measure:

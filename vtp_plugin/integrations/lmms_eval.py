@@ -24,6 +24,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
@@ -36,6 +37,7 @@ import yaml
 from vtp_plugin import config, plugins
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.integrations import llava
+from vtp_plugin.integrations.perturb import Perturbation
 from vtp_plugin.pruning import Pruned
 from vtp_plugin.reporting.gallery import Recorder
 from vtp_plugin.reporting.record import record, samples_of
@@ -44,6 +46,7 @@ from vtp_plugin.surgery.call import Call
 from vtp_plugin.version import __version__
 
 KEY = "pruning"
+PERTURB = f"{KEY}.perturb"  # beside the hyper-parameters: harder pictures or questions, see perturb.py
 TINY = "vtp-tiny"
 TINY_LAYOUTS = {"llava": "llava", "llava_hf": "hf"}
 TASKS = Path(__file__).parent / "tasks"
@@ -86,12 +89,20 @@ def _exit_code() -> None:
 
 
 def _offer_tasks() -> None:
-    """Let every TaskManager find our tasks, as if they had been named with --include_path."""
+    """Let every TaskManager find our tasks, as if they had been named with --include_path.
+
+    The host's own tasks, 1600 files that take seconds, are read once for all configurations of a process.
+    """
     from lmms_eval.tasks import TaskManager
+
+    defaults: dict[str, Any] = {}
 
     def around(original: Callable, manager: Any, include_path: Any = None, include_defaults: bool = True) -> Any:
         paths = [include_path] if isinstance(include_path, str) else list(include_path or [])
-        return original(manager, include_path=[*paths, str(TASKS)], include_defaults=include_defaults)
+        if include_defaults and not defaults:
+            defaults.update(original(manager, include_path=None, include_defaults=True))
+        named = original(manager, include_path=[*paths, str(TASKS)], include_defaults=False)
+        return {**named, **(deepcopy(defaults) if include_defaults else {})}
 
     _wrap(TaskManager, "initialize_tasks", around)
 
@@ -218,12 +229,18 @@ def _settings(settings: Mapping[str, Any]) -> list[PruningStrategy] | None:
 
 def strategies_of(arguments: Mapping[str, Any]) -> list[PruningStrategy] | None:
     """The strategies in parsed model arguments; None if there are none."""
-    hyper = {k.removeprefix(f"{KEY}."): _typed(v) for k, v in arguments.items() if k.startswith(f"{KEY}.")}
+    ours = {k.removeprefix(f"{KEY}."): _typed(v) for k, v in arguments.items() if k.startswith(f"{KEY}.")}
     if KEY not in arguments:
-        if hyper:
-            raise PruningError(f"{KEY}.{next(iter(hyper))} needs {KEY}=NAME")
+        if ours:
+            raise PruningError(f"{KEY}.{next(iter(ours))} needs {KEY}=NAME")
         return None
-    return config.resolve(str(arguments[KEY]), hyper)
+    perturbation_of(arguments)
+    return config.resolve(str(arguments[KEY]), {k: v for k, v in ours.items() if f"{KEY}.{k}" != PERTURB})
+
+
+def perturbation_of(arguments: Mapping[str, Any]) -> Perturbation | None:
+    """What is to be done to pictures or questions; None if nothing."""
+    return Perturbation.parse(arguments[PERTURB]) if PERTURB in arguments else None
 
 
 def _typed(value: Any) -> Any:
@@ -271,7 +288,7 @@ def build(host: type, model_id: str, arguments: Mapping[str, Any]) -> Any:
     if llava.needs_cpu_care(lm.model):
         llava.run_on_cpu(lm.model)
     if strategies is not None:
-        Run(lm, attach(lm, strategies), strategies).install()
+        Run(lm, attach(lm, strategies), strategies, perturbation_of(arguments)).install()
     return lm
 
 
@@ -320,8 +337,10 @@ def _with_device(host: type, model_id: str, arguments: dict[str, Any]) -> dict[s
 class Run:
     """One evaluation of one pruned model: knows the document behind every call, and ends with the proof."""
 
-    def __init__(self, lm: Any, pruned: Pruned, strategies: list[PruningStrategy]) -> None:
-        self.lm, self.pruned, self.strategies = lm, pruned, strategies
+    def __init__(
+        self, lm: Any, pruned: Pruned, strategies: list[PruningStrategy], perturbation: Perturbation | None = None
+    ) -> None:
+        self.lm, self.pruned, self.strategies, self.perturbation = lm, pruned, strategies, perturbation
         self.asked = Asked()
         self.samples: list[dict[str, Any]] = []
         self.gallery = Recorder.wanted(pruned)
@@ -337,6 +356,8 @@ class Run:
     def evaluate(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         self._mark_cache(kwargs.get("response_cache"))
         self.lm.task_dict = Documents(self.lm.task_dict, self.asked)
+        if self.perturbation is not None:
+            self._perturb(kwargs["task_dict"] if "task_dict" in kwargs else args[1])
         try:
             results = original(*args, **kwargs)
         finally:
@@ -349,6 +370,8 @@ class Run:
         if results is not None:
             results[KEY] = record(self.pruned, samples)
             report_latency(results[KEY])
+            if self.perturbation is not None:
+                results[KEY]["perturbation"] = self.perturbation.as_json()
             _annotate(results.get("samples") or {}, samples)
         return results
 
@@ -356,7 +379,14 @@ class Run:
         """No answer of another configuration, version or unpruned run may be taken from the response cache."""
         if cache is not None:
             mark = cache._model_fingerprint_hash + config.fingerprint(self.strategies, __version__)
+            mark += repr(self.perturbation)
             cache._model_fingerprint_hash = hashlib.sha256(mark.encode()).hexdigest()[:16]
+
+    def _perturb(self, tasks: Mapping[str, Any]) -> None:
+        from lmms_eval.evaluator_utils import get_task_list
+
+        for output in get_task_list(tasks):
+            self.perturbation.install(output.task)
 
     def _finished(self, call: Call) -> None:
         reports = samples_of(self.pruned, call)

@@ -24,6 +24,7 @@ from vtp_plugin import config
 from vtp_plugin.errors import PruningError
 from vtp_plugin.integrations import lmms_eval
 from vtp_plugin.integrations.host import Host, Listener
+from vtp_plugin.integrations.perturb import Perturbation
 from vtp_plugin.plugins import list_strategies
 from vtp_plugin.reporting import runs
 from vtp_plugin.reporting.runs import BASELINE, Cell, Run, Spec
@@ -67,7 +68,7 @@ def cell(
     """One configuration, checked. `fields` are further hyper-parameters; names are made where none is given."""
     arguments = {"keep_ratio": keep, "seed": seed}
     arguments = {key: value for key, value in arguments.items() if value is not None} | fields
-    config.resolve(spec, arguments)
+    _resolve(spec, arguments)
     id = id or _name(spec, keep, seed)
     label = label or (UNPRUNED.label if spec == BASELINE else id)
     return Spec(id=id, label=label, pruning=spec, pruning_args=arguments, seed=seed, keep=keep)
@@ -149,7 +150,15 @@ def _check(settings: Mapping[str, Any]) -> None:
     if not all(settings["tasks"]):
         raise PruningError("a comparison needs tasks")
     for entry in settings["cells"]:
-        config.resolve(entry["pruning"], entry["pruning_args"])
+        _resolve(entry["pruning"], entry["pruning_args"])
+
+
+def _resolve(spec: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse strategies, hyper-parameters and a perturbation that there are not."""
+    said = dict(arguments)
+    if perturbation := said.pop("perturb", None):
+        Perturbation.parse(perturbation)
+    config.resolve(spec, said)
 
 
 def check_host(model: str, tasks: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Fill the generated parts of README.md: `python -m vtp_plugin.reporting.readme`. Nothing there is typed by hand."""
+"""Fill the generated parts of README.md and docs: `python -m vtp_plugin.reporting.readme`. No number typed by hand."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-README = Path("README.md")
+PAGES = (Path("README.md"), Path("docs/studies.md"))
+STUDIES = Path("docs/results/studies")
 DEMO_TABLE = Path("docs/results/demo/table.md")
+BENCH_TABLE = Path("docs/results/bench_cpu.md")
 
 
 def parts() -> dict[str, Callable[[], str]]:
@@ -17,7 +19,9 @@ def parts() -> dict[str, Callable[[], str]]:
     return {
         "strategies": lambda: catalogue().markdown(),
         "models": lambda: families().markdown(),
-        "demo": lambda: DEMO_TABLE.read_text().strip(),
+        "demo": DEMO_TABLE.read_text,
+        "bench": BENCH_TABLE.read_text,
+        **{f"study {path.parent.name}": path.read_text for path in sorted(STUDIES.glob("*/table.md"))},
     }
 
 
@@ -25,9 +29,10 @@ def filled(text: str) -> str:
     """The text with every block between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
     for name, make in parts().items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text = block.sub(lambda match, make=make: f"{match[1]}\n{make()}\n\n{match[2]}", text)
+        text = block.sub(lambda match, make=make: f"{match[1]}\n{make().strip()}\n\n{match[2]}", text)
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))

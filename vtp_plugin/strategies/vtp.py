@@ -7,6 +7,7 @@ Source: this package. x_i are the projected tokens (at=llm: hidden states after 
    to the mean of all (kernel herding, arXiv 1203.3472, with a linear kernel): frequent things stay frequent.
 K = round(r N) tokens stay, round(`proportion` K) of them by step 2; None makes the share r itself: the scarcer tokens
 are, the more of them are spent on difference.
+What stays keeps the position that it had in the whole prompt; `positions=compact` counts anew.
 
 Why: attention averages over the tokens that it finds alike, so what is left must keep the proportions of the picture.
 Every method that ranks by importance, and every one that only diversifies, raises the share of object tokens, and the
@@ -35,6 +36,7 @@ class VTP(PlacedStrategy):
     name = "vtp"
     paper = "this package"
     default_keep_ratio = 0.25
+    default_positions = "original"
 
     places = ("projector", "llm")
 

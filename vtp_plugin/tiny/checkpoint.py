@@ -66,13 +66,15 @@ def appear(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def load_weights(*parts: str) -> dict:
-    """Tensors of some of the parts `clip`, `projector`, `llama`, by their names within the part."""
+def load_weights(*parts: str, prefixed: bool = False) -> dict:
+    """Tensors of some of the parts `clip`, `projector`, `llama`; of a single one by their names within the part."""
     from safetensors import safe_open
 
     with safe_open(WEIGHTS / "model.safetensors", "pt") as file:
         names = [name for name in file.keys() if name.split(".")[0] in parts]  # noqa: SIM118
-        return {name.split(".", 1)[1] if len(parts) == 1 else name: file.get_tensor(name) for name in names}
+        return {
+            name.split(".", 1)[1] if len(parts) == 1 and not prefixed else name: file.get_tensor(name) for name in names
+        }
 
 
 # -- the three layouts -------------------------------------------------------------------------------------------------

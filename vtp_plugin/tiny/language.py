@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from .modeling import LLAMA_WIDTH
 from .prompts import EOS, Layout
-from .questions import Question
+from .questions import CHOICES, Question
 from .scenes import GRID
 from .vision import CLASSES
 
@@ -67,20 +67,20 @@ def write_lesson(layout: Layout, questions: Sequence[Sequence[Question]]) -> Les
 
 
 def write_row(layout: Layout, asked: Sequence[Question]) -> tuple[list[int], ...]:
-    """ids, segment, position, target, kind of one image's questions."""
+    """ids, segment, position, target, kind of one image's questions; a caption is asked for at the end only."""
     columns: tuple[list[int], ...] = ([], [], [], [], [])
     for number, question in enumerate(asked, 1):
         prompt = layout.split(question.text)[1]
         answer = layout.tokenizer.encode(question.answer, add_special_tokens=False)
-        if len(answer) != 1:
+        if len(answer) != 1 and question.task in CHOICES:
             raise ValueError(f"answer {question.answer!r} has {len(answer)} tokens, not one")
-        silent = len(prompt) - 2
+        silent, single = len(prompt) - 2, len(answer) == 1
         new = (
             [*prompt, *answer],
-            [number] * (len(prompt) + 1),
-            range(len(prompt) + 1),
-            [-100] * silent + answer * 2 + [EOS],
-            [0] * silent + [KEY, ANSWER, END],
+            [number] * (len(prompt) + len(answer)),
+            range(len(prompt) + len(answer)),
+            [-100] * silent + (answer if single else [-100]) + [*answer, EOS],
+            [0] * silent + [KEY if single else 0, ANSWER] + [END] * len(answer),
         )
         for column, values in zip(columns, new, strict=True):
             column.extend(values)

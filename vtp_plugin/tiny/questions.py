@@ -77,6 +77,11 @@ def ask_all(scene: Scene, rng: np.random.Generator) -> dict[str, Question]:
     }
 
 
+def ask_caption(scene: Scene) -> Question:
+    """What is there: every shape once, in the order of SHAPES, and the digit."""
+    return Question("caption", "describe the picture", f"{', '.join(scene.counts)} and the digit {scene.plate.digit}")
+
+
 def ask_eight(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """A training lesson: every task, presence both ways, count thrice because it is learned last."""
     return [

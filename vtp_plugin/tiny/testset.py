@@ -1,4 +1,4 @@
-"""The test scenes as the parquet that the lmms-eval tasks read: one row per scene, five questions, one picture."""
+"""The test scenes as the parquet that the lmms-eval tasks read: one row per scene, six questions, one picture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .pool import encode_jpeg
-from .questions import Question, ask_all, ask_presence
+from .questions import Question, ask_all, ask_caption, ask_presence
 from .scenes import NUMBERS, Scene, sample_scene
 
 PARQUET = Path(__file__).parents[1] / "integrations" / "tasks" / "vtp_scenes" / "scenes.parquet"
@@ -41,7 +41,7 @@ def rows(scenes: int = SCENES) -> list[dict]:
     table = []
     for index, (seed, scene) in enumerate(select(scenes)):
         row = {"scene": seed, "image": {"bytes": encode_jpeg(scene.render()), "path": None}}
-        for task, question in ask(index, seed, scene).items():
+        for task, question in (ask(index, seed, scene) | {"caption": ask_caption(scene)}).items():
             row |= {f"{task}_question": question.text, f"{task}_answer": question.answer}
         table.append(row)
     return table

@@ -2,13 +2,14 @@
 
 `draw` makes the scenes. Then every stage trains what TRAINS names and keeps its own checkpoint: `vision` the CLIP, from
 patch labels and captions; `symbols` the LLaMA, from symbolic scenes; `sharpen` the CLIP once more; `fit` the projector,
-from the CLIP's features to the symbols; `join` projector and LLaMA, from pictures. `test` answers the questions,
-`export` puts the weights into the package, `testset` its test scenes.
+from the CLIP's features to the symbols; `join` projector and LLaMA, from pictures; `caption` the same, captions among
+the questions. `test` answers the questions, `export` puts the weights into the package, `testset` its test scenes.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -19,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from . import testset
-from .checkpoint import WEIGHTS, export
+from .checkpoint import WEIGHTS, export, load_weights
 from .fitting import Metrics, Plan, Run, fit, progress
 from .language import Lesson, Symbols, answer_loss, examine, write_lesson
 from .modeling import build, normalize
 from .pool import draw, draw_pool, open_pool
 from .prompts import Layout, layouts, load_llama_tokenizer
-from .questions import CHOICES, ask_eight
+from .questions import CHOICES, Question, ask_caption, ask_eight
 from .scenes import Scene, sample_scene
 from .tokenizers import corpus, load_clip_tokenizer, train_clip_tokenizer, train_llama_tokenizer
 from .vision import Captions, DenseHeads, look, vision_loss, write_captions
@@ -37,6 +38,7 @@ TRAINS = {
     "sharpen": ("clip", "heads"),
     "fit": ("projector",),
     "join": ("projector", "llama"),
+    "caption": ("projector", "llama"),
 }
 PLANS = {
     "vision": Plan(steps=1500, rate=1e-3, batch=32),
@@ -44,6 +46,7 @@ PLANS = {
     "sharpen": Plan(steps=850, rate=1e-3, batch=32),
     "fit": Plan(steps=250, rate=3e-3, batch=32, warmup=10),
     "join": Plan(steps=1200, rate=1e-3, batch=16, warmup=40),
+    "caption": Plan(steps=800, rate=6e-4, batch=16, warmup=40),
 }
 SHIPPED = ("clip", "projector", "llama")
 
@@ -73,7 +76,7 @@ class Workshop:
 
     def batch(self, stage: str, size: int, step: int) -> Batch:
         rng = np.random.default_rng([10 + list(TRAINS).index(stage), step])
-        return Batch(self, np.sort(rng.choice(len(self.images), size, replace=False)), rng)
+        return Batch(self, np.sort(rng.choice(len(self.images), size, replace=False)), rng, stage == "caption")
 
 
 @dataclass
@@ -83,6 +86,7 @@ class Batch:
     shop: Workshop
     chosen: np.ndarray  # [B] seeds
     rng: np.random.Generator
+    captioned: bool = False
 
     @cached_property
     def scenes(self) -> list[Scene]:
@@ -105,7 +109,10 @@ class Batch:
         """Eight questions about each scene, in one of the hosts' layouts."""
         prompts = list(self.shop.layouts.values())
         layout = prompts[self.rng.integers(len(prompts))]
-        return write_lesson(layout, [ask_eight(scene, self.rng) for scene in self.scenes]).to(self.shop.device)
+        return write_lesson(layout, [self.ask(scene) for scene in self.scenes]).to(self.shop.device)
+
+    def ask(self, scene: Scene) -> list[Question]:
+        return ask_eight(scene, self.rng) + [ask_caption(scene)] * self.captioned
 
 
 # -- what each stage minimises -----------------------------------------------------------------------------------------
@@ -137,6 +144,7 @@ LOSSES = {
     "sharpen": loss_vision,
     "fit": loss_fit,
     "join": loss_join,
+    "caption": loss_join,
 }
 
 
@@ -162,6 +170,15 @@ def train(stage: str, run: Run, steps: int | None = None) -> None:
     plan = replace(plan, steps=steps) if steps else plan
     learned = nn.ModuleDict({name: shop.networks[name] for name in TRAINS[stage]}).requires_grad_(True)
     fit(run, stage, learned, plan, lambda step: LOSSES[stage](shop.networks, shop.batch(stage, plan.batch, step)))
+
+
+def start_from_package(run: Run) -> None:
+    """Checkpoints and tokenizers of the shipped model, as if `sharpen` and `join` had just ended."""
+    shutil.copytree(WEIGHTS, run.path, dirs_exist_ok=True)
+    for stage, names in {"sharpen": ("clip",), "join": ("projector", "llama")}.items():
+        modules = {name: value.float() for name, value in load_weights(*names, prefixed=True).items()}
+        heads = {f"heads.{name}": value for name, value in DenseHeads().state_dict().items()}
+        run.save(stage, {"modules": modules | (heads if stage == "sharpen" else {})})
 
 
 def trained(run: Run) -> nn.ModuleDict:
@@ -231,6 +248,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log.txt and log.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--stage", choices=STAGES, action="append", help="only these stages (default: all, in order)")
+    parser.add_argument("--shipped", action="store_true", help="start from the package's weights")
     parser.add_argument("--steps", type=int, help="steps of each trained stage, instead of the recipe's")
     return parser.parse_args(arguments)
 
@@ -238,6 +256,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     chosen = parse(arguments)
     run = Run(chosen.out, chosen.device)
+    if chosen.shipped:
+        start_from_package(run)
     for name in chosen.stage or STAGES:
         STAGES[name](run, **({"steps": chosen.steps} if name in TRAINS else {}))
 

@@ -1,7 +1,9 @@
-"""The five tasks read the same rows; each takes its own question and answer."""
+"""The tasks read the same rows; each takes its own question and answer."""
 
 from functools import partial
 
+SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring", "diamond")
+NAMES = {*SHAPES, *"0123456789"}
 Verdict = tuple[bool, bool]  # the truth is yes, the prediction is yes
 
 
@@ -16,6 +18,7 @@ attribute_docs = partial(task_docs, task="attribute")
 count_docs = partial(task_docs, task="count")
 position_docs = partial(task_docs, task="position")
 digit_docs = partial(task_docs, task="digit")
+caption_docs = partial(task_docs, task="caption")
 
 
 def doc_to_visual(doc):
@@ -41,6 +44,17 @@ def process_presence(doc, results):
     answer = read_answer(results)
     hit, verdict = float(answer == doc["answer"]), (doc["answer"] == "yes", answer == "yes")
     return {"exact_match": hit, "accuracy": hit} | dict.fromkeys(("f1", "precision", "recall", "yes_ratio"), verdict)
+
+
+def process_caption(doc, results):
+    """F1 of the shapes and the digit that the caption names; an invented one costs as much as a missing one."""
+    said, true = mentions(read_answer(results)), mentions(doc["answer"])
+    return {"caption_f1": 2 * len(said & true) / (len(said) + len(true))}
+
+
+def mentions(caption) -> set[str]:
+    """The words of a caption that name something."""
+    return {word for word in caption.replace(",", " ").split() if word in NAMES}
 
 
 def ratio(part, whole) -> float:

@@ -1,0 +1,151 @@
+"""What every study is: settings in, measurements that can be interrupted, one record, tables and figures out of it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import yaml
+from rich.console import Console
+
+import vtp_plugin
+from vtp_plugin.errors import PruningError, unknown
+from vtp_plugin.reporting.record import versions
+from vtp_plugin.reporting.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SCHEMA = 1
+INSTALLED = Path(vtp_plugin.__file__).parent / "plugin_configs"  # in a wheel; beside the package in a checkout
+CONFIGS = (INSTALLED if INSTALLED.is_dir() else INSTALLED.parents[1] / "plugin_configs") / "studies"
+
+
+@dataclass
+class Study(ABC):
+    """One study. `measure` is the work; `tables` and `figures` only show what it returned."""
+
+    name: ClassVar[str]
+    source: ClassVar[str]  # whose claim it is, and what is claimed
+
+    settings: dict[str, Any]
+    folder: Path
+    console: Console = field(default_factory=lambda: Console(quiet=True))
+    jobs: int = 1
+
+    def check(self) -> None:
+        """Refuse bad input before the work starts."""
+
+    @abstractmethod
+    def measure(self) -> dict[str, Any]:
+        """The results, as JSON. What is finished survives an interruption."""
+
+    @abstractmethod
+    def tables(self, results: Mapping[str, Any]) -> list[Table]:
+        """Laid out like the source's."""
+
+    def figures(self, results: Mapping[str, Any]) -> dict[str, Figure]:
+        """By file name without suffix."""
+        return {}
+
+    def once(self, key: str, work: Callable[[], Any]) -> Any:
+        """What `work` returned the first time, also in an earlier, interrupted run of the same settings."""
+        done = self.folder / "units" / f"{key}.json"
+        if not done.exists():
+            value = work()
+            done.parent.mkdir(parents=True, exist_ok=True)
+            write(done, json.dumps(value))
+        return json.loads(done.read_text())
+
+
+def studies() -> dict[str, type[Study]]:
+    """Every study by name."""
+    package = import_module("vtp_plugin.studies")
+    modules = [import_module(f"vtp_plugin.studies.{info.name}") for info in iter_modules(package.__path__)]
+    found = {value for module in modules for value in vars(module).values() if _is_study(value)}
+    return {cls.name: cls for cls in sorted(found, key=lambda cls: cls.name)}
+
+
+def _is_study(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Study) and hasattr(value, "name")
+
+
+def settings_of(name: str, said: Mapping[str, Any]) -> dict[str, Any]:
+    """The study's YAML with what the user said over it; PruningError for a name or a key that there is not."""
+    if name not in studies():
+        raise unknown("study", name, studies())
+    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    for key, value in said.items():
+        if key not in settings:
+            raise PruningError(f"{name}: it has no setting '{key}'. Settings: {', '.join(settings)}")
+        settings[key] = value
+    return settings
+
+
+def conduct(name: str, said: Mapping[str, Any], folder: Path, console: Console, jobs: int = 1) -> Path:
+    """Run a study, or go on with it, and write record.json, table.md and the figures; the record's path."""
+    settings = settings_of(name, said)
+    study = studies()[name](settings, folder, console, jobs)
+    study.check()
+    _claim(folder, name, study.settings)
+    began = time.monotonic()
+    results = study.measure()
+    record = {
+        "schema": SCHEMA,
+        "study": name,
+        "source": study.source,
+        "command": shlex.join(["vtp", *sys.argv[1:]]),
+        "settings": study.settings,
+        "device": device(),
+        "versions": versions(),
+        "seconds": round(time.monotonic() - began, 1),
+        "results": results,
+    }
+    write(folder / "record.json", json.dumps(record, indent=1) + "\n")
+    publish(study, results)
+    return folder / "record.json"
+
+
+def publish(study: Study, results: Mapping[str, Any]) -> None:
+    """Tables and figures of finished results."""
+    tables = study.tables(results)
+    write(study.folder / "table.md", "\n\n".join(table.markdown() for table in tables) + "\n")
+    for table in tables:
+        study.console.print(table.rich())
+    for name, figure in study.figures(results).items():
+        figure.savefig(study.folder / f"{name}.png", dpi=110)
+
+
+def _claim(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    """A folder belongs to one study with one set of settings, so that going on never mixes two."""
+    mine = {"study": name, "settings": dict(settings)}
+    claimed = folder / "settings.yaml"
+    if claimed.exists() and yaml.safe_load(claimed.read_text()) != mine:
+        raise PruningError(f"{folder} holds a study with other settings: choose another folder (-o) or delete it")
+    if not claimed.exists() and folder.exists() and any(folder.iterdir()):
+        raise PruningError(f"{folder} is not empty and holds no study: choose another folder (-o)")
+    folder.mkdir(parents=True, exist_ok=True)
+    write(claimed, yaml.safe_dump(mine, sort_keys=False))
+
+
+def device() -> str:
+    """What the study ran on."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text)
+    aside.rename(path)

@@ -1,0 +1,202 @@
+"""vprune-design: what the group, the two thresholds and the choice of the patch are worth.
+
+Source: V-PRUNE, Appl. Sci. 2025, 15(17), 9463, sections 4.2.5 and 5.3: groups of 2x2, 3x3 and 4x4, chi-square
+thresholds 5, 10 and 20, cosine thresholds and their interaction. `random` at equal removal shows what the choice of the
+patches is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtp_plugin.errors import PruningError
+from vtp_plugin.reporting.tables import Table
+from vtp_plugin.studies.evaluated import Cells, Evaluated, by_id, correct, interval, points, rows, unpruned
+from vtp_plugin.studies.vprune_main import removed_share
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from vtp_plugin.reporting.runs import Run
+
+
+class VPruneDesign(Evaluated):
+    """Accuracy and removed share over V-PRUNE's choices, and its calibration."""
+
+    name = "vprune-design"
+    source = "V-PRUNE (Appl. Sci. 2025, 15(17), 9463), sections 4.2.5 and 5.3; removed share 13-37 %"
+
+    def planned(self) -> Cells:
+        said = self.settings
+        base = {"group": said["group"][0], "cosine_threshold": said["cosine_threshold"][0]}
+        cells = {
+            design_id(base["group"], chi2, cosine): design(base["group"], chi2, cosine)
+            for chi2, cosine in product(said["chi2_threshold"], said["cosine_threshold"])
+        }
+        for group in said["group"]:
+            chi2, cosine = said["chi2_threshold"][0], base["cosine_threshold"]
+            cells[design_id(group, chi2, cosine)] = design(group, chi2, cosine)
+        return unpruned() | cells
+
+    def check(self) -> None:
+        super().check()
+        self._pictures()
+
+    def measure(self) -> dict[str, Any]:
+        run = self.evaluate(self.planned(), "designs")
+        removed = {cell.id: self._removed(run, cell.id) for cell in run if cell.pruning != "none"}
+        controls = unpruned() | {
+            f"random-{id}": ("random", {"at": "vit", "keep_ratio": round(1 - share, 4)})
+            for id, share in removed.items()
+        }
+        at_random = self.evaluate(controls, "random")
+        return {
+            "cells": rows(run),
+            "removed": removed,
+            "removed_by_task": {id: self._removed_by_task(run, id) for id in removed},
+            "random": rows(at_random),
+            "over_random": {id: self._over_random(run, at_random, id) for id in removed},
+            "calibration": self.once("calibration", self._calibration),
+        }
+
+    @staticmethod
+    def _removed(run: Run, id: str) -> float:
+        return removed_share([answer for task in run.tasks for answer in run[id].answers(task).values()])
+
+    @staticmethod
+    def _removed_by_task(run: Run, id: str) -> dict[str, float]:
+        return {task: removed_share(run[id].answers(task).values()) for task in run.tasks}
+
+    @staticmethod
+    def _over_random(run: Run, at_random: Run, id: str) -> dict[str, float]:
+        control = at_random[f"random-{id}"]
+        return interval([correct(run[id], task) - correct(control, task) for task in run.tasks])
+
+    # -- the thresholds that give the article's shares ------------------------------------------------------------
+
+    def _pictures(self) -> list[Any]:
+        from vtp_plugin.integrations.zero_shot import pictures_of
+
+        if self.settings["images"]:
+            found = pictures_of(Path(self.settings["images"]))
+            if not found:
+                raise PruningError(f"no pictures in {self.settings['images']}")
+            return found
+        from vtp_plugin.studies.poster_l2 import embedded
+
+        return embedded()[1]
+
+    def _calibration(self) -> list[dict[str, Any]]:
+        """The cosine threshold that removes the first share, and what it removes at the other chi-square thresholds."""
+        from vtp_plugin.metrics.calibration import calibrate, removed_share
+
+        side, found = self.settings["image_size"] // 14, []
+        tiles = [tile(picture, self.settings["image_size"]) for picture in self._pictures()]
+        for data, targets in self.settings["targets"].items():
+            thresholds = list(targets)
+            try:
+                first = calibrate(LEADER, "cosine_threshold", at(thresholds[0]), tiles, side, targets[thresholds[0]])
+            except PruningError as error:
+                found.append({"data": data, "error": str(error), "targets": targets})
+                continue
+            fields = {"cosine_threshold": first.cosine_threshold}
+            shares = {t: removed_share(build(LEADER, {**fields, **at(t)}), tiles, side) for t in thresholds}
+            found.append({"data": data, **fields, "targets": targets, "removed": shares})
+        return found
+
+    # -- what it looks like ---------------------------------------------------------------------------------------
+
+    def tables(self, results: Mapping[str, Any]) -> list[Table]:
+        return [self._designs(results), self._calibrated(results)]
+
+    def _designs(self, results: Mapping[str, Any]) -> Table:
+        columns = ["group", "chi2", "cosine", "removed", "accuracy", "- unpruned", "random", "- random"]
+        table = Table(columns, title="Designs")
+        chance = by_id(results["random"])
+        for entry in results["cells"]:
+            id, fields = entry["id"], entry["pruning_args"]
+            if id == "none":
+                table.add("-", "-", "-", "0.0", f"{100 * entry['mean']:.1f}", "", "", "")
+                continue
+            table.add(
+                f"{fields['group']}x{fields['group']}",
+                f"{fields['chi2_threshold']:g}",
+                f"{fields['cosine_threshold']:g}",
+                f"{100 * results['removed'][id]:.1f}",
+                f"{100 * entry['mean']:.1f}",
+                points(entry["difference"]),
+                f"{100 * chance[f'random-{id}']['mean']:.1f}",
+                points(results["over_random"][id]),
+            )
+        table.caption = (
+            "Removed: share of the visual tokens in %. Accuracy: mean over tasks in %. Random: as many patches, chosen "
+            "at random before the first block. Differences in points, paired bootstrap, 95 %."
+        )
+        return table
+
+    def _calibrated(self, results: Mapping[str, Any]) -> Table:
+        table = Table(
+            ["article's data", "chi2", "article: removed", "cosine threshold", "here: removed"], title="Calibration"
+        )
+        for entry in results["calibration"]:
+            for chi2, target in entry["targets"].items():
+                here = f"{100 * entry['removed'][chi2]:.1f}" if "removed" in entry else "-"
+                table.add(
+                    entry["data"], chi2, f"{100 * target:.1f}", entry.get("cosine_threshold", "not reachable"), here
+                )
+        table.caption = (
+            "In %. The cosine threshold is fitted at the first chi-square threshold of each data set, on our pictures."
+        )
+        return table
+
+    def figures(self, results: Mapping[str, Any]) -> dict[str, Figure]:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+        axis, removed = figure.subplots(), results["removed"]
+        for name, found in {"vprune": by_id(results["cells"]), "random": by_id(results["random"])}.items():
+            ids = {id: id if name == "vprune" else f"random-{id}" for id in removed}
+            axis.plot([100 * removed[id] for id in ids], [100 * found[ids[id]]["mean"] for id in ids], "o", label=name)
+        axis.axhline(100 * by_id(results["cells"])["none"]["mean"], color="grey", linewidth=0.8, label="unpruned")
+        axis.set_xlabel("visual tokens removed, %")
+        axis.set_ylabel("mean accuracy, %")
+        axis.legend()
+        return {"designs": figure}
+
+
+LEADER = "vprune"
+
+
+def design(group: int, chi2: float, cosine: float) -> tuple[str, dict[str, Any]]:
+    return LEADER, {"group": group, "chi2_threshold": chi2, "cosine_threshold": cosine}
+
+
+def design_id(group: int, chi2: float, cosine: float) -> str:
+    return f"{LEADER}-group{group}-chi2_{chi2:g}-cosine_{cosine:g}"
+
+
+def at(chi2: str | float) -> dict[str, float]:
+    return {"chi2_threshold": float(chi2)}
+
+
+def build(name: str, fields: Mapping[str, Any]) -> Any:
+    from vtp_plugin.config import build
+
+    return build(name, fields)
+
+
+def tile(picture: Any, size: int) -> Tensor:
+    """The patches of a picture, resized by its shorter side and cropped in the middle, [1, N, 3, 14, 14] uint8."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    from vtp_plugin.integrations.zero_shot import opened
+    from vtp_plugin.surgery.pixels import patches
+
+    fitted = ImageOps.fit(opened(picture), (size, size), Image.Resampling.BICUBIC)
+    return patches(torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None], 14)
