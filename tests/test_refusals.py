@@ -109,9 +109,10 @@ def test_an_attachment_that_fails_at_its_last_step(model: nn.Module, monkeypatch
     with vtp.prune(model, "none") as pruned:
         stages = pruned.adapter.stages
     before = state(model)
-    monkeypatch.setattr(pruning.counting, "watch", fail)
+    monkeypatch.setattr(pruning.latency, "watch", fail)
     with refused(model, "the last step") as processor:
-        vtp.prune(model, "+".join(BY_STAGE[s.value] for s in Stage if not stages[s]), processor=processor)
+        chosen = "+".join(BY_STAGE[s.value] for s in Stage if not stages[s])
+        vtp.prune(model, chosen, processor=processor, measure=True)
 
 
 # -- in a call --------------------------------------------------------------------------------------------------------
