@@ -31,7 +31,7 @@ def _program() -> None:
 def vtp_register_commands(cli: typer.Typer) -> None:
     for info in iter_modules(__path__):
         module = import_module(f"{__name__}.{info.name}")
-        cli.command(name=info.name, help=module.__doc__)(module.command)
+        cli.command(name=info.name.replace("_", "-"), help=module.__doc__)(module.command)
 
 
 def main() -> None:

@@ -50,6 +50,7 @@ PERTURB = f"{KEY}.perturb"  # beside the hyper-parameters: harder pictures or qu
 TINY = "vtp-tiny"
 TINY_LAYOUTS = {"llava": "llava", "llava_hf": "hf"}
 TASKS = Path(__file__).parent / "tasks"
+VLLM = ("vllm", "vllm_generate")  # models that live in the processes of an engine: hooks do not reach them
 CPU_ARGUMENTS = {"llava": {"device": "cpu", "device_map": "auto"}}  # what a class needs beside a CUDA-only default
 CPU_DEFAULT = {"device": "cpu", "device_map": "cpu"}
 
@@ -229,18 +230,23 @@ def _settings(settings: Mapping[str, Any]) -> list[PruningStrategy] | None:
 
 def strategies_of(arguments: Mapping[str, Any]) -> list[PruningStrategy] | None:
     """The strategies in parsed model arguments; None if there are none."""
-    ours = {k.removeprefix(f"{KEY}."): _typed(v) for k, v in arguments.items() if k.startswith(f"{KEY}.")}
     if KEY not in arguments:
-        if ours:
-            raise PruningError(f"{KEY}.{next(iter(ours))} needs {KEY}=NAME")
+        if ours := [name for name in arguments if name.startswith(f"{KEY}.")]:
+            raise PruningError(f"{ours[0]} needs {KEY}=NAME")
         return None
     perturbation_of(arguments)
-    return config.resolve(str(arguments[KEY]), {k: v for k, v in ours.items() if f"{KEY}.{k}" != PERTURB})
+    return config.resolve(str(arguments[KEY]), settings_of(arguments))
 
 
 def perturbation_of(arguments: Mapping[str, Any]) -> Perturbation | None:
     """What is to be done to pictures or questions; None if nothing."""
     return Perturbation.parse(arguments[PERTURB]) if PERTURB in arguments else None
+
+
+def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters among parsed model arguments."""
+    ours = {k: v for k, v in arguments.items() if k.startswith(f"{KEY}.") and k != PERTURB}
+    return {name.removeprefix(f"{KEY}."): _typed(value) for name, value in ours.items()}
 
 
 def _typed(value: Any) -> Any:
@@ -279,6 +285,14 @@ def build(host: type, model_id: str, arguments: Mapping[str, Any]) -> Any:
     """The host's model from its arguments, pruned if they say so."""
     strategies = strategies_of(arguments)
     rest = {k: v for k, v in arguments.items() if k != KEY and not k.startswith(f"{KEY}.")}
+    if model_id in VLLM:
+        return importlib.import_module("vtp_plugin.integrations.lmms_eval_vllm").build(
+            host,
+            strategies,
+            {"strategy": arguments.get(KEY), **settings_of(arguments)},
+            rest,
+            perturbation_of(arguments),
+        )
     tiny = rest.get("pretrained") == TINY
     if strategies is None and not tiny:
         return host(**rest)
@@ -368,12 +382,17 @@ class Run:
         samples = _unpadded([sample for part, _ in everyone for sample in part])
         self._check(samples, [failure for _, failure in everyone if failure])
         if results is not None:
-            results[KEY] = record(self.pruned, samples)
-            report_latency(results[KEY])
+            results[KEY] = self.record(samples)
             if self.perturbation is not None:
                 results[KEY]["perturbation"] = self.perturbation.as_json()
             _annotate(results.get("samples") or {}, samples)
         return results
+
+    def record(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The run's entry in the results; the times to first token go to the host's own throughput, too."""
+        entry = record(self.pruned, samples)
+        report_latency(entry)
+        return entry
 
     def _mark_cache(self, cache: Any) -> None:
         """No answer of another configuration, version or unpruned run may be taken from the response cache."""

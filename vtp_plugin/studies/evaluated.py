@@ -42,6 +42,7 @@ class Evaluated(Study):
             model_args=said["model_args"],
             tasks=",".join(tasks) or said["tasks"],
             limit=said["limit"],
+            options={"batch_size": said["batch_size"]},
             jobs=self.jobs,
             console=self.console,
         )

@@ -119,6 +119,7 @@ def write_hf(folder: Path) -> None:
     model = LlavaForConditionalGeneration(config)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     save_model(model, weights | {"lm_head.weight": text["lm_head.weight"]}, folder)
+    use_published_names(folder / "model.safetensors")
     LlavaProcessor(
         image_processor=image_processor(),
         tokenizer=tokenizer,
@@ -220,6 +221,15 @@ def save_model(model, weights: dict, folder: Path) -> None:
     for tower in ("text_config", "vision_config"):
         config[tower] |= {"dtype": "float32"}
     write_json(folder / "config.json", config)
+
+
+def use_published_names(file: Path) -> None:
+    """The tower's weights as in every published LLaVA; vLLM knows no other name, transformers >= 5.6 writes another."""
+    from safetensors.torch import load_file, save_file
+
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    weights = {name.replace(new, old).replace(old, new): value for name, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def write_json(file: Path, value: dict) -> None:

@@ -1,0 +1,107 @@
+"""Throughput of a vLLM server at several concurrencies, pruned and unpruned."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vtp_plugin.errors import PruningError
+
+
+def command(
+    model: Annotated[str, typer.Option(help="What vLLM serves: vtp-tiny, a folder or a name on the hub.")] = "vtp-tiny",
+    pruning: Annotated[str, typer.Option(help="Strategies, separated by commas; each at every ratio.")] = "visionzip",
+    keep: Annotated[str, typer.Option(help="Keep ratios, separated by commas.")] = "0.5,0.25,0.1",
+    concurrency: Annotated[str, typer.Option(help="Requests at a time, separated by commas.")] = "1,4,16",
+    requests: Annotated[int, typer.Option(help="Requests per concurrency.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 16,
+    side: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 336,
+    options: Annotated[str, typer.Option(help="More options of `vllm serve`, as on its command line.")] = "",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the numbers to this JSON.")] = None,
+) -> None:
+    from vtp_plugin.integrations.vllm.plan import strategies_of
+    from vtp_plugin.integrations.vllm.throughput import Load, measure
+
+    ratios = [_number(part, float) for part in keep.split(",")]
+    load = Load([_number(part, int) for part in concurrency.split(",")], requests, tokens, side)
+    names = [name.strip() for name in pruning.split(",") if name.strip()]
+    runs: list[dict[str, Any] | None] = [None]
+    runs += [{"strategy": name, "keep_ratio": ratio} for name in names for ratio in ratios]
+    for settings in filter(None, runs):
+        strategies_of(settings)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    path, extra = _served(model)
+    console, lines = Console(highlight=False), []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, settings in enumerate(runs):
+            console.print(f"serving {model} with {settings or 'no pruning'}")
+            log = Path(folder) / f"{number}.log"
+            lines += measure(path, settings, [*extra, *shlex.split(options)], load, log)
+    console.print(_table(lines).rich())
+    if output is not None:
+        output.write_text(json.dumps(_record(model, options, load, lines), indent=2) + "\n")
+
+
+def _served(model: str) -> tuple[str, list[str]]:
+    """What vLLM is told to serve, and the options that the embedded model needs."""
+    if model != "vtp-tiny":
+        return model, []
+    from vtp_plugin.tiny.checkpoint import resolve
+
+    return str(resolve(model, "hf")), ["--dtype", "float32", "--max-model-len", "640", "--enforce-eager"]
+
+
+def _number(text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise PruningError(f"expected numbers separated by commas, got '{text}'") from None
+
+
+def _table(lines: list[dict[str, Any]]) -> Any:
+    from vtp_plugin.reporting.tables import Table
+
+    table = Table(("pruning", "at once", "prompt tokens", "requests/s", "against none", "first token", "end"))
+    base = {line["concurrency"]: line["requests_per_second"] for line in lines if line["pruning"] is None}
+    for line in lines:
+        settings, rate = line["pruning"], line["requests_per_second"]
+        table.add(
+            f"{settings['strategy']} {settings['keep_ratio']:g}" if settings else "none",
+            line["concurrency"],
+            f"{line['prompt_tokens']:.0f}",
+            f"{rate:.2f}",
+            f"{rate / base[line['concurrency']]:.2f}x",
+            f"{line['first_token_seconds'] * 1e3:.0f} ms",
+            f"{line['end_seconds'] * 1e3:.0f} ms",
+        )
+    return table
+
+
+def _record(model: str, options: str, load: Any, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    import torch
+
+    from vtp_plugin.reporting.record import versions
+
+    cuda = torch.cuda.is_available()
+    return {
+        "command": shlex.join(["vtp", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "cores": os.cpu_count(),
+        "model": model,
+        "options": options,
+        "requests": load.requests,
+        "tokens": load.tokens,
+        "side": load.side,
+        "versions": versions(),
+        "lines": lines,
+    }

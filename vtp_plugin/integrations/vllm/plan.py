@@ -1,0 +1,158 @@
+"""What a configuration means before any image is seen: who decides where, how many tokens stay, what is impossible.
+
+vLLM reserves one column of the prompt per visual token before the vision tower runs. So the number of tokens must be
+known by then: from the budget, or from the raw pixels, which the processor of the request has at hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtp_plugin import config
+from vtp_plugin.errors import PruningError
+from vtp_plugin.stages import Stage
+from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.surgery.pixels import patches
+from vtp_plugin.tokens import VisualTokens
+from vtp_plugin.version import __version__
+
+KEY = "vtp_pruning"  # field of the model's configuration; in the hash of every image, too
+WIDTH = 8  # of the noise that counts are taken from
+
+
+@dataclass
+class Plan:
+    """The strategies of one server, for images of one patch grid."""
+
+    strategies: Sequence[PruningStrategy]
+    grid: tuple[int, int]
+    patch: int  # pixels per side of a patch
+    blocks: int  # of the whole vision tower
+    counts: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for strategy in self.strategies:
+            self._check(strategy)
+        if self.decided and any(s.stage is Stage.PIXELS for s in self.late):
+            raise PruningError(f"{self.late[0].name}: no strategy may drop patches before it")
+        self.count(self.whole)
+
+    @property
+    def whole(self) -> int:
+        """Tokens of an image without pruning."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def decided(self) -> list[PruningStrategy]:
+        """Those that look at raw pixels only: the processor asks them, and every image may keep another number."""
+        return [s for s in self.strategies if s.stage is Stage.PIXELS and not s.merges]
+
+    @property
+    def late(self) -> list[PruningStrategy]:
+        """Those that the workers ask, around the vision tower."""
+        return [s for s in self.strategies if s not in self.decided]
+
+    @property
+    def reads_question(self) -> bool:
+        return any("text" in s.needs for s in self.strategies)
+
+    @property
+    def whole_tower(self) -> bool:
+        """Whether a strategy looks at blocks behind the projected one, which vLLM leaves out."""
+        return any(s.tower_layer is not None or "aligned" in s.needs for s in self.late)
+
+    @property
+    def fingerprint(self) -> str:
+        """For the hash of an image: caches that outlive a server must not mix configurations."""
+        return config.fingerprint(self.strategies, __version__)
+
+    def count(self, n: int) -> int:
+        """How many of n patches become columns of the prompt."""
+        for number, strategy in enumerate(self.late):
+            if (number, n) not in self.counts:
+                self.counts[number, n] = kept(strategy, n, self.grid)
+            n = self.counts[number, n]
+        return n
+
+    def decide(self, image: Tensor) -> Tensor:
+        """What the pixel strategies leave of a uint8 image [3, H, W]: mask [N]."""
+        pixels = patches(image[None], self.patch)  # [1, N, 3, p, p]
+        left = torch.arange(self.whole)
+        for strategy in self.decided:
+            seen = pixels[:, left]
+            selection = strategy.decide(VisualTokens(seen.flatten(2), self.grid, left[None], pixels=seen))
+            left = left[selection.sources[0]]
+        return torch.zeros(self.whole, dtype=torch.bool).index_fill_(0, left, True)
+
+    def _check(self, strategy: PruningStrategy) -> None:
+        if strategy.stage is Stage.LLM:
+            raise strategy.error(
+                "vLLM fixes its attention metadata and KV cache before the decoder layers run, so nothing can be "
+                "dropped between them: use a strategy of the pixels, vit or projector stage"
+            )
+        if strategy.stage is not Stage.PIXELS and not strategy.budgeted:
+            raise strategy.error(
+                "vLLM reserves the prompt's columns before the vision tower runs, so the number must not depend on "
+                "its features: give keep_ratio or keep_tokens"
+            )
+        if strategy.cut_blocks(self.blocks):
+            raise strategy.error("merging inside the tower's blocks is not possible inside vLLM")
+        if "original" in (strategy.positions, strategy.positions or strategy.default_positions):
+            raise strategy.error("vLLM counts positions by columns of the prompt: say positions=compact")
+        if strategy.text_encoder == "llm" and "text" in strategy.needs:
+            raise strategy.error("text_encoder=llm is not possible inside vLLM: say text_encoder=clip")
+        if strategy.budget != "per_image":
+            raise strategy.error(f"budget={strategy.budget} is not possible inside vLLM, which caches single images")
+        layer = strategy.tower_layer
+        if layer is not None and not -self.blocks <= layer < self.blocks:
+            raise strategy.error(f"layer must be in {-self.blocks} ... {self.blocks - 1} for this model, got {layer}")
+
+
+def plan_of(settings: Any, vision: Any) -> Plan:
+    """The plan for a configuration and a vision tower of square images; made once."""
+    side = vision.image_size // vision.patch_size
+    return _plan(json.dumps(settings, sort_keys=True, default=str), side, vision.patch_size, vision.num_hidden_layers)
+
+
+@cache
+def _plan(settings: str, side: int, patch: int, blocks: int) -> Plan:
+    return Plan(strategies_of(json.loads(settings)), (side, side), patch, blocks)
+
+
+def strategies_of(settings: Any) -> list[PruningStrategy]:
+    """The strategies of `{"strategy": NAMES, FIELD: VALUE, ...}`, as after --pruning and in --pruning_args."""
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("strategy"), str):
+        raise PruningError(f"expected {{'strategy': NAME, ...}} with its fields beside it, got {settings!r}")
+    return config.resolve(settings["strategy"], {k: v for k, v in settings.items() if k != "strategy"})
+
+
+def kept(strategy: PruningStrategy, n: int, grid: tuple[int, int]) -> int:
+    """How many of n tokens a strategy leaves, learnt by asking it about noise."""
+    numbers = {_asked(strategy, n, grid, seed) for seed in range(2)}
+    if len(numbers) > 1:
+        raise strategy.error("how many tokens it keeps depends on the image, but vLLM needs the number before")
+    return numbers.pop()
+
+
+def _asked(strategy: PruningStrategy, n: int, grid: tuple[int, int], seed: int) -> int:
+    draw = torch.Generator().manual_seed(seed)
+    rows = {name: torch.rand(1, n, WIDTH, generator=draw) for name in ("projected", "keys", "raw_keys", "aligned")}
+    rows |= {name: torch.rand(1, n, WIDTH, generator=draw) for name in ("centered", "positioned")}
+    whole = {name: torch.rand(1, WIDTH, generator=draw) for name in ("cls", "class_query", "text")}
+    pixels = torch.randint(0, 256, (1, n, 3, 2, 2), generator=draw, dtype=torch.uint8)
+    signals = {**rows, **whole, "cls_attention": torch.rand(1, n, generator=draw), "pixels": pixels}
+    visual = VisualTokens(
+        tokens=torch.rand(1, n, WIDTH, generator=draw),
+        grid=grid,
+        index=torch.arange(n)[None],
+        fingerprint=(seed,),
+        **{name: value for name, value in signals.items() if name in strategy.needs},
+    )
+    return strategy.decide(visual).counts[0]

@@ -1,0 +1,168 @@
+"""The cuts inside a vLLM worker, made by the code that also serves transformers (`surgery.vision`).
+
+vLLM's vision towers have the parts of transformers' ones, except that q, k and v come out of one matrix whose heads are
+spread over the tensor-parallel workers. Every worker gathers the heads, so every worker makes the same decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.model_executor.models.clip import CLIPVisionModel
+from vllm.model_executor.models.utils import maybe_prefix
+from vllm.transformers_utils.processor import cached_image_processor_from_config
+
+from vtp_plugin.adapter import Adapter, SharedSpace, Tower
+from vtp_plugin.adapters.clip import ClipSpace, checkpoint_of, clip_tower
+from vtp_plugin.integrations.vllm.plan import Plan
+from vtp_plugin.integrations.vllm.processing import KEEP, QUESTION, as_text
+from vtp_plugin.pruning import Pruned
+from vtp_plugin.stages import Stage
+from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.surgery.call import Call, Image
+from vtp_plugin.tokens import Selection, VisualTokens
+
+
+class Part:
+    """`q_proj` or `k_proj` of an attention module whose projections are fused: all heads, wherever they live."""
+
+    def __init__(self, attention: nn.Module, number: int) -> None:
+        self.attention, self.number = attention, number
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, H d]."""
+        part = self.attention.qkv_proj(hidden)[0].chunk(3, dim=-1)[self.number]
+        return tensor_model_parallel_all_gather(part) if self.attention.tp_size > 1 else part
+
+
+class Parts(Adapter):
+    """A model inside vLLM: where its parts are."""
+
+    family = "vllm"
+    models = "a model inside vLLM"
+    stages = {stage: "" if stage is not Stage.LLM else "the attention metadata is fixed before" for stage in Stage}
+    language_model = None
+    decoder_layers = ()
+
+    def __init__(self, model: nn.Module, tower: Tower, projector: nn.Module, processor: Any) -> None:
+        super().__init__(model, processor)
+        self.tower, self.projector = tower, projector
+        for block in tower.blocks:
+            fused = getattr(block, tower.attention)
+            fused.q_proj, fused.k_proj = Part(fused, 0), Part(fused, 1)
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Never: vLLM's classes bring it themselves."""
+        return False
+
+    def install(self, pruned: Pruned, undo: Any) -> None:
+        """Nothing to wrap: the model is a class of ours."""
+
+    @staticmethod
+    def most(config: Any, plan: Plan) -> int:
+        """The most tokens that an unpruned image has."""
+        return plan.whole
+
+    def images(self, inputs: Mapping[str, Any]) -> list[Image]:
+        """The images of a call: [B, 3, H, W], one tile each."""
+        rows, columns = self.tower.grid
+        raster = torch.arange(rows * columns, device=inputs["pixel_values"][0].device)
+        return [Image(total=len(raster), index=raster) for _ in inputs["pixel_values"]]
+
+    def encode(self, call: Call, encode: Callable[..., Any], inputs: Mapping[str, list[Tensor]]) -> Iterable[Tensor]:
+        """The rows that are left of every image in the tower; hooks cut on the way."""
+        return encode(pixel_values=torch.stack(inputs["pixel_values"]))
+
+    def shared_space(self, checkpoint: str | None) -> SharedSpace:
+        config, weight = self.model.config, self.tower.patch_embedding.weight
+        checkpoint = checkpoint or getattr(config, "mm_vision_tower", None) or checkpoint_of(config.vision_config)
+        return ClipSpace(checkpoint, config.vision_config.hidden_size, weight.device, weight.dtype)
+
+
+class Shipped(PruningStrategy):
+    """What the processor decided from the raw pixels, before the first block of the tower."""
+
+    stage = Stage.VIT
+    paper = "none"
+    budgeted = False
+
+    def __init__(self, strategies: Sequence[PruningStrategy]) -> None:
+        super().__init__()
+        self.name = "+".join(s.name for s in strategies)
+        self.keep: Tensor | None = None  # [B, N] bool, of the images in the tower
+
+    def select(self, visual: VisualTokens) -> Selection:
+        return Selection(self.keep.to(visual.tokens.device).gather(1, visual.index))
+
+
+class Served(Pruned):
+    """The strategies on one worker's model."""
+
+    def __init__(self, model: nn.Module, adapter: Parts, plan: Plan, at_once: int) -> None:
+        self.shipped = Shipped(plan.decided) if plan.decided else None
+        self.at_once = 1 if plan.decided else at_once  # images per pass of the tower
+        super().__init__(model, adapter, [*([self.shipped] if self.shipped else []), *plan.late], measure=False)
+
+    def embed(
+        self, encode: Callable[..., Any], inputs: Mapping[str, Any], keep: Any = None, questions: Any = None
+    ) -> list[Tensor]:
+        """Features of images as the language model gets them, per image [K, L]; `inputs` as vLLM encodes them."""
+        count = len(inputs["pixel_values"])
+        texts = [""] * count if questions is None else [as_text(question) for question in questions]
+        features: list[Tensor] = []
+        with self.calling() as call:
+            call.images = self.adapter.images(inputs)
+            for image, text in zip(call.images, texts, strict=True):
+                image.question = text
+            for batch in self._batches(count):
+                if self.shipped is not None:
+                    self.shipped.keep = torch.stack([keep[number] for number in batch])
+                with call.in_tower(batch):
+                    chosen = {name: [values[number] for number in batch] for name, values in inputs.items()}
+                    features.extend(self.adapter.encode(call, encode, chosen))
+        return features
+
+    def _batches(self, images: int) -> Iterator[list[int]]:
+        for first in range(0, images, self.at_once):
+            yield list(range(images))[first : first + self.at_once]
+
+
+class AroundClip:
+    """Mixed into a LLaVA of vLLM with a CLIP tower: attaches the strategies, and serves what they leave."""
+
+    supports_tower_connector_lora = False  # its bookkeeping takes the tower's length from the prompt
+    parts: type[Parts] = Parts
+
+    def attach(self, vllm_config: Any, prefix: str, plan: Plan) -> None:
+        """Called once the model has its modules, before its weights are loaded."""
+        if not isinstance(self.vision_tower, CLIPVisionModel):
+            return  # --limit-mm-per-prompt image=0: no tower, no picture
+        layer = -1  # of a tower that ends with the projected block
+        if plan.whole_tower:
+            layer = self.config.vision_feature_layer
+            with self._mark_tower_model(vllm_config, "image"):
+                self.vision_tower = CLIPVisionModel(
+                    self.config.vision_config,
+                    quant_config=vllm_config.quant_config,
+                    require_post_norm=True,
+                    prefix=maybe_prefix(prefix, "vision_tower"),
+                )
+        self._select = [layer] if plan.whole_tower else None
+        processor = cached_image_processor_from_config(vllm_config.model_config)
+        tower = clip_tower(self.vision_tower, layer)
+        parts = self.parts(self, tower, self.multi_modal_projector, processor)
+        at_once = max(1, vllm_config.scheduler_config.max_num_batched_tokens // self.parts.most(self.config, plan))
+        self.vtp = Served(self, parts, plan, at_once)
+
+    def _image_pixels_to_features(self, vision_tower: Any, pixel_values: Tensor) -> Tensor:
+        strategy = self.config.vision_feature_select_strategy
+        return vision_tower(pixel_values, select_layers=self._select, feature_select_strategy=strategy)
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        keep, questions = kwargs.pop(KEEP, None), kwargs.pop(QUESTION, None)
+        return self.vtp.embed(super().embed_multimodal, kwargs, keep, questions)
