@@ -320,14 +320,15 @@ def test_record_names_the_substitute_of_cls_attention() -> None:
         assert record(pruned, [])["model"]["cls_attention"] == "of the class token"
 
 
+@pytest.mark.parametrize("layout", ["batch", "video"])
 @pytest.mark.parametrize("name", [f.name for f in FAMILIES.values() if f.mrope])
-def test_positions_are_the_hosts(name: str) -> None:
+def test_positions_are_the_hosts(name: str, layout: str) -> None:
     """What reaches the rotary embedding is the full prompt's table, gathered."""
     family, model = FAMILIES[name], model_of(name, "sdpa")
-    prompts = prompts_of(name, "batch")
+    prompts = prompts_of(name, layout)
     inputs = batched(family, prompts)
-    names = ("mm_token_type_ids", "image_grid_thw", "attention_mask")
-    table, _ = model.model.get_rope_index(inputs["input_ids"], **{k: inputs[k] for k in names})
+    names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+    table, _ = model.model.get_rope_index(inputs["input_ids"], **{k: inputs[k] for k in names if k in inputs})
     seen: list[Tensor] = []
     handle = model.model.language_model.rotary_emb.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs.get("position_ids", args[1] if len(args) > 1 else None)),

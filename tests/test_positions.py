@@ -124,10 +124,10 @@ def test_the_host_counts_without_gaps(name: str):
     def listen(module: Any, args: Any, kwargs: Any) -> None:
         seen.append(kwargs["position_ids"])
 
-    handle = model.model.language_model.register_forward_pre_hook(listen, with_kwargs=True)
     with vtp.prune(model, "stride", keep_ratio=0.5, positions="original"):
+        handle = model.model.language_model.register_forward_pre_hook(listen, with_kwargs=True)  # behind all others
         model.generate(**batched(FAMILIES[name], prompts_of(name, "single")), max_new_tokens=2)
-    handle.remove()
+        handle.remove()
     rows = [positions[0] if positions.ndim == 3 else positions for positions in seen]
     assert all((row.diff(dim=-1) == 1).all() for row in rows)
 

@@ -10,6 +10,7 @@ import pytest
 import reference
 import torch
 from models import FAMILIES, N, Row, Tiny, picture, prompts, tiny
+from state import state
 from torch import Tensor, nn
 
 from vtp_plugin import PruningStrategy, get_strategy
@@ -157,30 +158,15 @@ def test_an_empty_run_of_text_passes_through(sdpa: Tiny):
 
 # -- 2: nothing is left behind ----------------------------------------------------------------------------------------
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
-HOOKS += ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
-
-
-def state(host: Tiny) -> dict[str, Any]:
-    """Every attribute and hook of every module, of the configuration and of the processor."""
-    found: dict[str, Any] = {}
-    for name, module in host.model.named_modules():
-        found |= {f"{name}.{key}": id(value) for key, value in vars(module).items() if key not in HOOKS}
-        found |= {f"{name}.{key}": list(getattr(module, key).items()) for key in HOOKS}
-    for owner in (host.model.config, host.model.generation_config):
-        found |= {f"{type(owner).__name__}.{key}": repr(value) for key, value in vars(owner).items()}
-    found |= {f"processor.{key}": id(value) for key, value in vars(host.images).items()}
-    return found
-
 
 @pytest.fixture
 def untouched(host: Tiny) -> Iterator[None]:
     rows = prompts("batch")
     with torch.no_grad():
         logits, answer = host.forward(rows).logits, host.generate(rows).sequences
-        before = state(host)
+        before = state(host.model, host.images)
         yield
-        assert state(host) == before
+        assert state(host.model, host.images) == before
         assert host.forward(rows).logits.equal(logits)
         assert host.generate(rows).sequences.equal(answer)
 
@@ -249,10 +235,10 @@ def test_models_may_share_a_processor(untouched: None, host: Tiny):
 
 def test_a_second_attachment_is_refused_and_the_first_stays(sdpa: Tiny):
     with sdpa.prune("l2+fastv") as pruned:
-        before = state(sdpa)
+        before = state(sdpa.model, sdpa.images)
         with pytest.raises(ValueError, match=r"already pruned by l2\+fastv: detach it first"):
             sdpa.prune("stride")
-        assert state(sdpa) == before
+        assert state(sdpa.model, sdpa.images) == before
         sdpa.generate(prompts("single"))
         assert set(kept(pruned.events)) == {"l2", "fastv"}
     with sdpa.prune("none"), pytest.raises(ValueError, match="already pruned by none"):
