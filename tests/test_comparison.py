@@ -60,7 +60,7 @@ def test_seeds_are_one_row(run: runs.Run) -> None:
 def test_the_table_says_what_was_measured(run: runs.Run) -> None:
     table = comparison.table(run)
     assert table.columns == [
-        *("strategy", TASK, "mean", "difference", "lost/won", "p", "same", "tokens", "FLOPs", "prefill")
+        *("strategy", TASK, "mean", "difference", "over random", "lost/won", "p", "same", "tokens", "FLOPs", "prefill")
     ]
     shown = {row[0]: row[1:] for row in table.rows}
     assert shown["unpruned"] == ("95.0", "95.0", "-", "-", "-", "-", "144/144", "1.00x", "1.00x")

@@ -65,15 +65,17 @@ class Row:
         return tuple(float(np.mean([count.get(key, 0.0) for count in counts])) for key in ("mean_before", "mean_after"))
 
     @property
-    def flops(self) -> float:
-        """Prefill FLOPs relative to the same prompts unpruned."""
-        return float(np.mean([cell.record["prefill_flops"]["ratio"] for cell in self.cells]))
+    def flops(self) -> float | None:
+        """Prefill FLOPs relative to the same prompts unpruned; None where the host's record has none (vLLM)."""
+        found = [cell.record["prefill_flops"]["ratio"] for cell in self.cells if "prefill_flops" in cell.record]
+        return float(np.mean(found)) if found else None
 
     @property
-    def prefill(self) -> float:
-        """Seconds in the decoder layers until the first token, per sample."""
-        records = [cell.record for cell in self.cells]
-        return float(np.mean([r["seconds"]["prefill"] / max(1, r["samples"]["total"]) for r in records]))
+    def prefill(self) -> float | None:
+        """Seconds in the decoder layers until the first token, per sample; None where nothing was timed."""
+        timed = [cell.record for cell in self.cells if "seconds" in cell.record]
+        seconds = [record["seconds"]["prefill"] / max(1, record["samples"]["total"]) for record in timed]
+        return float(np.mean(seconds)) if seconds else None
 
     def answers(self, cell: Cell, task: str) -> list[str]:
         return [cell.answers(task)[number].answer for number in self.values[task]]
@@ -115,12 +117,18 @@ def summary(run: Run) -> dict[str, Any]:
         "model": run.settings.get("model"),
         "model_args": run.settings.get("model_args"),
         "limit": run.settings.get("limit"),
-        "rows": {row.id: _summarised(row, everything[0]) for row in everything},
+        "rows": {row.id: _summarised(row, everything[0], _over_controls(row, everything)) for row in everything},
         "warnings": warnings(run),
     }
 
 
-def _summarised(row: Row, unpruned: Row) -> dict[str, Any]:
+def _over_controls(row: Row, everything: Sequence[Row]) -> dict[str, Any]:
+    """The paired difference from every control of the same or a smaller budget."""
+    found = {control: over(row, everything, control) for control in CONTROLS}
+    return {control: asdict(estimate) for control, estimate in found.items() if estimate is not None}
+
+
+def _summarised(row: Row, unpruned: Row, over: Mapping[str, Any]) -> dict[str, Any]:
     cell, (before, after) = row.cells[0], row.tokens
     return {
         "label": row.label,
@@ -133,6 +141,7 @@ def _summarised(row: Row, unpruned: Row) -> dict[str, Any]:
         "prefill_ratio": _ratio(row.prefill, unpruned.prefill),
         "mean": row.mean,
         "difference": asdict(difference(row, unpruned)),
+        "over": over,
         **_changes(row, unpruned, row.tasks),
         "tasks": {task: _task(row, unpruned, task) for task in row.tasks},
         "record": cell.record,
@@ -168,8 +177,8 @@ def _mean_of(entries: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: float(np.mean([entry[key] for entry in entries])) for key in entries[0]}
 
 
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
 
 
 # -- everything, for a reader -----------------------------------------------------------------------------------------
@@ -179,10 +188,10 @@ def table(run: Run, title: str = "") -> Table:
     """Accuracy per task, difference from the unpruned model, flips, tokens, FLOPs and prefill time."""
     everything = rows(run)
     names = short(run.tasks)
-    changes = ["difference", "lost/won", "p", "same"]
+    changes = ["difference", "over random", "lost/won", "p", "same"]
     result = Table(["strategy", *names, "mean", *changes, "tokens", "FLOPs", "prefill"], title=title)
     for row in everything:
-        result.add(row.label, *_accuracies(row), *_compared(row, everything[0]), *_costs(row, everything[0]))
+        result.add(row.label, *_accuracies(row), *_compared(row, everything), *_costs(row, everything[0]))
     result.caption = " ".join([*CAPTION, *_left_out(run), *warnings(run)])
     return result
 
@@ -190,6 +199,7 @@ def table(run: Run, title: str = "") -> Table:
 CAPTION = (
     "Accuracy in %; mean: over the tasks.",
     "Difference: of the mean from the unpruned model, in points, with its 95 % paired bootstrap interval.",
+    "Over random: of the mean from random (all seeds) with the same or fewer tokens, likewise.",
     "Lost/won: answers that turned from right to wrong / from wrong to right; p: McNemar's exact test of these;",
     "same: answers equal to the unpruned ones, in %.",
     "Tokens: visual tokens per image, kept (by the last layer) / all.",
@@ -203,13 +213,15 @@ def _accuracies(row: Row) -> list[str]:
     return [f"{100 * mean:.1f}" for mean in (*means, np.mean(means))]
 
 
-def _compared(row: Row, unpruned: Row) -> list[str]:
+def _compared(row: Row, everything: Sequence[Row]) -> list[str]:
+    unpruned = everything[0]
     if row.id == unpruned.id:
-        return ["-"] * 4
-    changes = _changes(row, unpruned, row.tasks)
+        return ["-"] * 5
+    changes, chance = _changes(row, unpruned, row.tasks), over(row, everything, CONTROLS[0])
     p = changes["mcnemar_p"]
     return [
         points(difference(row, unpruned)),
+        "-" if chance is None else points(chance),
         f"{changes['lost']:.0f}/{changes['won']:.0f}",
         "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}",
         f"{100 * changes['agreement']:.1f}",
@@ -219,7 +231,8 @@ def _compared(row: Row, unpruned: Row) -> list[str]:
 def _costs(row: Row, unpruned: Row) -> list[str]:
     before, after = row.tokens
     prefill = _ratio(row.prefill, unpruned.prefill)
-    return [f"{after:.0f}/{before:.0f}", f"{row.flops:.2f}x", "-" if prefill is None else f"{prefill:.2f}x"]
+    times = ["-" if ratio is None else f"{ratio:.2f}x" for ratio in (row.flops, prefill)]
+    return [f"{after:.0f}/{before:.0f}", *times]
 
 
 def points(estimate: Estimate) -> str:
@@ -251,22 +264,19 @@ def warnings(run: Run) -> list[str]:
         behind = [
             f"{row.id} ({points(found)})"
             for row in everything
-            if (found := _behind(row, everything, control)) is not None
+            if (found := over(row, everything, control)) is not None and found.low <= 0
         ]
         if behind:
             said.append(f"WARNING: not better than {control} with the same or fewer tokens: {', '.join(behind)}.")
     return said
 
 
-def _behind(row: Row, everything: Sequence[Row], control: str) -> Estimate | None:
-    """The difference from the control's largest budget within the row's, if it is not clearly above zero."""
+def over(row: Row, everything: Sequence[Row], control: str) -> Estimate | None:
+    """The difference from the control's largest budget within the row's; None without one, and for a control."""
     if row.cells[0].pruning in (BASELINE, *CONTROLS):
         return None
     within = [r for r in everything if r.cells[0].pruning == control and r.tokens[1] <= row.tokens[1] + 0.5]
-    if not within:
-        return None
-    found = difference(row, max(within, key=lambda r: r.tokens[1]))
-    return found if found.low <= 0 else None
+    return difference(row, max(within, key=lambda r: r.tokens[1])) if within else None
 
 
 def write(run: Run, title: str = "") -> Table:

@@ -79,14 +79,14 @@ def _lines(run: Run) -> list[dict[str, Any]]:
     return [said[row.id] | {"first_token": _ratio(first_token(row), first_token(rows[0]))} for row in rows]
 
 
-def first_token(row: Row) -> float:
-    """Seconds per sample until the first token: vision tower and decoder layers, selection included."""
-    records = [cell.record for cell in row.cells]
+def first_token(row: Row) -> float | None:
+    """Seconds per sample until the first token, tower and decoder layers; None where nothing was timed (vLLM)."""
+    records = [cell.record for cell in row.cells if "seconds" in cell.record]
     spent = [(r["seconds"]["tower"] + r["seconds"]["prefill"]) / max(1, r["samples"]["total"]) for r in records]
-    return float(np.mean(spent))
+    return float(np.mean(spent)) if spent else None
 
 
-def _ratio(part: float, whole: float) -> float | None:
+def _ratio(part: float | None, whole: float | None) -> float | None:
     return part / whole if part and whole else None
 
 
@@ -116,7 +116,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("Evaluation", _joined({"tasks": " ".join(settings.get("tasks") or []), **said})),
         ("Model", _joined(record.get("model", {}))),
         ("Versions", _joined(record.get("versions", {}))),
-        ("FLOPs", record["prefill_flops"].get("convention", "")),
+        ("FLOPs", record.get("prefill_flops", {}).get("convention", "not counted")),
     ]
 
 
