@@ -63,13 +63,14 @@ def test_the_table_says_what_was_measured(run: runs.Run) -> None:
         *("strategy", TASK, "mean", "difference", "over random", "lost/won", "p", "same", "tokens", "FLOPs", "prefill")
     ]
     shown = {row[0]: row[1:] for row in table.rows}
-    assert shown["unpruned"] == ("95.0", "95.0", "-", "-", "-", "-", "144/144", "1.00x", "1.00x")
-    accuracy, mean, difference, turned, p, same, tokens, flops, prefill = shown["l2-0.25"]
+    assert shown["unpruned"] == ("95.0", "95.0", "-", "-", "-", "-", "-", "144/144", "1.00x", "1.00x")
+    accuracy, mean, difference, chance, turned, p, same, tokens, flops, prefill = shown["l2-0.25"]
     assert (accuracy, mean, turned, same) == ("60.0", "60.0", "14/0", "65.0")
     assert difference.startswith("-35.0 [")
+    assert chance.startswith("+0.0 [")
     assert p == "<0.001"  # 2 * 0.5 ** 14
     assert (tokens, flops, prefill) == ("36/144", "0.33x", "1.00x")
-    assert shown["random-0.25 (2 seeds)"][3:5] == ("16/2", "-")
+    assert shown["random-0.25 (2 seeds)"][3:6] == ("-", "16/2", "-")
 
 
 def test_who_does_not_beat_a_control_is_named(run: runs.Run) -> None:
@@ -124,7 +125,7 @@ def test_the_outcome_is_written_four_times(run: runs.Run) -> None:
     assert (run.folder / "table.md").read_text().startswith("**a title**")
     assert list(csv.reader(io.StringIO((run.folder / "table.csv").read_text())))[1:] == [list(r) for r in table.rows]
     tex = (run.folder / "table.tex").read_text()
-    assert r"\begin{tabular}{lrrrllrlrr}" in tex
+    assert r"\begin{tabular}{lrrrlllrlrr}" in tex
     assert r"vtp\_scenes\_presence" in tex
     assert "$<$0.001" in tex
     assert tex.count(r"\\") == len(table.rows) + 1

@@ -66,7 +66,7 @@ def test_atp_keeps_what_resembles_the_question(name: str, sign: int):
         assert kept.tolist() == [rows[i] for i in chosen]
 
 
-@pytest.mark.parametrize("strategy", ["atp", "cdpruner", "vtp", "divprune"])
+@pytest.mark.parametrize("strategy", ["atp", "cdpruner", "divprune"])
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl", "llava_onevision", "gemma3"])
 @torch.no_grad()
 def test_methods_that_read_the_question_run_without_a_text_tower(name: str, strategy: str):

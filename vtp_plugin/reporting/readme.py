@@ -20,7 +20,7 @@ def parts() -> dict[str, Callable[[], str]]:
         "strategies": lambda: catalogue().markdown(),
         "models": lambda: families().markdown(),
         "demo": DEMO_TABLE.read_text,
-        "bench": BENCH_TABLE.read_text,
+        **({"bench": BENCH_TABLE.read_text} if BENCH_TABLE.exists() else {}),
         **{f"study {path.parent.name}": path.read_text for path in sorted(STUDIES.glob("*/table.md"))},
     }
 

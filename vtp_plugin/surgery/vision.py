@@ -83,8 +83,12 @@ class VisionCuts:
     def lacking(self, strategy: PruningStrategy) -> str:
         """Why this tower cannot give the strategy what it needs; "" if it can."""
         adapter = self.pruned.adapter
-        if {"aligned", "text"} & set(strategy.needs) and type(adapter).shared_space is Adapter.shared_space:
-            return f"{adapter.models} has no CLIP text encoder that matches its vision tower"
+        asks = {"aligned", "text"} & set(strategy.needs) and strategy.text_encoder == "clip"
+        if asks and type(adapter).shared_space is Adapter.shared_space:
+            return (
+                f"{adapter.models} has no CLIP text encoder that matches its vision tower; text_encoder=llm compares "
+                f"with the language model's embeddings of the question instead"
+            )
         if "class_query" in strategy.needs and not self.tower.prefix:
             return f"it needs a class token, the vision tower of {adapter.models} has none"
         return self._unmergeable(strategy) if strategy.cut_blocks(self._block(None) + 1) else ""
