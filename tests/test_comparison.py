@@ -125,7 +125,7 @@ def test_the_outcome_is_written_four_times(run: runs.Run) -> None:
     assert (run.folder / "table.md").read_text().startswith("**a title**")
     assert list(csv.reader(io.StringIO((run.folder / "table.csv").read_text())))[1:] == [list(r) for r in table.rows]
     tex = (run.folder / "table.tex").read_text()
-    assert r"\begin{tabular}{lrrrlllrlrr}" in tex
+    assert r"\begin{tabular}{lrrrrllrlrr}" in tex
     assert r"vtp\_scenes\_presence" in tex
     assert "$<$0.001" in tex
     assert tex.count(r"\\") == len(table.rows) + 1
