@@ -32,7 +32,9 @@ def doc_to_text(doc, lmms_eval_specific_kwargs=None):
 
 
 def read_answer(results) -> str:
-    return results[0].strip().rstrip(".").lower()
+    """The first word. A model that has lost many tokens may go on talking; what it says first is its answer."""
+    words = results[0].lower().split()
+    return words[0].strip(".,") if words else ""
 
 
 def process_results(doc, results):
@@ -48,13 +50,13 @@ def process_presence(doc, results):
 
 def process_caption(doc, results):
     """F1 of the shapes and the digit that the caption names; an invented one costs as much as a missing one."""
-    said, true = mentions(read_answer(results)), mentions(doc["answer"])
+    said, true = mentions(results[0].lower()), mentions(doc["answer"])
     return {"caption_f1": 2 * len(said & true) / (len(said) + len(true))}
 
 
 def mentions(caption) -> set[str]:
     """The words of a caption that name something."""
-    return {word for word in caption.replace(",", " ").split() if word in NAMES}
+    return {word for word in caption.replace(",", " ").replace(".", " ").split() if word in NAMES}
 
 
 def ratio(part, whole) -> float:
