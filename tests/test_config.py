@@ -267,7 +267,20 @@ def test_a_strategy_is_built_again_from_its_record(name: str):
 
 
 POOL = (0.3, 0.9, 1, 2, 3, -1, True, False, "1 2", "vit", "llm", "elsewhere", "hsv", "or", "asymmetric", "mean", "all")
-POOL += ("projector", "3 7 16", "zscore", "total", "bilinear", "mae", "raster", "previous", "none", "original")
+POOL += (
+    "projector",
+    "3 7 16",
+    "zscore",
+    "total",
+    "bilinear",
+    "mae",
+    "raster",
+    "previous",
+    "none",
+    "original",
+    "additive",
+)
+POOL += ("attention", "strips")
 
 
 def other(name: str, field: str) -> PruningStrategy:

@@ -111,7 +111,7 @@ class FitPrune(PruningStrategy):
 
 def _whole_numbers(value: Any) -> list[int] | None:
     """Numbers as a list or a text such as "14 33 89"; None for anything else."""
-    parts = value.split() if isinstance(value, str) else [value] if isinstance(value, int) else value or []
+    parts = value.split() if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
     numbers = [int(part) if str(part).isdigit() else -1 for part in parts]
     return numbers if numbers and min(numbers) >= 0 else None
 
