@@ -151,4 +151,4 @@ def test_the_shipped_test_set_is_the_generator_s():
 def test_a_row_is_a_picture_and_five_questions():
     first = rows(4)[0]
     assert first["image"]["bytes"][:2] == b"\xff\xd8"
-    assert {key.split("_")[0] for key in first} == {"scene", "image", *CHOICES}
+    assert {key.split("_")[0] for key in first} == {"scene", "image", "caption", *CHOICES}

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import fake_host
-import filelock
 import pytest
 import runfolder
 import yaml
@@ -213,11 +212,13 @@ def test_a_folder_of_something_else_is_refused(folder: Folder) -> None:
 
 def test_two_sweeps_do_not_share_a_folder(folder: Folder) -> None:
     folder.run_dir.mkdir()
-    with (
-        filelock.FileLock(folder.run_dir / ".lock"),
-        pytest.raises(PruningError, match="another comparison is at work"),
-    ):
-        folder.run()
+    hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(folder.run_dir / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(PruningError, match="another comparison is at work"):
+            folder.run()
+        other.stdin.close()
 
 
 @pytest.mark.parametrize(

@@ -327,7 +327,7 @@ def _row(seen: VisualTokens, b: int) -> VisualTokens:
 
 def _row_of(selection: Selection, b: int) -> Selection:
     tokens, source = ((part[b],) if part is not None else None for part in (selection.tokens, selection.source))
-    return Selection(selection.keep[b : b + 1], tokens, source)
+    return Selection(selection.keep[b : b + 1], tokens=tokens, source=source)
 
 
 def _permutation(cls: type[PruningStrategy]) -> str:

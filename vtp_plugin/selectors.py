@@ -26,7 +26,13 @@ def minmax(values: Tensor) -> Tensor:
 def cosines(tokens: Tensor) -> Tensor:
     """Cosine of every pair, [B, N, D] -> [B, N, N]; 0 for a zero vector."""
     unit = normalize(tokens.float(), dim=-1)
-    return torch.stack([one @ one.T for one in unit])
+    return products(unit)
+
+
+def products(tokens: Tensor) -> Tensor:
+    """Inner product of every pair, [B, N, D] -> [B, N, N], symmetric to the last bit, so that ties are ties."""
+    found = torch.stack([one @ one.T for one in tokens])
+    return (found + found.mT) / 2
 
 
 def mask(picks: Tensor, n: int) -> Tensor:
@@ -55,9 +61,9 @@ def centred(tokens: Tensor) -> Tensor:
 
 def distances(tokens: Tensor) -> Tensor:
     """Squared Euclidean distance of every pair, [B, N, D] -> [B, N, N]."""
-    products = torch.stack([one @ one.T for one in tokens.float()])
-    sizes = products.diagonal(dim1=1, dim2=2)
-    return (sizes[:, :, None] + sizes[:, None] - 2 * products).clamp(min=0)
+    inner = products(tokens.float())
+    sizes = inner.diagonal(dim1=1, dim2=2)
+    return (sizes[:, :, None] + sizes[:, None] - 2 * inner).clamp(min=0)
 
 
 def farthest_points(distance: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
@@ -86,13 +92,13 @@ def mean_matching(centred: Tensor, picks: Tensor, k: int) -> Tensor:
     """
     if picks.shape[1] == k:
         return picks
-    products = torch.stack([one @ one.T for one in centred])
-    sizes, taken = products.diagonal(dim1=1, dim2=2), mask(picks, centred.shape[1])
+    inner = products(centred)
+    sizes, taken = inner.diagonal(dim1=1, dim2=2), mask(picks, centred.shape[1])
     rows = torch.arange(len(picks), device=picks.device)
-    along = torch.stack([p[own].sum(0) for p, own in zip(products, picks, strict=True)])  # [B, N]: <x_j, sum>
+    along = torch.stack([p[own].sum(0) for p, own in zip(inner, picks, strict=True)])  # [B, N]: <x_j, sum>
 
     def pick(best: Tensor) -> None:
-        along.add_(products[rows, best])
+        along.add_(inner[rows, best])
 
     return torch.cat([picks, greedy(lambda: -2 * along - sizes, pick, taken, k - picks.shape[1])], dim=1)
 

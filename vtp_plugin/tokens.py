@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -67,6 +67,7 @@ class Selection:
     """Decided once, then applied to every tensor with a token axis. Rows may keep different numbers of tokens."""
 
     keep: Tensor  # [B, N] bool: True survives
+    _: KW_ONLY
     tokens: tuple[Tensor, ...] | None = None  # per image [K, D]: new values, where the method merges or reorders
     source: tuple[Tensor, ...] | None = None  # per image [K] long: column of each new token, -1 for none (CLS)
     owner: Tensor | None = None  # inside a block, [B, N] long: the new token that every token becomes part of

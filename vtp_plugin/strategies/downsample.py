@@ -65,7 +65,7 @@ class Downsample(PruningStrategy):
         )
         sources = column[:, raster]
         keep = torch.zeros_like(visual.index, dtype=torch.bool).scatter_(1, sources, True)
-        return Selection(keep, tuple(patches), tuple(sources), (places,) * len(patches))
+        return Selection(keep, tokens=tuple(patches), source=tuple(sources), places=(places,) * len(patches))
 
 
 def _assembled(pixels: Tensor, index: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -37,7 +37,8 @@ class Pooling(PruningStrategy):
         sources = [middle for _, middle in found]
         keep = torch.zeros_like(visual.index, dtype=torch.bool)
         into = tuple(middle[owner] for owner, middle in found)
-        return Selection(keep.scatter_(1, torch.stack(sources), True), tuple(rows), tuple(sources), into=into)
+        keep.scatter_(1, torch.stack(sources), True)
+        return Selection(keep, tokens=tuple(rows), source=tuple(sources), into=into)
 
 
 def cells(index: Tensor, grid: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:

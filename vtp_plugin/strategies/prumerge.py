@@ -67,7 +67,7 @@ class PruMerge(PruningStrategy):
         keep = torch.zeros_like(visual.index, dtype=torch.bool)
         for row, source in zip(keep, sources, strict=True):
             row[source[:-1]] = True
-        return Selection(keep, tuple(rows), tuple(sources), scores=attention)
+        return Selection(keep, tokens=tuple(rows), source=tuple(sources), scores=attention)
 
     def chosen(self, attention: Tensor) -> Tensor:
         """The kept columns of one image [N], the best first."""

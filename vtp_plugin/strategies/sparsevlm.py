@@ -123,7 +123,7 @@ class SparseVLM(PruningStrategy):
             x = x.index_copy(0, centres, values)
             rows.append(x[row])
             sources.append(row.nonzero().flatten())
-        return Selection(keep, tuple(rows), tuple(sources), scores=scores, into=tuple(into))
+        return Selection(keep, tokens=tuple(rows), source=tuple(sources), scores=scores, into=tuple(into))
 
     def _scores(self, visual: VisualTokens) -> Tensor:
         """S of every token, [B, N]."""

@@ -75,7 +75,7 @@ class VisionZip(PruningStrategy):
             sources.append(torch.cat([rest.new_full((len(first),), -1), chosen.nonzero().flatten(), targets]))
             into.append(joined)
             chosen[targets] = True
-        return Selection(keep, tuple(rows), tuple(sources), scores=visual.cls_attention, into=tuple(into))
+        return Selection(keep, tokens=tuple(rows), source=tuple(sources), scores=visual.cls_attention, into=tuple(into))
 
 
 def _targets(rest: Tensor, number: int) -> Tensor:

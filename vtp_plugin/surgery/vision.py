@@ -83,7 +83,7 @@ class VisionCuts:
     def lacking(self, strategy: PruningStrategy) -> str:
         """Why this tower cannot give the strategy what it needs; "" if it can."""
         adapter = self.pruned.adapter
-        asks = {"aligned", "text"} & set(strategy.needs) and strategy.text_encoder == "clip"
+        asks = {"aligned", "text"} & set(strategy.needs) and strategy.text_encoder != "llm"
         if asks and type(adapter).shared_space is Adapter.shared_space:
             return (
                 f"{adapter.models} has no CLIP text encoder that matches its vision tower; text_encoder=llm compares "
