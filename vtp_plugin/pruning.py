@@ -88,7 +88,7 @@ class Pruned:
         counting.watch(self, self._undo)  # first, so that it sees what the cuts make of a block's output
         vision.install(self._undo)
         decoder.install(self._undo)
-        if self.positions.prompt == "original":
+        if self.positions.prompt == "original" and self.adapter.language_model is not None:
             OriginalPositions(self).install(self._undo)
         self.adapter.install(self, self._undo)
         if vision.pixels is not None:

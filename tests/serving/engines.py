@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -67,21 +67,27 @@ def engine(settings: Mapping[str, Any] | None, model: Path | None = None, **argu
         gc.collect()
 
 
-def ask(llm: Any, requests: Sequence[Request], **inputs: Any) -> list[Any]:
+def ask(llm: Any, requests: Sequence[Request], write: Callable[[Request], str] = prompt, **inputs: Any) -> list[Any]:
     """vLLM's outputs for requests that are sent together."""
     from vllm import SamplingParams
 
-    given = [{"prompt": prompt(r), "multi_modal_data": {"image": list(r[0])}, **inputs} for r in requests]
-    return llm.generate(given, SamplingParams(temperature=0, max_tokens=ANSWER), use_tqdm=False)
+    given = [{"prompt": write(r), "multi_modal_data": {"image": list(r[0])}, **inputs} for r in requests]
+    return llm.generate(given, SamplingParams(temperature=0, max_tokens=ANSWER, logprobs=0), use_tqdm=False)
 
 
 def answers(outputs: Sequence[Any]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def columns(outputs: Sequence[Any]) -> list[int]:
+def logprobs(outputs: Sequence[Any]) -> list[list[float]]:
+    """Of the tokens of the answers."""
+    each = [zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True) for output in outputs]
+    return [[found[token].logprob for token, found in answer] for answer in each]
+
+
+def columns(outputs: Sequence[Any], token: int = IMAGE_TOKEN) -> list[int]:
     """How many placeholders each prompt had."""
-    return [output.prompt_token_ids.count(IMAGE_TOKEN) for output in outputs]
+    return [output.prompt_token_ids.count(token) for output in outputs]
 
 
 def events(llm: Any) -> list[Any]:

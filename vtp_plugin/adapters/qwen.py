@@ -157,10 +157,14 @@ class PackedCuts(TileCuts):
         else:
             values = hidden_states.unflatten(0, (-1, self._unit))[kept].flatten(0, 1)
             output = self._widened(self.forward(values, grid_thw=grid_thw, **kwargs, **arguments), kept)
+        self._back_to_raster(order)
+        return output
+
+    def _back_to_raster(self, order: Tensor) -> None:
+        """The signals that were read in the tower's own order of units [U], patch by patch in raster order."""
         for key in [key for key in self._call.scratch if isinstance(key, tuple)]:
             signal = self._call.scratch[key].unflatten(0, (-1, self._unit))
             self._call.scratch[key] = self._put(signal, order).flatten(0, 1)
-        return output
 
     def _shortened(self, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The kept units in the order in which the tower meets them, and its arguments for them."""
@@ -267,10 +271,8 @@ class PackedCuts(TileCuts):
                 self._call.scratch["keys", layer] = key.float().mean(1)
                 rotate = _function(module, "apply_rotary_pos_emb_vision")
                 query, key = rotate(query, key, *kwargs["position_embeddings"])
-                lengths = kwargs["cu_seqlens"].diff().tolist()
-                spans = zip(query.split(lengths), key.split(lengths), strict=True)
-                rows = [_received(q, k, attention.scale(module)) for q, k in spans]
-            self._call.scratch["cls_attention", layer] = torch.cat(rows)
+                rows = received(query, key, kwargs["cu_seqlens"].diff().tolist(), attention.scale(module))
+            self._call.scratch["cls_attention", layer] = rows
 
         return read
 
@@ -290,9 +292,11 @@ class PackedCuts(TileCuts):
         return self.tower.block**2
 
 
-def _received(query: Tensor, key: Tensor, factor: float) -> Tensor:
-    """Attention received inside one window, one on average whatever its length, [L, H, d] -> [L]."""
-    return attention.received(query.transpose(0, 1)[None], key.transpose(0, 1)[None], factor)[0] * len(query)
+def received(query: Tensor, key: Tensor, lengths: Sequence[int], factor: float) -> Tensor:
+    """Attention received inside windows of these lengths, one on average in each of them, [S, H, d] twice -> [S]."""
+    spans = zip(query.split(lengths), key.split(lengths), strict=True)
+    heads = ((q.transpose(0, 1)[None], k.transpose(0, 1)[None]) for q, k in spans)
+    return torch.cat([attention.received(q, k, factor)[0] * q.shape[2] for q, k in heads])
 
 
 def _ends(there: Tensor, ends: Tensor, unit: int) -> Tensor:

@@ -25,6 +25,7 @@ from vtp_plugin.errors import PruningError
 FAMILIES = {  # vLLM's architecture -> module with `Pruned` and `plan_of`
     "LlavaForConditionalGeneration": "llava",
     "LlavaNextForConditionalGeneration": "llava_next",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
 }
 PROGRAMS = ("vllm", "api_server")  # vLLM's own
 OURS = "Vtp"  # in front of an architecture: our class for it

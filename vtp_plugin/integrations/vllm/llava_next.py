@@ -23,7 +23,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vtp_plugin.integrations.vllm import llava
 from vtp_plugin.integrations.vllm.plan import Plan
 from vtp_plugin.integrations.vllm.processing import Decides
-from vtp_plugin.integrations.vllm.worker import AroundClip, Parts
+from vtp_plugin.integrations.vllm.worker import AroundClip, ClipParts
 from vtp_plugin.pruning import Pruned as Handle
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
@@ -60,16 +60,11 @@ class Processor(Decides, LlavaNextMultiModalProcessor):
     """From pictures to pixel values and placeholders."""
 
 
-class Tiles(Parts):
+class Tiles(ClipParts):
     """Images of several tiles."""
 
     tokenwise = True
     cuts: TileCuts
-
-    @staticmethod
-    def most(config: Any, plan: Plan) -> int:
-        side = config.vision_config.image_size
-        return plan.whole * (1 + max(height * width for height, width in config.image_grid_pinpoints) // side**2)
 
     def vision(self, pruned: Handle) -> TileCuts:
         self.cuts = TileCuts(pruned, self)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -25,17 +25,20 @@ from vtp_plugin.version import __version__
 
 KEY = "vtp_pruning"  # field of the model's configuration; in the hash of every image, too
 WIDTH = 8  # of the noise that counts are taken from
+TRIED, SMALL = ((4, 4), (5, 9), (16, 12)), 256  # grids of noise; more tokens than SMALL are not made up
 
 
 @dataclass
 class Plan:
-    """The strategies of one server, for images of one patch grid."""
+    """The strategies of one server, for images of one patch grid; `at` gives those for another."""
 
     strategies: Sequence[PruningStrategy]
     grid: tuple[int, int]
     patch: int  # pixels per side of a patch
     blocks: int  # of the whole vision tower
-    counts: dict[tuple[int, int], int] = field(default_factory=dict)
+    any_positions: bool = False  # whether kept tokens can have those of the whole prompt
+    counts: dict[tuple[int, int, tuple[int, int]], int] = field(default_factory=dict)
+    plain: dict[int, bool] = field(default_factory=dict)  # whether a strategy keeps what its budget says
 
     def __post_init__(self) -> None:
         for strategy in self.strategies:
@@ -43,6 +46,10 @@ class Plan:
         if self.decided and any(s.stage is Stage.PIXELS for s in self.late):
             raise PruningError(f"{self.late[0].name}: no strategy may drop patches before it")
         self.count(self.whole)
+
+    def at(self, grid: tuple[int, int]) -> Plan:
+        """The same for images of another patch grid."""
+        return replace(self, grid=grid)
 
     @property
     def whole(self) -> int:
@@ -75,11 +82,20 @@ class Plan:
 
     def count(self, n: int) -> int:
         """How many of n patches become columns of the prompt."""
-        for number, strategy in enumerate(self.late):
-            if (number, n) not in self.counts:
-                self.counts[number, n] = kept(strategy, n, self.grid)
-            n = self.counts[number, n]
+        for number in range(len(self.late)):
+            if (number, n, self.grid) not in self.counts:
+                self.counts[number, n, self.grid] = self._kept(number, n)
+            n = self.counts[number, n, self.grid]
         return n
+
+    def _kept(self, number: int, n: int) -> int:
+        strategy = self.late[number]
+        if n <= SMALL:
+            return kept(strategy, n, self.grid)
+        if number not in self.plain:
+            sizes = [(rows * columns, (rows, columns)) for rows, columns in TRIED]
+            self.plain[number] = all(kept(strategy, m, grid) == strategy.count(m) for m, grid in sizes)
+        return strategy.count(n) if self.plain[number] else kept(strategy, n, self.grid)
 
     def decide(self, image: Tensor) -> Tensor:
         """What the pixel strategies leave of a uint8 image [3, H, W]: mask [N]."""
@@ -104,7 +120,7 @@ class Plan:
             )
         if strategy.cut_blocks(self.blocks):
             raise strategy.error("merging inside the tower's blocks is not possible inside vLLM")
-        if "original" in (strategy.positions, strategy.positions or strategy.default_positions):
+        if not self.any_positions and (strategy.positions or strategy.default_positions) == "original":
             raise strategy.error("vLLM counts positions by columns of the prompt: say positions=compact")
         if strategy.text_encoder == "llm" and "text" in strategy.needs:
             raise strategy.error("text_encoder=llm is not possible inside vLLM: say text_encoder=clip")
@@ -118,12 +134,17 @@ class Plan:
 def plan_of(settings: Any, vision: Any) -> Plan:
     """The plan for a configuration and a vision tower of square images; made once."""
     side = vision.image_size // vision.patch_size
-    return _plan(json.dumps(settings, sort_keys=True, default=str), side, vision.patch_size, vision.num_hidden_layers)
+    return planned(settings, (side, side), vision.patch_size, vision.num_hidden_layers)
+
+
+def planned(settings: Any, *facts: Any) -> Plan:
+    """The plan for a configuration and facts about a model, the further fields of Plan; made once."""
+    return _plan(json.dumps(settings, sort_keys=True, default=str), *facts)
 
 
 @cache
-def _plan(settings: str, side: int, patch: int, blocks: int) -> Plan:
-    return Plan(strategies_of(json.loads(settings)), (side, side), patch, blocks)
+def _plan(settings: str, *facts: Any) -> Plan:
+    return Plan(strategies_of(json.loads(settings)), *facts)
 
 
 def strategies_of(settings: Any) -> list[PruningStrategy]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageEmbeddingItems
+from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems
 from vllm.multimodal.processing import PromptReplacement
 
 from vtp_plugin.errors import PruningError
@@ -52,7 +52,7 @@ class Decides:
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Put what the kept tokens depend on, beside the picture, into the arguments that are hashed with it."""
-        if isinstance(inputs.mm_data_items.get("image"), ImageEmbeddingItems):
+        if isinstance(inputs.mm_data_items.get("image"), (ImageEmbeddingItems, DictEmbeddingItems)):
             raise PruningError("image embeddings cannot be pruned: send the picture")
         said = {**inputs.hf_processor_mm_kwargs, KEY: self.plan.fingerprint}
         if self.plan.reads_question and QUESTION not in said:

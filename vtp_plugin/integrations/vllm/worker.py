@@ -6,6 +6,7 @@ spread over the tensor-parallel workers. Every worker gathers the heads, so ever
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,9 +52,6 @@ class Parts(Adapter):
     def __init__(self, model: nn.Module, tower: Tower, projector: nn.Module, processor: Any) -> None:
         super().__init__(model, processor)
         self.tower, self.projector = tower, projector
-        for block in tower.blocks:
-            fused = getattr(block, tower.attention)
-            fused.q_proj, fused.k_proj = Part(fused, 0), Part(fused, 1)
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -63,19 +61,32 @@ class Parts(Adapter):
     def install(self, pruned: Pruned, undo: Any) -> None:
         """Nothing to wrap: the model is a class of ours."""
 
-    @staticmethod
-    def most(config: Any, plan: Plan) -> int:
-        """The most tokens that an unpruned image has."""
-        return plan.whole
+    @abstractmethod
+    def images(self, inputs: Mapping[str, Any]) -> list[Image]:
+        """The images of a call before the tower has run."""
+
+    @abstractmethod
+    def encode(self, call: Call, encode: Callable[..., Any], inputs: Mapping[str, list[Tensor]]) -> Iterable[Tensor]:
+        """The rows that are left of every image in the tower."""
+
+
+class ClipParts(Parts):
+    """A model with a CLIP tower and images of one tile."""
+
+    def __init__(self, model: nn.Module, tower: Tower, projector: nn.Module, processor: Any) -> None:
+        super().__init__(model, tower, projector, processor)
+        for block in tower.blocks:
+            fused = getattr(block, tower.attention)
+            fused.q_proj, fused.k_proj = Part(fused, 0), Part(fused, 1)
 
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
-        """The images of a call: [B, 3, H, W], one tile each."""
+        """[3, H, W] each."""
         rows, columns = self.tower.grid
         raster = torch.arange(rows * columns, device=inputs["pixel_values"][0].device)
         return [Image(total=len(raster), index=raster) for _ in inputs["pixel_values"]]
 
     def encode(self, call: Call, encode: Callable[..., Any], inputs: Mapping[str, list[Tensor]]) -> Iterable[Tensor]:
-        """The rows that are left of every image in the tower; hooks cut on the way."""
+        """Hooks cut on the way."""
         return encode(pixel_values=torch.stack(inputs["pixel_values"]))
 
     def shared_space(self, checkpoint: str | None) -> SharedSpace:
@@ -103,23 +114,22 @@ class Shipped(PruningStrategy):
 class Served(Pruned):
     """The strategies on one worker's model."""
 
-    def __init__(self, model: nn.Module, adapter: Parts, plan: Plan, at_once: int) -> None:
+    def __init__(self, model: nn.Module, adapter: Parts, plan: Plan, room: int) -> None:
         self.shipped = Shipped(plan.decided) if plan.decided else None
-        self.at_once = 1 if plan.decided else at_once  # images per pass of the tower
+        self.room = 0 if plan.decided else room  # tokens per pass of the tower; a larger image goes alone
         super().__init__(model, adapter, [*([self.shipped] if self.shipped else []), *plan.late], measure=False)
 
     def embed(
         self, encode: Callable[..., Any], inputs: Mapping[str, Any], keep: Any = None, questions: Any = None
     ) -> list[Tensor]:
         """Features of images as the language model gets them, per image [K, L]; `inputs` as vLLM encodes them."""
-        count = len(inputs["pixel_values"])
-        texts = [""] * count if questions is None else [as_text(question) for question in questions]
         features: list[Tensor] = []
         with self.calling() as call:
             call.images = self.adapter.images(inputs)
+            texts = [""] * len(call.images) if questions is None else [as_text(question) for question in questions]
             for image, text in zip(call.images, texts, strict=True):
                 image.question = text
-            for batch in self._batches(count):
+            for batch in self._batches(call.images):
                 if self.shipped is not None:
                     self.shipped.keep = torch.stack([keep[number] for number in batch])
                 with call.in_tower(batch):
@@ -127,16 +137,23 @@ class Served(Pruned):
                     features.extend(self.adapter.encode(call, encode, chosen))
         return features
 
-    def _batches(self, images: int) -> Iterator[list[int]]:
-        for first in range(0, images, self.at_once):
-            yield list(range(images))[first : first + self.at_once]
+    def _batches(self, images: Sequence[Image]) -> Iterator[list[int]]:
+        batch, tokens = [], 0
+        for number, image in enumerate(images):
+            size = image.total or image.patches
+            if batch and tokens + size > self.room:
+                yield batch
+                batch, tokens = [], 0
+            batch.append(number)
+            tokens += size
+        yield batch
 
 
 class AroundClip:
     """Mixed into a LLaVA of vLLM with a CLIP tower: attaches the strategies, and serves what they leave."""
 
     supports_tower_connector_lora = False  # its bookkeeping takes the tower's length from the prompt
-    parts: type[Parts] = Parts
+    parts: type[ClipParts] = ClipParts
 
     def attach(self, vllm_config: Any, prefix: str, plan: Plan) -> None:
         """Called once the model has its modules, before its weights are loaded."""
@@ -156,8 +173,7 @@ class AroundClip:
         processor = cached_image_processor_from_config(vllm_config.model_config)
         tower = clip_tower(self.vision_tower, layer)
         parts = self.parts(self, tower, self.multi_modal_projector, processor)
-        at_once = max(1, vllm_config.scheduler_config.max_num_batched_tokens // self.parts.most(self.config, plan))
-        self.vtp = Served(self, parts, plan, at_once)
+        self.vtp = Served(self, parts, plan, vllm_config.scheduler_config.max_num_batched_tokens)
 
     def _image_pixels_to_features(self, vision_tower: Any, pixel_values: Tensor) -> Tensor:
         strategy = self.config.vision_feature_select_strategy
