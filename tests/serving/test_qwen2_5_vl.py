@@ -5,23 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import MEANS, VISION_MARKS, template, tokenizer
 from engines import ANSWER, Request, answers, ask, columns, engine, events, logprobs, reference, scenes
 from families import IMAGE, QWEN_VISION, TEXT, VIDEO
-from PIL import Image
 
 from vtp_plugin import get_strategy, list_strategies, prune
 from vtp_plugin.errors import PruningError
 from vtp_plugin.integrations.vllm import Refused
+from vtp_plugin.integrations.vllm.plan import strategies_of
+from vtp_plugin.stages import Stage
 
 ROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
 LANGUAGE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": ROPE}
 MARKS = {"vision_start_token_id": 185, "vision_end_token_id": 186, "image_token_id": IMAGE, "video_token_id": VIDEO}
 UNIT = 8  # pixels per side of a merge unit
+ABSENT = {"text", "aligned", "class_query"}  # signals that only towers of CLIP have
+VIDEO_FRAMES = np.zeros((2, 16, 16, 3), np.uint8)
 CLOSE = 2e-4  # log-probabilities, fp32 kernels of two hosts
 
 
@@ -65,10 +70,14 @@ def write(request: Request) -> str:
 
 
 def requests() -> list[Request]:
-    """Pictures of three sizes; the last request has two of them."""
-    (first, one), (second, two), (third, three) = scenes(3)
-    wide, high, square = first.resize((144, 72)), second.resize((56, 112)), third.resize((88, 104))
-    return [([wide], one[0]), ([high], two[1]), ([square], three[2]), ([high, wide], one[2])]
+    """Five pictures of as many sizes; the last request has two of them."""
+    sizes = [(144, 72), (56, 112), (88, 104), (64, 96), (120, 40)]
+    pictures = [picture.resize(size) for (picture, _), size in zip(scenes(5), sizes, strict=True)]
+    asked = [questions[number % len(questions)] for number, (_, questions) in enumerate(scenes(4))]
+    return [
+        *(([picture], question) for picture, question in zip(pictures, asked[:3], strict=False)),
+        (pictures[3:], asked[3]),
+    ]
 
 
 # -- transformers ------------------------------------------------------------------------------------------------------
@@ -117,13 +126,34 @@ def positions_of(llm: Any) -> Iterator[list[Any]]:
 
 # -- the same ----------------------------------------------------------------------------------------------------------
 
+
+def servable(name: str) -> bool:
+    strategy = get_strategy(name)
+    try:
+        strategies = strategies_of(settings_of(name))
+    except PruningError:
+        return False
+    return strategy().budgeted and strategies[0].stage is Stage.PROJECTOR and not ABSENT & set(strategies[0].needs)
+
+
+def settings_of(name: str, keep: float = 0.25) -> dict[str, Any]:
+    at = {"at": "projector"} if "projector" in getattr(get_strategy(name), "places", ()) else {}
+    return {"strategy": name, "keep_ratio": keep, **at}
+
+
+SERVED = [name for name in list_strategies() if servable(name)]
 SETTINGS = [
-    {"strategy": "visionzip", "keep_ratio": 0.25},
-    {"strategy": "random", "keep_ratio": 0.25},
+    *map(settings_of, SERVED),
+    {"strategy": "divprune+visionzip", "divprune.keep_ratio": 0.6, "visionzip.keep_tokens": 20},
+    {"strategy": "visionzip", "keep_ratio": 0.25, "positions": "compact"},
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: settings["strategy"])
+def test_the_catalogue_of_the_projector_stage_is_served():
+    assert {"divprune", "fastervlm", "random", "scope", "stride", "visionzip", "vispruner"} <= set(SERVED)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
 def test_kept_tokens_positions_and_answers_equal_those_of_transformers(folder: Path, settings: dict[str, Any]):
     asked = requests()
     wanted = expected(folder, settings, asked)
@@ -131,8 +161,112 @@ def test_kept_tokens_positions_and_answers_equal_those_of_transformers(folder: P
         for request, want in zip(asked, wanted, strict=True):
             with positions_of(llm) as seen:
                 outputs = ask(llm, [request], write)
-            assert [index.tolist() for event in events(llm) for index in event.kept] == want["kept"]
+            assert [index.tolist() for index in kept(llm, len(request[0]))] == want["kept"]
             assert torch.equal(torch.cat(seen, dim=1), want["positions"])
-            assert answers(outputs) == [want["ids"]]
-            assert logprobs(outputs)[0] == pytest.approx(want["logprobs"], abs=CLOSE)
             assert columns(outputs, IMAGE) == [sum(map(len, want["kept"]))]
+            alike(outputs, [want])
+
+
+def kept(llm: Any, images: int) -> list[Any]:
+    """What the last strategy left of each image."""
+    return [index for event in events(llm) for index in event.kept][-images:]
+
+
+def alike(outputs: Sequence[Any], wanted: Sequence[Mapping[str, Any]]) -> None:
+    """Tokens and their probabilities."""
+    assert answers(outputs) == [want["ids"] for want in wanted]
+    for found, want in zip(logprobs(outputs), wanted, strict=True):
+        assert found == pytest.approx(want["logprobs"], abs=CLOSE)
+
+
+def test_answers_depend_on_what_is_kept_and_where(folder: Path):
+    """Otherwise the comparisons would say little."""
+    asked = requests()
+    settings = [{"strategy": "none"}, SETTINGS[-1], SETTINGS[-1] | {"positions": "original"}]
+    whole, compact, original = ([want["logprobs"] for want in expected(folder, each, asked)] for each in settings)
+    for one, other in ((whole, compact), (whole, original), (compact, original)):
+        distance = [max(abs(x - y) for x, y in zip(a, b, strict=True)) for a, b in zip(one, other, strict=True)]
+        assert min(distance) > 10 * CLOSE
+
+
+def test_a_budget_of_everything_answers_like_the_unpruned_model(folder: Path):
+    asked = requests()
+    with engine({"strategy": "visionzip", "keep_ratio": 1.0}, folder) as llm, positions_of(llm) as seen:
+        outputs = ask(llm, asked, write)
+    wanted = expected(folder, {"strategy": "none"}, asked)
+    alike(outputs, wanted)
+    assert sum(table.shape[1] for table in seen) == sum(want["positions"].shape[1] for want in wanted)
+
+
+CACHED = [{"strategy": "fastervlm", "keep_ratio": 0.25}, {"strategy": "pooling", "keep_ratio": 0.6}]
+
+
+@pytest.mark.parametrize("settings", CACHED, ids=lambda settings: settings["strategy"])
+@pytest.mark.parametrize("chunk", [None, 48], ids=["whole", "chunked"])
+def test_together_with_caches_and_chunks_requests_answer_as_alone(
+    folder: Path, settings: dict[str, Any], chunk: int | None
+):
+    """One picture and two questions, two pictures in one prompt, in both orders; everything asked twice."""
+    (first, one), (second, two), (third, three), ((fourth, fifth), four) = [
+        (images[0] if len(images) == 1 else images, question) for images, question in requests()
+    ]
+    asked = [([first], one), ([first], two), ([second, first], three), ([fourth, fifth], four), ([fifth, third], one)]
+    wanted = expected(folder, settings, asked)
+    limits = {"max_num_batched_tokens": chunk, "enable_chunked_prefill": True} if chunk else {}
+    with engine(settings, folder, enable_prefix_caching=True, block_size=32, **limits) as llm:
+        together = ask(llm, asked, write)
+        assert events(llm)
+        again = ask(llm, asked, write)
+        if not chunk:  # whose encoder cache is small
+            assert events(llm) == []
+    alike(together, wanted)
+    alike(again, wanted)
+    assert any(output.num_cached_tokens for output in again)
+
+
+def test_without_a_configuration_the_plugin_leaves_no_trace(folder: Path):
+    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+
+    asked = requests()
+    with engine(None, folder) as llm:
+        assert llm.apply_model(type) == [Qwen2_5_VLForConditionalGeneration]
+        alike(ask(llm, asked, write), expected(folder, {"strategy": "none"}, asked))
+
+
+REFUSED = [
+    ({"strategy": "l2"}, "l2: of Qwen2.5-VL inside vLLM only the projector stage is served"),
+    ({"strategy": "vprune"}, "vprune: of Qwen2.5-VL inside vLLM only the projector stage is served"),
+    ({"strategy": "fastv"}, "fastv: vLLM fixes its attention metadata"),
+    ({"strategy": "atp"}, "atp: Qwen2.5-VL has no CLIP text encoder"),
+    ({"strategy": "prumerge", "keep_ratio": 0.5}, "prumerge: Qwen2.5-VL has no CLIP text encoder and no class token"),
+    ({"strategy": "divprune", "budget": "total"}, "divprune: budget=total is not possible inside vLLM"),
+    (
+        {"strategy": "divprune+stride", "divprune.positions": "original", "stride.positions": "compact"},
+        "strategies that cut the same prompt share one numbering",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "sentence"), REFUSED, ids=lambda value: str(value)[:40])
+def test_what_cannot_be_served_is_refused_in_one_sentence(folder: Path, settings: dict[str, Any], sentence: str):
+    with pytest.raises(Refused) as refusal, engine(settings, folder):
+        pass
+    assert str(refusal.value).startswith(f"vtp_pruning: {sentence}")
+    assert "\n" not in str(refusal.value)
+
+
+def test_refused_requests_and_counts_of_the_record(folder: Path):
+    from vtp_plugin.integrations.lmms_eval_vllm import Requests
+
+    asked, processor = requests(), reference(folder)[1]
+    with engine(CACHED[0], folder) as llm:
+        with pytest.raises(PruningError, match="the prompt ends with a picture"):
+            ask(llm, asked[:1], lambda request: "<|image_pad|>")
+        with pytest.raises(PruningError, match="takes no videos inside vLLM"):
+            llm.generate({"prompt": "<|video_pad|>", "multi_modal_data": {"video": [VIDEO_FRAMES]}}, use_tqdm=False)
+        counted = Requests(SimpleNamespace(client=llm, generate_until=lambda requests: None))
+        left = columns(ask(llm, asked, write), IMAGE)
+        counted.detach()
+    whole = [processor(images=list(r[0]), text=write(r))["input_ids"][0].count(IMAGE) for r in asked]
+    for side, totals in (("before", whole), ("after", left)):
+        assert [sum(image[side] for image in sample["images"]) for sample in counted.samples] == totals

@@ -6,6 +6,7 @@ ids of the prompt that it ran, with one placeholder per visual token that was ke
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -107,11 +108,14 @@ class Requests:
         prompt = original(inputs, *args, **kwargs)
         counts = []
         for number, place in enumerate(prompt["mm_placeholders"].get("image", ())):
-            size = inputs.mm_data_items["image"].get_image_size(number)
-            whole = self.whole(image_width=size.width, image_height=size.height) if self.whole else place.length
+            whole = self._unpruned(inputs, number) if self.whole else place.length
             counts.append({"before": whole, "after": place.length})
         self.processed.append((list(prompt["prompt_token_ids"]), counts))
         return prompt
+
+    def _unpruned(self, inputs: Any, number: int) -> int:
+        size = inputs.mm_data_items["image"].get_image_size(number)
+        return self.whole(inputs.hf_processor_mm_kwargs, image_width=size.width, image_height=size.height)
 
     def _answering(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """Of two calls, one inside the other, the inner one knows the outputs already."""
@@ -140,4 +144,8 @@ class Requests:
 def unpruned(info: Any) -> Callable[..., int]:
     """How vLLM itself counts the tokens of a picture of a size, without what this package adds to its class."""
     host = next(cls for cls in type(info).__mro__ if cls.__module__.split(".")[0] == "vllm")
-    return host(info.ctx).get_num_image_tokens
+    count = host(info.ctx).get_num_image_tokens
+    if "image_processor" not in inspect.signature(count).parameters:
+        return lambda arguments, **size: count(**size)
+    processor = info.get_image_processor()
+    return lambda arguments, **size: count(**size, image_processor=processor, mm_kwargs=arguments)
