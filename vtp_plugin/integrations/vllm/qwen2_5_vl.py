@@ -98,11 +98,9 @@ class Processor(Decides, Qwen2_5_VLMultiModalProcessor):
     """From pictures to pixel values and placeholders."""
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        prompt = super().apply(inputs, timing_ctx)
-        ends = [place.offset + place.length for place in prompt["mm_placeholders"].get("image", ())]
-        if ends and ends[-1] == len(prompt["prompt_token_ids"]):
+        if inputs.mm_data_items.get("image") and inputs.prompt[-1] == self.info.get_hf_config().image_token_id:
             raise PruningError("the prompt ends with a picture, but new tokens are numbered behind text: add some")
-        return prompt
+        return super().apply(inputs, timing_ctx)
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Sequence[Any]:
         token = self.info.get_hf_config().image_token_id
@@ -195,9 +193,9 @@ class PackedParts(Parts):
 
     def encode(self, call: Call, encode: Callable[..., Any], inputs: Mapping[str, list[Tensor]]) -> Iterator[Tensor]:
         """Encode and merge whole images as vLLM does, then take rows out; each with its place, [K, L + CHANNELS]."""
-        visual, values = self.tower.module, torch.cat(inputs["pixel_values"])
-        grids = torch.stack(inputs["image_grid_thw"])
-        call.scratch["values"] = visual.input_norm(values, torch.float32)
+        values, grids = torch.cat(inputs["pixel_values"]), torch.stack(inputs["image_grid_thw"])
+        raw = values.dtype is torch.uint8  # vLLM may leave scaling and normalising to the worker
+        call.scratch["values"] = values / 255 if raw else values
         merged = encode(pixel_values=values, image_grid_thw=grids)
         kept = self.cuts.rows(merged, "image", {"image_grid_thw": grids})
         for (rows, left), grid in zip(kept, grids.tolist(), strict=True):
