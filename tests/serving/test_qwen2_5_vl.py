@@ -18,7 +18,9 @@ from families import IMAGE, QWEN_VISION, TEXT, VIDEO
 from vtp_plugin import get_strategy, list_strategies, prune
 from vtp_plugin.errors import PruningError
 from vtp_plugin.integrations.vllm import Refused
-from vtp_plugin.integrations.vllm.plan import strategies_of
+from vtp_plugin.integrations.vllm.plan import SMALL, Plan, strategies_of
+from vtp_plugin.integrations.vllm.plan import kept as kept_of
+from vtp_plugin.integrations.vllm.serving import serving
 from vtp_plugin.stages import Stage
 
 ROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
@@ -218,6 +220,46 @@ def test_together_with_caches_and_chunks_requests_answer_as_alone(
     alike(together, wanted)
     alike(again, wanted)
     assert any(output.num_cached_tokens for output in again)
+
+
+def test_two_tensor_parallel_workers_decide_alike(folder: Path, tmp_path: Path):
+    """Heads of the tower are spread over them, and attention is a mean over heads."""
+    settings, asked = {"strategy": "visionzip", "keep_ratio": 0.25}, requests()[:3]
+    options = ["--dtype", "float32", "--max-model-len", "640", "--enforce-eager", "--tensor-parallel-size", "2"]
+    more = {"logprobs": True, "return_token_ids": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
+        with serving(str(folder), settings, options, tmp_path / "log") as server:
+            found = [server.ask(*request, ANSWER, **more)["choices"][0] for request in asked]
+    for answer, want in zip(found, expected(folder, settings, asked), strict=True):
+        assert answer["token_ids"] == want["ids"]
+        assert [one["logprob"] for one in answer["logprobs"]["content"]] == pytest.approx(want["logprobs"], abs=CLOSE)
+
+
+LARGE = (20, 17)  # merge units
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_the_number_of_tokens_of_any_size_follows_from_the_budget(name: str):
+    """Large images are not made up to count what is left of them; here they are."""
+    plan = Plan(strategies_of(settings_of(name, 0.3)), (4, 4), 14, 3, True).at(LARGE)
+    assert plan.whole > SMALL
+    assert plan.count(plan.whole) == kept_of(plan.strategies[0], plan.whole, LARGE)
+
+
+def test_a_budget_that_is_not_kept_is_counted_from_noise():
+    settings = settings_of("dart", 0.3) | {"pivots_extra": True}
+    plan = Plan(strategies_of(settings), LARGE, 14, 3, True)
+    assert plan.count(plan.whole) == kept_of(plan.strategies[0], plan.whole, LARGE) != plan.strategies[0].count(340)
+
+
+def test_places_survive_half_precision():
+    from vtp_plugin.integrations.vllm.qwen2_5_vl import channels, places_of
+
+    source = torch.tensor([0, 1, 299, 300, 700 * 300 + 299, -1])
+    for dtype in (torch.bfloat16, torch.float16):
+        rows, columns = places_of(channels(source, 300).to(dtype).long())
+        assert (rows * 300 + columns).tolist() == source.clamp(min=0).tolist()
 
 
 def test_without_a_configuration_the_plugin_leaves_no_trace(folder: Path):
