@@ -8,7 +8,8 @@ package runs but the question whether it is.
 * `plan`: what the strategies mean before any image is seen: refusals, token counts, decisions about raw pixels;
 * `processing`: the multi-modal processor, in the process that takes requests: fewer placeholders, one per token kept;
 * `worker`: the cuts around the vision tower, by the code that also serves transformers;
-* `llava`: one module per model family, which puts these together.
+* `llava`, `llava_next`, `qwen2_5_vl`, `qwen3_vl`: one module per model family, which puts these together; `qwen` is
+  what the last two share.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ FAMILIES = {  # vLLM's architecture -> module with `Pruned` and `plan_of`
     "LlavaForConditionalGeneration": "llava",
     "LlavaNextForConditionalGeneration": "llava_next",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
 }
 PROGRAMS = ("vllm", "api_server")  # vLLM's own
 OURS = "Vtp"  # in front of an architecture: our class for it

@@ -1,9 +1,13 @@
-"""Qwen2.5-VL inside vLLM keeps what the transformers path keeps, at the same positions, and says what it says: fp32."""
+"""Qwen2.5-VL and Qwen3-VL inside vLLM keep what the transformers path keeps, where it does, and say what it says."""
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,52 +28,64 @@ from vtp_plugin.integrations.vllm.serving import serving
 from vtp_plugin.stages import Stage
 
 ROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
-LANGUAGE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": ROPE}
+LANGUAGE = {
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rope_parameters": ROPE,
+    "head_dim": 32,
+}
 MARKS = {"vision_start_token_id": 185, "vision_end_token_id": 186, "image_token_id": IMAGE, "video_token_id": VIDEO}
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 UNIT = 8  # pixels per side of a merge unit
+OWN = {
+    "qwen2_5_vl": {"window_size": 2 * UNIT, "fullatt_block_indexes": [1]},
+    "qwen3_vl": {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+}
 ABSENT = {"text", "aligned", "class_query"}  # signals that only towers of CLIP have
 FRAMES = {"fps": 2.0, "duration": 1.0, "total_num_frames": 2, "frames_indices": [0, 1], "video_backend": "opencv"}
 VIDEO_FRAMES = [(np.zeros((2, 16, 16, 3), np.uint8), FRAMES)]
 CLOSE = 2e-4  # log-probabilities, fp32 kernels of two hosts
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint, loud enough that its answers depend on what it sees."""
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
+@cache
+def folder_of(family: str) -> Path:
+    """A random checkpoint, loud enough that its answers depend on what it sees and where."""
+    import transformers
 
+    names = {"qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[family]
     vision = QWEN_VISION | {"hidden_size": 64, "intermediate_size": 48, "out_hidden_size": 64, "num_heads": 2}
-    vision |= {"window_size": 2 * UNIT, "fullatt_block_indexes": [1]}
-    config = Qwen2_5_VLConfig(vision_config=vision, text_config=TEXT | LANGUAGE, **MARKS)
+    config = getattr(transformers, f"{names}Config")(
+        vision_config=vision | OWN[family], text_config=TEXT | LANGUAGE, **MARKS
+    )
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    model = getattr(transformers, f"{names}ForConditionalGeneration")(config).eval()
     for name, weight in model.named_parameters():
         if weight.ndim > 1:
             torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5 * (3 if "proj" in name else 1))
     patches = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
     size = {"size": {"shortest_edge": 16 * UNIT**2, "longest_edge": 256 * UNIT**2}}
-    mark = "<|vision_start|><|image_pad|><|vision_end|>"
-    processor = Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(**patches, **MEANS, **size),
+    processor = getattr(transformers, f"{names}Processor")(
+        transformers.Qwen2VLImageProcessor(**patches, **MEANS, **size),
         tokenizer(VISION_MARKS | {IMAGE: "<|image_pad|>", VIDEO: "<|video_pad|>"}),
-        Qwen2VLVideoProcessor(**patches, **MEANS, **size),
-        chat_template=template(mark, mark.replace("image", "video"), "<|im_start|>"),
+        getattr(transformers, f"{names.replace('2_5_', '2')}VideoProcessor")(**patches, **MEANS, **size),
+        chat_template=template(PICTURE, PICTURE.replace("image", "video"), "<|im_start|>"),
     )
-    target = tmp_path_factory.mktemp("qwen") / "model"
+    target = Path(tempfile.mkdtemp(prefix=f"vtp-{family}-"))
+    atexit.register(shutil.rmtree, target)
     model.save_pretrained(target)
     processor.save_pretrained(target)
     return target
 
 
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return folder_of("qwen2_5_vl")
+
+
 def write(request: Request) -> str:
     images, question = request
-    return "<|im_start|>" + "<|vision_start|><|image_pad|><|vision_end|>" * len(images) + question + "\nAnswer:"
+    return "<|im_start|>" + PICTURE * len(images) + question + "\nAnswer:"
 
 
 def requests() -> list[Request]:
@@ -144,11 +160,21 @@ def settings_of(name: str, keep: float = 0.25) -> dict[str, Any]:
     return {"strategy": name, "keep_ratio": keep, **at}
 
 
+def named(case: Any) -> str:
+    return case if isinstance(case, str) else "-".join(map(str, case.values()))
+
+
 SERVED = [name for name in list_strategies() if servable(name)]
 SETTINGS = [
     *map(settings_of, SERVED),
     {"strategy": "divprune+visionzip", "divprune.keep_ratio": 0.6, "visionzip.keep_tokens": 20},
     {"strategy": "visionzip", "keep_ratio": 0.25, "positions": "compact"},
+]
+CASES = [
+    *(("qwen2_5_vl", settings) for settings in SETTINGS),
+    ("qwen3_vl", settings_of("random")),
+    ("qwen3_vl", SETTINGS[-2]),
+    ("qwen3_vl", SETTINGS[-1]),
 ]
 
 
@@ -156,9 +182,9 @@ def test_the_catalogue_of_the_projector_stage_is_served():
     assert {"divprune", "fastervlm", "random", "scope", "stride", "visionzip", "vispruner"} <= set(SERVED)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
-def test_kept_tokens_positions_and_answers_equal_those_of_transformers(folder: Path, settings: dict[str, Any]):
-    asked = requests()
+@pytest.mark.parametrize(("family", "settings"), CASES, ids=named)
+def test_kept_tokens_positions_and_answers_equal_those_of_transformers(family: str, settings: dict[str, Any]):
+    asked, folder = requests(), folder_of(family)
     wanted = expected(folder, settings, asked)
     with engine(settings, folder) as llm:
         for request, want in zip(asked, wanted, strict=True):
@@ -187,8 +213,9 @@ def test_answers_depend_on_what_is_kept_and_where(folder: Path):
         assert min(first) > 10 * CLOSE
 
 
-def test_a_budget_of_everything_answers_like_the_unpruned_model(folder: Path):
-    asked = requests()
+@pytest.mark.parametrize("family", OWN)
+def test_a_budget_of_everything_answers_like_the_unpruned_model(family: str):
+    asked, folder = requests(), folder_of(family)
     with engine({"strategy": "visionzip", "keep_ratio": 1.0}, folder) as llm, positions_of(llm) as seen:
         outputs = ask(llm, asked, write)
     wanted = expected(folder, {"strategy": "none"}, asked)
@@ -196,19 +223,24 @@ def test_a_budget_of_everything_answers_like_the_unpruned_model(folder: Path):
     assert sum(table.shape[1] for table in seen) == sum(want["positions"].shape[1] for want in wanted)
 
 
-CACHED = [{"strategy": "fastervlm", "keep_ratio": 0.25}, {"strategy": "pooling", "keep_ratio": 0.6}]
+CACHED = [
+    ("qwen2_5_vl", settings_of("fastervlm")),
+    ("qwen2_5_vl", settings_of("pooling", 0.6)),
+    ("qwen3_vl", settings_of("visionzip", 0.6)),
+]
 
 
-@pytest.mark.parametrize("settings", CACHED, ids=lambda settings: settings["strategy"])
+@pytest.mark.parametrize(("family", "settings"), CACHED, ids=named)
 @pytest.mark.parametrize("chunk", [None, 48], ids=["whole", "chunked"])
 def test_together_with_caches_and_chunks_requests_answer_as_alone(
-    folder: Path, settings: dict[str, Any], chunk: int | None
+    family: str, settings: dict[str, Any], chunk: int | None
 ):
     """One picture and two questions, two pictures in one prompt, in both orders; everything asked twice."""
     (first, one), (second, two), (third, three), ((fourth, fifth), four) = [
         (images[0] if len(images) == 1 else images, question) for images, question in requests()
     ]
     asked = [([first], one), ([first], two), ([second, first], three), ([fourth, fifth], four), ([fifth, third], one)]
+    folder = folder_of(family)
     wanted = expected(folder, settings, asked)
     limits = {"max_num_batched_tokens": chunk, "enable_chunked_prefill": True} if chunk else {}
     with engine(settings, folder, enable_prefix_caching=True, block_size=32, **limits) as llm:
@@ -254,7 +286,7 @@ def test_a_budget_that_is_not_kept_is_counted_from_noise():
 
 
 def test_places_survive_half_precision():
-    from vtp_plugin.integrations.vllm.qwen2_5_vl import channels, places_of
+    from vtp_plugin.integrations.vllm.qwen import channels, places_of
 
     source = torch.tensor([0, 1, 299, 300, 700 * 300 + 299, -1])
     for dtype in (torch.bfloat16, torch.float16):
@@ -297,7 +329,7 @@ def test_refused_requests_and_counts_of_the_record(folder: Path):
     from vtp_plugin.integrations.lmms_eval_vllm import Requests
 
     asked, processor = requests(), reference(folder)[1]
-    with engine(CACHED[0], folder) as llm:
+    with engine(CACHED[0][1], folder) as llm:
         with pytest.raises(PruningError, match="the prompt ends with a picture"):
             ask(llm, asked[:1], lambda request: "<|image_pad|>")
         with pytest.raises(PruningError, match="takes no videos inside vLLM"):
