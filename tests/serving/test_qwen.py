@@ -27,14 +27,12 @@ from vtp_plugin.integrations.vllm.plan import kept as kept_of
 from vtp_plugin.integrations.vllm.serving import serving
 from vtp_plugin.stages import Stage
 
-ROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
-LANGUAGE = {
-    "hidden_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "rope_parameters": ROPE,
-    "head_dim": 32,
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+AXES = {
+    "qwen2_5_vl": {"mrope_section": [4, 6, 6]},
+    "qwen3_vl": {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
 }
+LANGUAGE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 MARKS = {"vision_start_token_id": 185, "vision_end_token_id": 186, "image_token_id": IMAGE, "video_token_id": VIDEO}
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 UNIT = 8  # pixels per side of a merge unit
@@ -55,9 +53,8 @@ def folder_of(family: str) -> Path:
 
     names = {"qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[family]
     vision = QWEN_VISION | {"hidden_size": 64, "intermediate_size": 48, "out_hidden_size": 64, "num_heads": 2}
-    config = getattr(transformers, f"{names}Config")(
-        vision_config=vision | OWN[family], text_config=TEXT | LANGUAGE, **MARKS
-    )
+    text = TEXT | LANGUAGE | {"rope_parameters": ROPE | AXES[family]}
+    config = getattr(transformers, f"{names}Config")(vision_config=vision | OWN[family], text_config=text, **MARKS)
     torch.manual_seed(0)
     model = getattr(transformers, f"{names}ForConditionalGeneration")(config).eval()
     for name, weight in model.named_parameters():

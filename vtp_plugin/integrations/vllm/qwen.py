@@ -71,7 +71,7 @@ class CountsMerged(CountsKept):
         return plan_of(self.get_hf_config())
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return {"image": None}
+        return {"image": None, "video": 0}
 
     def validate_num_items(self, modality: str, num_items: int) -> None:
         if modality == "video" and num_items:
