@@ -261,14 +261,21 @@ def warnings(run: Run) -> list[str]:
     everything = rows(run)
     said = []
     for control in CONTROLS:
-        behind = [
-            f"{row.id} ({points(found)})"
-            for row in everything
-            if (found := over(row, everything, control)) is not None and found.low <= 0
-        ]
+        found = [(row, over(row, everything, control)) for row in everything]
+        behind = [row for row, gain in found if gain is not None and gain.low <= 0]
         if behind:
-            said.append(f"WARNING: not better than {control} with the same or fewer tokens: {', '.join(behind)}.")
+            said.append(f"WARNING: not better than {control} with the same or fewer tokens: {_named(behind)}.")
     return said
+
+
+def _named(rows: Sequence[Row]) -> str:
+    """atp-0.5, atp-0.25 and vprune as: atp at 0.5, 0.25; vprune."""
+    budgets: dict[str, list[str]] = {}
+    for row in rows:
+        keep = f"{row.cells[0].keep:g}" if row.cells[0].keep is not None else ""
+        name = row.id.removesuffix(f"-{keep}")
+        budgets.setdefault(name, []).extend([keep] if name != row.id else [])
+    return "; ".join(f"{name} at {', '.join(keeps)}" if keeps else name for name, keeps in budgets.items())
 
 
 def over(row: Row, everything: Sequence[Row], control: str) -> Estimate | None:
