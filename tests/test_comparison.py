@@ -87,6 +87,17 @@ def test_a_larger_budget_is_held_against_the_nearest_control(tmp_path: Path) -> 
     assert said.endswith("with the same or fewer tokens: l2 at 0.75.")
 
 
+def test_one_method_against_every_other(run: runs.Run) -> None:
+    table = comparison.versus(run, "atp")
+    shown = {row[0]: row[1:] for row in table.rows}
+    assert table.columns == ["atp minus", "at 0.25", "at 0.5"]
+    assert shown["l2"][0].startswith("+30.0 [")
+    assert shown["random"][0].startswith("+30.0 [")  # both seeds: 12 and 20 wrong
+    assert shown["stride"] == ("-", "-")  # no common budget
+    with pytest.raises(PruningError, match="unknown method with a budget in this run 'vprune'"):
+        comparison.versus(run, "vprune")
+
+
 def test_the_summary_has_every_number(run: runs.Run) -> None:
     found = comparison.summary(run)
     json.dumps(found, allow_nan=False)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vtp_plugin.errors import unknown
 from vtp_plugin.reporting import statistics
 from vtp_plugin.reporting.runs import BASELINE, Cell, Run, Spec
 from vtp_plugin.reporting.statistics import Estimate
@@ -272,10 +273,39 @@ def _named(rows: Sequence[Row]) -> str:
     """atp-0.5, atp-0.25 and vprune as: atp at 0.5, 0.25; vprune."""
     budgets: dict[str, list[str]] = {}
     for row in rows:
-        keep = f"{row.cells[0].keep:g}" if row.cells[0].keep is not None else ""
-        name = row.id.removesuffix(f"-{keep}")
-        budgets.setdefault(name, []).extend([keep] if name != row.id else [])
+        keep = row.cells[0].keep
+        budgets.setdefault(_method(row), []).extend([f"{keep:g}"] if keep is not None else [])
     return "; ".join(f"{name} at {', '.join(keeps)}" if keeps else name for name, keeps in budgets.items())
+
+
+def _method(row: Row) -> str:
+    """The name of a row without its budget."""
+    keep = row.cells[0].keep
+    return row.id if keep is None else row.id.replace(f"-{keep:g}", "", 1)
+
+
+def versus(run: Run, name: str) -> Table:
+    """One method against every other at the same nominal budget: paired differences of the mean of the tasks.
+
+    PruningError for a method that has no row with a budget in this run.
+    """
+    budgeted = [row for row in rows(run) if row.cells[0].keep is not None]
+    found = {(_method(row), row.cells[0].keep): row for row in budgeted}
+    methods, keeps = dict.fromkeys(method for method, _ in found), dict.fromkeys(keep for _, keep in found)
+    if name not in methods:
+        raise unknown("method with a budget in this run", name, methods)
+    result = Table([f"{name} minus", *(f"at {keep:g}" for keep in keeps)], caption=VERSUS)
+    for method in methods:
+        pairs = [(found.get((name, keep)), found.get((method, keep))) for keep in keeps]
+        if method != name:
+            result.add(method, *(points(difference(*pair)) if all(pair) else "-" for pair in pairs))
+    return result
+
+
+VERSUS = (
+    "Mean over the tasks, in points, with the 95 % paired bootstrap interval of each difference by itself: of many "
+    "differences some leave 0 out by chance."
+)
 
 
 def over(row: Row, everything: Sequence[Row], control: str) -> Estimate | None:
