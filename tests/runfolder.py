@@ -72,6 +72,7 @@ def results(lines: Sequence[Mapping[str, Any]], after: int, task: str, model: st
         "visual_tokens": {"mean_before": 144.0, "mean_after": float(after)},
         "samples": {"total": len(lines), "with_images": len(lines), "pruned": len(lines)},
         "seconds": {"tower": 1.0, "prefill": 2.0, "decode": 1.0, "total": 4.0, "selector": 0.0},
+        "kv_cache_bytes": {"ratio": (56 + after) / 200},
         "prefill_flops": {**flops, "ratio": flops["after"] / flops["before"]},
     }
     return {

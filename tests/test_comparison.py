@@ -60,22 +60,23 @@ def test_seeds_are_one_row(run: runs.Run) -> None:
 def test_the_table_says_what_was_measured(run: runs.Run) -> None:
     table = comparison.table(run)
     assert table.columns == [
-        *("strategy", TASK, "mean", "difference", "over random", "lost/won", "p", "same", "tokens", "FLOPs", "prefill")
+        *("strategy", TASK, "mean", "difference", "over random", "lost/won", "p", "same"),
+        *("tokens", "KV", "FLOPs", "prefill"),
     ]
     shown = {row[0]: row[1:] for row in table.rows}
-    assert shown["unpruned"] == ("95.0", "95.0", "-", "-", "-", "-", "-", "144/144", "1.00x", "1.00x")
-    accuracy, mean, difference, chance, turned, p, same, tokens, flops, prefill = shown["l2-0.25"]
+    assert shown["unpruned"] == ("95.0", "95.0", "-", "-", "-", "-", "-", "144/144", "1.00x", "1.00x", "1.00x")
+    accuracy, mean, difference, chance, turned, p, same, tokens, cache, flops, prefill = shown["l2-0.25"]
     assert (accuracy, mean, turned, same) == ("60.0", "60.0", "14/0", "65.0")
     assert difference.startswith("-35.0 [")
     assert chance.startswith("+0.0 [")
     assert p == "<0.001"  # 2 * 0.5 ** 14
-    assert (tokens, flops, prefill) == ("36/144", "0.33x", "1.00x")
+    assert (tokens, cache, flops, prefill) == ("36/144", "0.46x", "0.33x", "1.00x")
     assert shown["random-0.25 (2 seeds)"][3:6] == ("-", "16/2", "-")
 
 
 def test_who_does_not_beat_a_control_is_named(run: runs.Run) -> None:
     (said,) = comparison.warnings(run)
-    assert said.startswith("WARNING: not better than random with the same or fewer tokens: l2-0.25 (+0.0 [")
+    assert said.startswith("WARNING: not better than random at the same or a smaller budget: l2 at 0.25.")
     assert "atp" not in said
     assert "vprune" not in said
     assert said in comparison.table(run).caption
@@ -84,7 +85,18 @@ def test_who_does_not_beat_a_control_is_named(run: runs.Run) -> None:
 def test_a_larger_budget_is_held_against_the_nearest_control(tmp_path: Path) -> None:
     cells = {"none": answers(0), "l2-0.75": answers(5), "random-0.5": answers(5), "random-0.25": answers(20)}
     (said,) = comparison.warnings(runs.load(runfolder.write(tmp_path / "run", cells, TARGETS)))
-    assert "l2-0.75 (+0.0 [+0.0, +0.0])" in said
+    assert said.endswith("at the same or a smaller budget: l2 at 0.75.")
+
+
+def test_one_method_against_every_other(run: runs.Run) -> None:
+    table = comparison.versus(run, "atp")
+    shown = {row[0]: row[1:] for row in table.rows}
+    assert table.columns == ["atp minus", "at 0.25", "at 0.5"]
+    assert shown["l2"][0].startswith("+30.0 [")
+    assert shown["random"][0].startswith("+30.0 [")  # both seeds: 12 and 20 wrong
+    assert shown["stride"] == ("-", "-")  # no common budget
+    with pytest.raises(PruningError, match="unknown method with a budget in this run 'vprune'"):
+        comparison.versus(run, "vprune")
 
 
 def test_the_summary_has_every_number(run: runs.Run) -> None:
@@ -125,7 +137,7 @@ def test_the_outcome_is_written_four_times(run: runs.Run) -> None:
     assert (run.folder / "table.md").read_text().startswith("**a title**")
     assert list(csv.reader(io.StringIO((run.folder / "table.csv").read_text())))[1:] == [list(r) for r in table.rows]
     tex = (run.folder / "table.tex").read_text()
-    assert r"\begin{tabular}{lrrrrllrlrr}" in tex
+    assert r"\begin{tabular}{lrrrrllrlrrr}" in tex
     assert r"vtp\_scenes\_presence" in tex
     assert "$<$0.001" in tex
     assert tex.count(r"\\") == len(table.rows) + 1

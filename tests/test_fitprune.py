@@ -85,6 +85,13 @@ def test_without_a_file_the_mean_over_the_layers_is_the_budget(ratio: float, sta
     assert shares == sorted(shares, reverse=True)
 
 
+def test_a_budget_that_the_first_layers_exceed_is_refused():
+    spent = "is not possible with 4 decoder layers: the mean over them is 0.25 at least, because the first 1 see every"
+    with pytest.raises(ValueError, match=f"fitprune: keep_ratio=0.11 {spent}"):
+        get_strategy("fitprune")(keep_ratio=0.11).cut_layers(4)
+    assert get_strategy("fitprune")(keep_ratio=0.11).cut_layers(32) == tuple(range(1, 32))
+
+
 def test_the_record_reports_what_is_really_spent():
     from vtp_plugin.reporting.record import samples_of
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = {
     "atp-efficiency": {
         "tasks": "vtp_scenes_position,vtp_scenes_caption",
-        "grid": {"alpha": [0.5], "keep": [0.4], "relevance_sign": [1, -1]},
+        "grid": {"positions": "original", "alpha": [0.5], "keep": [0.4], "relevance_sign": [1, -1]},
     },
     "atp-robustness": {"tasks": "vtp_scenes_position", "perturbations": ["blur:3", "paraphrase"], "pruning": ["atp"]},
     "vprune-main": {"tasks": "vtp_scenes_position", "rivals": ["visionzip", "random"]},
@@ -76,14 +76,14 @@ def check_efficiency(results: dict, table: str) -> None:
     cells = {cell["id"]: cell for cell in results["cells"]}
     assert set(cells) == {
         "none",
-        "atp-0.6",
+        *(f"{name}-0.6-{positions}" for name in ("atp", "random") for positions in ("original", "compact")),
         "atp-0.4-alpha0.5-plus",
         "atp-0.4-alpha0.5-minus",
-        "random-0.6",
         "random-0.4",
     }
-    assert cells["atp-0.6"]["tokens"] == {"before": 144, "after": round(0.6 * 144)}
-    assert cells["none"]["flops_ratio"] == 1 > cells["atp-0.6"]["flops_ratio"] > cells["random-0.4"]["flops_ratio"]
+    assert cells["atp-0.6-compact"]["tokens"] == {"before": 144, "after": round(0.6 * 144)}
+    ratio = cells["atp-0.6-original"]["flops_ratio"]
+    assert cells["none"]["flops_ratio"] == 1 > ratio > cells["random-0.4"]["flops_ratio"]
     for cell in cells.values():
         assert cell["mean"] == pytest.approx(sum(cell["accuracy"].values()) / 2)
         assert cell["difference"]["value"] == pytest.approx(cell["mean"] - cells["none"]["mean"])
@@ -98,6 +98,7 @@ def check_robustness(results: dict, table: str) -> None:
         drops = means[f"atp-{id}"] - means["atp"], means[f"none-{id}"] - means["none"]
         assert effect["drop"]["pruned"]["value"] == pytest.approx(drops[0])
         assert effect["added_by_pruning"]["value"] == pytest.approx(drops[0] - drops[1])
+        assert effect["better"]["value"] == pytest.approx(means[f"atp-{id}"] - means[f"none-{id}"])
 
 
 def check_main(results: dict, table: str) -> None:

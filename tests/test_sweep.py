@@ -286,6 +286,14 @@ def test_a_bad_file_is_refused(tmp_path: Path, content: str, sentence: str) -> N
     assert sentence in str(error.value)
 
 
+def test_a_file_may_leave_cells_out() -> None:
+    said = {"model": "llava", "model_args": "x", "tasks": "pope", "pruning": "atp,l2", "keep": [0.5, 0.25]}
+    cells, _ = sweepfile.planned(said | {"without": ["l2-0.25"]})
+    assert [cell.id for cell in cells] == ["none", "atp-0.5", "atp-0.25", "l2-0.5"]
+    with pytest.raises(PruningError, match=r"unknown cell 'l2-0.2' in without. Did you mean 'l2-0.25'"):
+        sweepfile.planned(said | {"without": ["l2-0.2"]})
+
+
 def test_cells_of_a_file_carry_their_own_settings(tmp_path: Path) -> None:
     listed = [{"pruning": "vprune", "pruning_args": {"chi2_threshold": 5}, "id": "vprune-5"}, {"pruning": "l2"}]
     said = {"model": "llava", "model_args": "x", "tasks": ["pope"], "cells": listed}

@@ -28,7 +28,7 @@ TRAPS = {  # trap -> (guard, test)
         "test_promises.py::test_a_part_that_is_never_called_is_an_error",
     ),
     "a whole run that cuts nothing": (
-        "lmms_eval.Run._check",
+        "evaluation.Run._check",
         "test_cache.py::test_a_failed_run_leaves_nothing_to_serve",
     ),
     "the host answers an exception with an empty text": (
@@ -40,7 +40,7 @@ TRAPS = {  # trap -> (guard, test)
         "test_lmms_eval.py::test_failed_runs_end_with_their_reason_and_without_results",
     ),
     "the response cache answers for another configuration": (
-        "lmms_eval.Run._mark_cache",
+        "evaluation.Run._mark_cache",
         "test_cache.py::test_only_the_same_configuration_hits",
     ),
     "gapped position ids are read as packed sequences": (

@@ -29,7 +29,9 @@ def command(
     gallery: Annotated[
         bool | None, typer.Option("--gallery/--no-gallery", help="Keep pictures for vtp report.")
     ] = None,
+    versus: Annotated[str | None, typer.Option(help="A method to hold against every other one, in pairs.")] = None,
 ) -> None:
+    from vtp_plugin.errors import unknown
     from vtp_plugin.integrations import sweep, sweepfile
     from vtp_plugin.reporting import comparison
 
@@ -39,9 +41,15 @@ def command(
     if batch_size is not None:
         said["options"] = {**(said.get("options") or {}), "batch_size": batch_size}
     cells, host = sweepfile.planned(said)
+    if versus is not None and versus not in (names := {cell.pruning for cell in cells if cell.keep is not None}):
+        raise unknown("method with a budget in this run", versus, names)
     console = Console(highlight=False)
     run = sweep.run(output, cells, **host, console=console)
     comparison.write(run).show(console)
+    if versus is not None:
+        table = comparison.versus(run, versus)
+        (output / f"versus-{versus}.md").write_text(table.markdown() + "\n")
+        table.show(console)
     console.print(f"{output}: table.md, table.csv, table.tex, summary.json; pictures: vtp report {output}")
     if run.failed:
         raise typer.Exit(1)

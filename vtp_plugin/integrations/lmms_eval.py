@@ -7,8 +7,7 @@ The host loads `register` as an entry point while it imports its models, before 
   `simple_evaluate(model_args=...)`;
 * model classes come out of the registry with a constructor that takes these arguments away, builds the host's own
   class, and attaches the strategies to the instance;
-* for that one run, `evaluate` is wrapped to add `results["pruning"]` and every sample's record, and to fail where the
-  host would have gone on with empty answers.
+* that one run is followed to its end, where the proof is written (evaluation.py).
 
 A run without `pruning` and without `vtp-tiny` takes none of these paths.
 """
@@ -17,16 +16,13 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import hashlib
 import importlib
 import inspect
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
-from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,17 +33,14 @@ import yaml
 from vtp_plugin import config, plugins
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.integrations import llava
+from vtp_plugin.integrations.evaluation import KEY, Run
 from vtp_plugin.integrations.perturb import Perturbation
+from vtp_plugin.integrations.wrapping import wrap
 from vtp_plugin.pruning import Pruned
-from vtp_plugin.reporting.gallery import Recorder
-from vtp_plugin.reporting.record import record, samples_of
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.surgery.call import Call
-from vtp_plugin.version import __version__
+from vtp_plugin.tiny import checkpoint
 
-KEY = "pruning"
 PERTURB = f"{KEY}.perturb"  # beside the hyper-parameters: harder pictures or questions, see perturb.py
-TINY = "vtp-tiny"
 TINY_LAYOUTS = {"llava": "llava", "llava_hf": "hf"}
 TASKS = Path(__file__).parent / "tasks"
 VLLM = ("vllm", "vllm_generate")  # models that live in the processes of an engine: hooks do not reach them
@@ -62,23 +55,11 @@ def register() -> list[Any]:
     from lmms_eval.models.registry_v2 import ModelRegistryV2
 
     if not hasattr(argparse.ArgumentParser.parse_known_args, "_vtp"):
-        _wrap(argparse.ArgumentParser, "parse_known_args", _parsing)
-        _wrap(ModelRegistryV2, "get_model_class", _resolving)
+        wrap(argparse.ArgumentParser, "parse_known_args", _parsing)
+        wrap(ModelRegistryV2, "get_model_class", _resolving)
         _offer_tasks()
         atexit.register(_exit_code)
     return []
-
-
-def _wrap(owner: Any, name: str, around: Callable) -> None:
-    """Replace owner.name by a function that calls around(original, *args, **kwargs)."""
-    original = getattr(owner, name)
-
-    @wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
-
-    wrapper._vtp = original
-    setattr(owner, name, wrapper)
 
 
 def _exit_code() -> None:
@@ -105,7 +86,7 @@ def _offer_tasks() -> None:
         named = original(manager, include_path=[*paths, str(TASKS)], include_defaults=False)
         return {**named, **(deepcopy(defaults) if include_defaults else {})}
 
-    _wrap(TaskManager, "initialize_tasks", around)
+    wrap(TaskManager, "initialize_tasks", around)
 
 
 def check_names(model: str, tasks: Sequence[str]) -> None:
@@ -144,7 +125,7 @@ def _parsing(original: Callable, parser: argparse.ArgumentParser, *args: Any, **
     while host is not None and "cli_evaluate_single" not in host.f_globals:
         host = host.f_back
     if host is not None and not hasattr(host.f_globals["cli_evaluate_single"], "_vtp"):
-        _wrap(SimpleModule(host.f_globals), "cli_evaluate_single", _evaluating)
+        wrap(SimpleModule(host.f_globals), "cli_evaluate_single", _evaluating)
     return namespace, rest
 
 
@@ -293,7 +274,7 @@ def build(host: type, model_id: str, arguments: Mapping[str, Any]) -> Any:
             rest,
             perturbation_of(arguments),
         )
-    tiny = rest.get("pretrained") == TINY
+    tiny = rest.get("pretrained") == checkpoint.NAME
     if strategies is None and not tiny:
         return host(**rest)
     if tiny:
@@ -323,11 +304,9 @@ def _processor(lm: Any) -> Any:
 
 def _tiny(model_id: str) -> Path:
     """The embedded model in the layout that this model class reads."""
-    from vtp_plugin.tiny.checkpoint import resolve
-
     if model_id not in TINY_LAYOUTS:
         raise unknown("model for vtp-tiny", model_id, TINY_LAYOUTS)
-    return resolve(TINY, TINY_LAYOUTS[model_id])
+    return checkpoint.resolve(layout=TINY_LAYOUTS[model_id])
 
 
 def _with_device(host: type, model_id: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -343,214 +322,3 @@ def _with_device(host: type, model_id: str, arguments: dict[str, Any]) -> dict[s
         said = ", ".join(f"{k}={v}" for k, v in added.items())
         logger.info(f"vtp-plugin: no CUDA device, adding {said} to the arguments of {model_id}")
     return {**arguments, **added}
-
-
-# -- the run ----------------------------------------------------------------------------------------------------------
-
-
-class Run:
-    """One evaluation of one pruned model: knows the document behind every call, and ends with the proof."""
-
-    def __init__(
-        self, lm: Any, pruned: Pruned, strategies: list[PruningStrategy], perturbation: Perturbation | None = None
-    ) -> None:
-        self.lm, self.pruned, self.strategies, self.perturbation = lm, pruned, strategies, perturbation
-        self.asked = Asked()
-        self.samples: list[dict[str, Any]] = []
-        self.gallery = Recorder.wanted(pruned)
-        pruned.finished.append(self._finished)
-
-    def install(self) -> None:
-        """Wrap `evaluate` until it has been called for this model."""
-        evaluator = importlib.import_module("lmms_eval.evaluator")
-        if not hasattr(evaluator.evaluate, "_vtp"):
-            _wrap(evaluator, "evaluate", _dispatch)
-        _waiting.append(self)
-
-    def evaluate(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        self._mark_cache(kwargs.get("response_cache"))
-        self.lm.task_dict = Documents(self.lm.task_dict, self.asked)
-        if self.perturbation is not None:
-            self._perturb(kwargs["task_dict"] if "task_dict" in kwargs else args[1])
-        try:
-            results = original(*args, **kwargs)
-        finally:
-            self.pruned.detach()
-        if self.gallery is not None:
-            self.gallery.write()
-        everyone = gathered((self.samples, self.pruned.failure and _sentence(self.pruned.failure)))
-        samples = _unpadded([sample for part, _ in everyone for sample in part])
-        self._check(samples, [failure for _, failure in everyone if failure])
-        if results is not None:
-            results[KEY] = self.record(samples)
-            if self.perturbation is not None:
-                results[KEY]["perturbation"] = self.perturbation.as_json()
-            _annotate(results.get("samples") or {}, samples)
-        return results
-
-    def record(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The run's entry in the results; the times to first token go to the host's own throughput, too."""
-        entry = record(self.pruned, samples)
-        report_latency(entry)
-        return entry
-
-    def _mark_cache(self, cache: Any) -> None:
-        """No answer of another configuration, version or unpruned run may be taken from the response cache."""
-        if cache is not None:
-            mark = cache._model_fingerprint_hash + config.fingerprint(self.strategies, __version__)
-            mark += repr(self.perturbation)
-            cache._model_fingerprint_hash = hashlib.sha256(mark.encode()).hexdigest()[:16]
-
-    def _perturb(self, tasks: Mapping[str, Any]) -> None:
-        from lmms_eval.evaluator_utils import get_task_list
-
-        for output in get_task_list(tasks):
-            self.perturbation.install(output.task)
-
-    def _finished(self, call: Call) -> None:
-        reports = samples_of(self.pruned, call)
-        documents = self.asked.take(len(reports))
-        if len(documents) == len(reports):
-            reports = [r | {"task": task, "doc_id": doc} for r, (task, doc) in zip(reports, documents, strict=True)]
-            if self.gallery is not None:
-                self.gallery.add(call, documents)
-        self.samples.extend(reports)
-
-    def _check(self, samples: list[dict[str, Any]], failures: list[str]) -> None:
-        if failures:
-            raise PruningError(f"{len(failures)} process(es) met an error while generating; the first: {failures[0]}")
-        images = [image for sample in samples for image in sample["images"]]
-        asked = [s for s in self.strategies if not s.keeps_everything]
-        if asked and images and all(image["after"] >= image["before"] for image in images):
-            names = "+".join(s.name for s in asked)
-            raise PruningError(f"{names}: {len(images)} images went in and not one token was cut with {asked}")
-
-
-def report_latency(entry: Mapping[str, Any]) -> None:
-    """Let the host's `results["throughput"]` have the times to first token that it does not measure itself.
-
-    The host puts `avg_` in front of every name. Where its model class logs no throughput at all, ours stands in.
-    """
-    from lmms_eval.models.model_utils import gen_metrics
-
-    measured = entry["latency"]
-    if not measured["samples"]:
-        return
-    extras = {f"ttft_{name}": seconds for name, seconds in measured["ttft"].items()}
-    extras |= {f"decode_per_token_{name}": seconds for name, seconds in measured["decode_per_token"].items()}
-    tokens, seconds = 0, 0.0
-    if not gen_metrics.get_logged_metrics_history():
-        tokens, seconds = measured["new_tokens"], entry["seconds"]["total"]
-        extras["total_requests"] = entry["samples"]["total"]
-    gen_metrics.log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0, extras)
-
-
-_waiting: list[Run] = []  # runs whose model was built and not evaluated yet
-
-
-def _dispatch(original: Callable, *args: Any, **kwargs: Any) -> Any:
-    """The host's `evaluate`, for a pruned model within its run."""
-    lm = kwargs["lm"] if "lm" in kwargs else args[0]
-    run = next((run for run in _waiting if run.lm is lm), None)
-    if run is None:
-        return original(*args, **kwargs)
-    _waiting.remove(run)
-    if not _waiting:
-        importlib.import_module("lmms_eval.evaluator").evaluate = original
-    return run.evaluate(original, *args, **kwargs)
-
-
-def _unpadded(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without the requests that the host repeats so that all processes have equally many."""
-    counts = Counter((s["task"], s["doc_id"]) for s in samples if "task" in s)
-    least: dict[str, int] = {}
-    for (task, _), count in counts.items():
-        least[task] = min(count, least.get(task, count))
-    seen: Counter = Counter()
-    kept = []
-    for sample in samples:
-        key = sample.get("task"), sample.get("doc_id")
-        seen[key] += 1
-        if key[0] is None or seen[key] <= least[key[0]]:
-            kept.append(sample)
-    return kept
-
-
-class Asked:
-    """The documents (task, number) that the host fetched for its next calls of the model.
-
-    A host fetches the documents of a batch and calls the model once, or fetches them all and calls it once for each;
-    it may fetch one twice, and it may call the model again for the same document.
-    """
-
-    def __init__(self) -> None:
-        self.waiting: list[tuple[str, Any]] = []
-        self.last: list[tuple[str, Any]] = []  # what the last call was for
-        self.called = False  # since the last fetch
-
-    def note(self, document: tuple[str, Any]) -> None:
-        """The host fetched a document; what waited before an earlier call was never asked about."""
-        self.waiting = [document] if self.called else [*self.waiting, document]
-        self.called = False
-
-    def take(self, count: int) -> list[tuple[str, Any]]:
-        """The documents of a call with so many prompts; not as many if that is unknown."""
-        if len(self.waiting) != count:
-            self.waiting = list(dict.fromkeys(self.waiting)) or self.last
-        self.last, self.waiting, self.called = self.waiting[:count], self.waiting[count:], True
-        return self.last
-
-
-class Documents(dict):
-    """The host's `task_dict`, noting which documents it is asked for: task -> split -> document number."""
-
-    def __init__(self, tasks: Mapping[str, Any], asked: Asked) -> None:
-        super().__init__(tasks)
-        self.asked = asked
-
-    def __getitem__(self, task: str) -> Any:
-        return Noted(super().__getitem__(task), lambda split: Noted(split, None, self.asked, task))
-
-
-class Noted:
-    """An object whose items are passed on, after being noted or wrapped."""
-
-    def __init__(self, inner: Any, wrap: Callable | None, asked: Asked | None = None, task: str = "") -> None:
-        self._inner, self._wrap, self._asked, self._task = inner, wrap, asked, task
-
-    def __getitem__(self, key: Any) -> Any:
-        value = self._inner[key]
-        if self._asked is not None:
-            self._asked.note((self._task, key))
-        return self._wrap(value) if self._wrap else value
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def __iter__(self) -> Any:
-        return iter(self._inner)
-
-
-def gathered(mine: Any) -> list[Any]:
-    """The same object of every process of a distributed run."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [mine]
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone
-
-
-def _annotate(logged: Mapping[str, list[dict[str, Any]]], samples: list[dict[str, Any]]) -> None:
-    """Put every sample's report into its line of the sample log."""
-    reports = {(s["task"], s["doc_id"]): s for s in samples if "task" in s}
-    for task, lines in logged.items():
-        for line in lines:
-            if report := reports.get((task, line["doc_id"])):
-                line[KEY] = {k: v for k, v in report.items() if k not in ("task", "doc_id")}
-
-
-def _sentence(error: BaseException) -> str:
-    return str(error) if isinstance(error, PruningError) else f"{type(error).__name__}: {error}"

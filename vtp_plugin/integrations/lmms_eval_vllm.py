@@ -14,12 +14,14 @@ from typing import Any
 
 from vtp_plugin import config
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations import lmms_eval
+from vtp_plugin.integrations.documents import Asked
+from vtp_plugin.integrations.evaluation import Run
 from vtp_plugin.integrations.perturb import Perturbation
 from vtp_plugin.integrations.vllm.plan import KEY
 from vtp_plugin.reporting.record import summary
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.undo import Undo
+from vtp_plugin.tiny import checkpoint
 
 TINY_ARGUMENTS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_new_tokens": 32}
 
@@ -33,10 +35,8 @@ def build(
 ) -> Any:
     """lmms-eval's vLLM model from its arguments, pruned if there are strategies, which `settings` describe."""
     wanted = dict(arguments)
-    if wanted.get("model") == lmms_eval.TINY:
-        from vtp_plugin.tiny.checkpoint import resolve
-
-        wanted = {**TINY_ARGUMENTS, **wanted, "model": str(resolve(lmms_eval.TINY, "hf"))}
+    if wanted.get("model") == checkpoint.NAME:
+        wanted = {**TINY_ARGUMENTS, **wanted, "model": str(checkpoint.resolve(layout="hf"))}
     if strategies:
         wanted["hf_overrides"] = {**_parsed(wanted.get("hf_overrides")), KEY: dict(settings)}
     lm = host(**wanted)
@@ -50,12 +50,12 @@ def _parsed(overrides: Any) -> dict[str, Any]:
     return json.loads(overrides) if isinstance(overrides, str) else dict(overrides or {})
 
 
-class ServedRun(lmms_eval.Run):
+class ServedRun(Run):
     """An evaluation of one model behind vLLM."""
 
     def __init__(self, lm: Any, strategies: list[PruningStrategy], perturbation: Perturbation | None = None) -> None:
         self.lm, self.strategies, self.pruned, self.perturbation = lm, strategies, Requests(lm), perturbation
-        self.asked, self.samples, self.gallery = lmms_eval.Asked(), self.pruned.samples, None
+        self.asked, self.samples, self.gallery = Asked(), self.pruned.samples, None
 
     def record(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """The run's entry in the results; no seconds and no FLOPs, which belong to batches of several requests."""

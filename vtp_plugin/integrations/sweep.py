@@ -28,6 +28,7 @@ from vtp_plugin.integrations.perturb import Perturbation
 from vtp_plugin.plugins import list_strategies
 from vtp_plugin.reporting import runs
 from vtp_plugin.reporting.runs import BASELINE, Cell, Run, Spec
+from vtp_plugin.tiny import checkpoint
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 UNPRUNED = Spec(id=BASELINE, label="unpruned", pruning=BASELINE)
@@ -175,7 +176,7 @@ def _foreign(tasks: Sequence[str]) -> list[str]:
 
 def _embedded(settings: Mapping[str, Any]) -> bool:
     """Whether model and tasks come with the plugin, so that nothing is wanted from the hub."""
-    return f"pretrained={lmms_eval.TINY}" in settings["model_args"].split(",") and not _foreign(settings["tasks"])
+    return f"pretrained={checkpoint.NAME}" in settings["model_args"].split(",") and not _foreign(settings["tasks"])
 
 
 def _joined(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

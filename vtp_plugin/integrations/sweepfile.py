@@ -13,7 +13,7 @@ from vtp_plugin.integrations import sweep
 from vtp_plugin.reporting.runs import Spec
 
 HOST = ("model", "model_args", "tasks", "limit", "options", "launch", "jobs", "environment", "gallery")
-FIELDS = (*HOST, "pruning", "keep", "seeds", "cells", "schema")
+FIELDS = (*HOST, "pruning", "keep", "seeds", "cells", "without", "schema")
 NEEDED = ("model", "model_args", "tasks")
 CELL_FIELDS = ("id", "label", "pruning", "pruning_args", "seed", "keep")
 
@@ -41,10 +41,15 @@ def planned(said: Mapping[str, Any]) -> tuple[list[Spec], dict[str, Any]]:
         raise PruningError(f"a comparison needs {' and '.join(missing)}")
     made = sweep.cells(names(said.get("pruning")), ratios(said.get("keep")), said.get("seeds", 1))
     made += [_listed(entry) for entry in said.get("cells") or []]
-    if len(sweep.unique(made)) < 2:
+    left_out = names(said.get("without"))
+    for id in left_out:
+        if id not in {cell.id for cell in made}:
+            raise unknown("cell", id, {cell.id for cell in made}, of=" in without")
+    made = sweep.unique([cell for cell in made if cell.id not in left_out])
+    if len(made) < 2:
         raise PruningError("a comparison needs strategies to compare: pruning or cells")
     host = {field: said[field] for field in HOST if said.get(field) is not None}
-    return sweep.unique(made), host | {"tasks": names(said["tasks"])}
+    return made, host | {"tasks": names(said["tasks"])}
 
 
 def names(said: Any) -> list[str]:

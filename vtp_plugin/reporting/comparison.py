@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vtp_plugin.errors import unknown
 from vtp_plugin.reporting import statistics
 from vtp_plugin.reporting.runs import BASELINE, Cell, Run, Spec
 from vtp_plugin.reporting.statistics import Estimate
@@ -65,9 +66,24 @@ class Row:
         return tuple(float(np.mean([count.get(key, 0.0) for count in counts])) for key in ("mean_before", "mean_after"))
 
     @property
+    def budget(self) -> float:
+        """Visual tokens as asked for, per image; where nothing was asked, as kept.
+
+        What a method between decoder layers leaves behind its last cut is less than what it spends.
+        """
+        keep, (before, after) = self.cells[0].keep, self.tokens
+        return after if keep is None else keep * before
+
+    @property
     def flops(self) -> float | None:
         """Prefill FLOPs relative to the same prompts unpruned; None where the host's record has none (vLLM)."""
         found = [cell.record["prefill_flops"]["ratio"] for cell in self.cells if "prefill_flops" in cell.record]
+        return float(np.mean(found)) if found else None
+
+    @property
+    def cache(self) -> float | None:
+        """Bytes of the KV cache relative to the same prompts unpruned: what is spent, averaged over the layers."""
+        found = [cell.record["kv_cache_bytes"]["ratio"] for cell in self.cells if "kv_cache_bytes" in cell.record]
         return float(np.mean(found)) if found else None
 
     @property
@@ -137,6 +153,7 @@ def _summarised(row: Row, unpruned: Row, over: Mapping[str, Any]) -> dict[str, A
         "keep": cell.keep,
         "seeds": [cell.seed for cell in row.cells if cell.seed is not None],
         "tokens": {"before": before, "after": after},
+        "kv_ratio": row.cache,
         "flops_ratio": row.flops,
         "prefill_ratio": _ratio(row.prefill, unpruned.prefill),
         "mean": row.mean,
@@ -189,7 +206,7 @@ def table(run: Run, title: str = "") -> Table:
     everything = rows(run)
     names = short(run.tasks)
     changes = ["difference", "over random", "lost/won", "p", "same"]
-    result = Table(["strategy", *names, "mean", *changes, "tokens", "FLOPs", "prefill"], title=title)
+    result = Table(["strategy", *names, "mean", *changes, "tokens", "KV", "FLOPs", "prefill"], title=title)
     for row in everything:
         result.add(row.label, *_accuracies(row), *_compared(row, everything), *_costs(row, everything[0]))
     result.caption = " ".join([*CAPTION, *_left_out(run), *warnings(run)])
@@ -199,10 +216,11 @@ def table(run: Run, title: str = "") -> Table:
 CAPTION = (
     "Accuracy in %; mean: over the tasks.",
     "Difference: of the mean from the unpruned model, in points, with its 95 % paired bootstrap interval.",
-    "Over random: of the mean from random (all seeds) with the same or fewer tokens, likewise.",
+    "Over random: of the mean from random (all seeds) at the same or the next smaller budget, likewise.",
     "Lost/won: answers that turned from right to wrong / from wrong to right; p: McNemar's exact test of these;",
     "same: answers equal to the unpruned ones, in %.",
     "Tokens: visual tokens per image, kept (by the last layer) / all.",
+    "KV: bytes of the KV cache, so tokens averaged over the layers, text included, relative to the unpruned run.",
     "FLOPs: whole prefill, vision tower included, relative to the same prompts unpruned.",
     "Prefill: time in the decoder layers until the first token, relative to the unpruned run.",
 )
@@ -231,7 +249,7 @@ def _compared(row: Row, everything: Sequence[Row]) -> list[str]:
 def _costs(row: Row, unpruned: Row) -> list[str]:
     before, after = row.tokens
     prefill = _ratio(row.prefill, unpruned.prefill)
-    times = ["-" if ratio is None else f"{ratio:.2f}x" for ratio in (row.flops, prefill)]
+    times = ["-" if ratio is None else f"{ratio:.2f}x" for ratio in (row.cache, row.flops, prefill)]
     return [f"{after:.0f}/{before:.0f}", *times]
 
 
@@ -261,22 +279,58 @@ def warnings(run: Run) -> list[str]:
     everything = rows(run)
     said = []
     for control in CONTROLS:
-        behind = [
-            f"{row.id} ({points(found)})"
-            for row in everything
-            if (found := over(row, everything, control)) is not None and found.low <= 0
-        ]
+        found = [(row, over(row, everything, control)) for row in everything]
+        behind = [row for row, gain in found if gain is not None and gain.low <= 0]
         if behind:
-            said.append(f"WARNING: not better than {control} with the same or fewer tokens: {', '.join(behind)}.")
+            said.append(f"WARNING: not better than {control} at the same or a smaller budget: {_named(behind)}.")
     return said
+
+
+def _named(rows: Sequence[Row]) -> str:
+    """atp-0.5, atp-0.25 and vprune as: atp at 0.5, 0.25; vprune."""
+    budgets: dict[str, list[str]] = {}
+    for row in rows:
+        keep = row.cells[0].keep
+        budgets.setdefault(_method(row), []).extend([f"{keep:g}"] if keep is not None else [])
+    return "; ".join(f"{name} at {', '.join(keeps)}" if keeps else name for name, keeps in budgets.items())
+
+
+def _method(row: Row) -> str:
+    """The name of a row without its budget."""
+    keep = row.cells[0].keep
+    return row.id if keep is None else row.id.replace(f"-{keep:g}", "", 1)
+
+
+def versus(run: Run, name: str) -> Table:
+    """One method against every other at the same nominal budget: paired differences of the mean of the tasks.
+
+    PruningError for a method that has no row with a budget in this run.
+    """
+    budgeted = [row for row in rows(run) if row.cells[0].keep is not None]
+    found = {(_method(row), row.cells[0].keep): row for row in budgeted}
+    methods, keeps = dict.fromkeys(method for method, _ in found), dict.fromkeys(keep for _, keep in found)
+    if name not in methods:
+        raise unknown("method with a budget in this run", name, methods)
+    result = Table([f"{name} minus", *(f"at {keep:g}" for keep in keeps)], caption=VERSUS)
+    for method in methods:
+        pairs = [(found.get((name, keep)), found.get((method, keep))) for keep in keeps]
+        if method != name:
+            result.add(method, *(points(difference(*pair)) if all(pair) else "-" for pair in pairs))
+    return result
+
+
+VERSUS = (
+    "Mean over the tasks, in points, with the 95 % paired bootstrap interval of each difference by itself: of many "
+    "differences some leave 0 out by chance."
+)
 
 
 def over(row: Row, everything: Sequence[Row], control: str) -> Estimate | None:
     """The difference from the control's largest budget within the row's; None without one, and for a control."""
     if row.cells[0].pruning in (BASELINE, *CONTROLS):
         return None
-    within = [r for r in everything if r.cells[0].pruning == control and r.tokens[1] <= row.tokens[1] + 0.5]
-    return difference(row, max(within, key=lambda r: r.tokens[1])) if within else None
+    within = [r for r in everything if r.cells[0].pruning == control and r.budget <= row.budget + 0.5]
+    return difference(row, max(within, key=lambda r: r.budget)) if within else None
 
 
 def write(run: Run, title: str = "") -> Table:

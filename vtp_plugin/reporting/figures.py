@@ -43,7 +43,8 @@ def _draw_kept(axis: Axes, seen: View) -> None:
     pixels = _pixels(seen)
     axis.imshow(pixels * _mask(seen, pixels.shape[:2]))
     _frame(axis, f"{seen.label}: {seen.look.left}/{seen.look.total}")
-    axis.set_xlabel(shorten(f"{seen.question}: {seen.answer}", LABEL, placeholder=" ..."), fontsize=7)
+    said = ": ".join(filter(None, [seen.question, seen.answer]))
+    axis.set_xlabel(shorten(said, LABEL, placeholder=" ..."), fontsize=7)
     if seen.look.into:
         _draw_merged(axis, seen, pixels.shape[:2])
 

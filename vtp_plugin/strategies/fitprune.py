@@ -38,6 +38,7 @@ from vtp_plugin.tokens import VisualTokens
 
 OF = 576
 HALVINGS = 16
+NEAR = 1e-3
 Sample = Sequence[tuple[Tensor, Tensor]]  # per layer: self [N] and cross [N] attention of the unpruned model
 
 
@@ -71,6 +72,14 @@ class FitPrune(PruningStrategy):
         sizes = {len(shares) for shares in self.tables.values()} - {depth}
         if sizes:
             raise self.error(f"{self.schedule} was fitted for {min(sizes)} decoder layers, this model has {depth}")
+        if self.budgeted and self.keep_tokens is None:
+            shares = self.shares(self.keep_ratio, depth)
+            spent = (self.start + sum(shares[self.start :])) / depth
+            if spent > self.keep_ratio + NEAR:
+                raise self.error(
+                    f"keep_ratio={self.keep_ratio:g} is not possible with {depth} decoder layers: "
+                    f"the mean over them is {spent:.3g} at least, because the first {self.start} see every token"
+                )
         return tuple(range(self.start, depth))
 
     def wanted(self, visual: VisualTokens) -> int:

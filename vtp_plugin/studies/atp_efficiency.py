@@ -1,6 +1,6 @@
 """atp-efficiency: what ATP saves and costs at keep 0.6, and over alpha, keep ratio and the sign of the relevance.
 
-Source: ATP, arXiv 2512.12701, which leaves alpha and K open and labels its own numbers preliminary.
+Source: ATP, arXiv 2512.12701, which leaves alpha, K and positions open and labels its own numbers preliminary.
 """
 
 from __future__ import annotations
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+LABELS = {
+    ("atp", "original"): "ATP",
+    ("atp", "compact"): "ATP, positions renumbered",
+    ("random", "original"): "random",
+    ("random", "compact"): "random, positions renumbered",
+}
+
+
 class AtpEfficiency(Evaluated):
     """Tokens, FLOPs, time and accuracy, then the grid that the paper leaves open."""
 
@@ -24,15 +32,19 @@ class AtpEfficiency(Evaluated):
 
     def planned(self) -> Cells:
         paper, grid = self.settings["keep"], self.settings["grid"]
-        cells = unpruned() | {f"atp-{paper:g}": ("atp", {"keep_ratio": paper})}
+        cells = unpruned() | {
+            named(paper, name, positions): (name, {"keep_ratio": paper, "positions": positions})
+            for name, positions in LABELS
+        }
         for keep, alpha, sign in product(grid["keep"], grid["alpha"], grid["relevance_sign"]):
             if alpha > 0 or sign == grid["relevance_sign"][0]:  # without the question there is no sign
                 cells[cell_id(keep, alpha, sign)] = (
                     "atp",
-                    {"keep_ratio": keep, "alpha": alpha, "relevance_sign": sign},
+                    {"keep_ratio": keep, "alpha": alpha, "relevance_sign": sign, "positions": grid["positions"]},
                 )
-        controls = {keep: ("random", {"keep_ratio": keep}) for keep in [paper, *grid["keep"]]}
-        return cells | {f"random-{keep:g}": control for keep, control in controls.items()}
+        for keep in grid["keep"]:
+            cells[f"random-{keep:g}"] = ("random", {"keep_ratio": keep, "positions": grid["positions"]})
+        return cells
 
     def measure(self) -> dict[str, Any]:
         return {"cells": rows(self.evaluate(self.planned()))}
@@ -48,7 +60,8 @@ class AtpEfficiency(Evaluated):
         table = Table(
             ["", "tokens", "FLOPs", "TTFT", *map(short, tasks), "mean", "difference"], title="ATP against full"
         )
-        for label, id in {"full": "none", "ATP": f"atp-{paper:g}", "random": f"random-{paper:g}"}.items():
+        pruned = {label: named(paper, *of) for of, label in LABELS.items()}
+        for label, id in {"full": "none", **pruned}.items():
             entry = found[id]
             table.add(
                 label,
@@ -93,6 +106,10 @@ class AtpEfficiency(Evaluated):
         figure.axes[0].set_ylabel("mean accuracy, %")
         figure.axes[0].legend(fontsize=7)
         return {"grid": figure}
+
+
+def named(keep: float, name: str, positions: str) -> str:
+    return f"{name}-{keep:g}-{positions}"
 
 
 def cell_id(keep: float, alpha: float, sign: int) -> str:

@@ -1,7 +1,8 @@
 """atp-robustness: does pruning help when pictures are corrupted or questions reworded, as ATP claims?
 
 Source: ATP, arXiv 2512.12701. Every question is answered by the whole and by the pruned model, clean and changed:
-what pruning adds is (pruned changed - pruned clean) - (whole changed - whole clean), paired by question.
+what pruning adds is (pruned changed - pruned clean) - (whole changed - whole clean), paired by question. A model that
+has less to lose loses less, so it helps only where the pruned model also answers the changed questions better.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class AtpRobustness(Evaluated):
         return [CLEAN, *self.settings["perturbations"]]
 
     def methods(self) -> dict[str, tuple[str, dict[str, Any]]]:
-        budget = {"keep_ratio": self.settings["keep"]}
+        budget = {"keep_ratio": self.settings["keep"], "positions": self.settings["positions"]}
         return {WHOLE: (WHOLE, {}), **{name: (name, budget) for name in self.settings["pruning"]}}
 
     def check(self) -> None:
@@ -64,25 +65,29 @@ class AtpRobustness(Evaluated):
         added = [p - w for p, w in zip(*drops, strict=True)]
         accuracy = {"pruned": mean(pruned[1].accuracies), "whole": mean(whole[1].accuracies)}
         drop = {"pruned": interval(drops[0]), "whole": interval(drops[1])}
-        return {"accuracy": accuracy, "drop": drop, "added_by_pruning": interval(added)}
+        better = interval([correct(pruned[1], task) - correct(whole[1], task) for task in run.tasks])
+        return {"accuracy": accuracy, "better": better, "drop": drop, "added_by_pruning": interval(added)}
 
     def tables(self, results: Mapping[str, Any]) -> list[Table]:
         return [self._table(results, method) for method in self.settings["pruning"]]
 
     def _table(self, results: Mapping[str, Any], method: str) -> Table:
-        columns = ["perturbation", "full", f"{method}", "full: drop", f"{method}: drop", "added by pruning", "verdict"]
+        columns = ["perturbation", "full", method, f"{method} - full", "full: drop", f"{method}: drop"]
+        columns += ["added by pruning", "verdict"]
         table = Table(columns, title=f"{method} at keep {self.settings['keep']:g}")
         for effect in (e for e in results["effects"] if e["method"] == method):
             table.add(
                 effect["perturbation"],
                 *(f"{100 * effect['accuracy'][side]:.1f}" for side in ("whole", "pruned")),
+                points(effect["better"]),
                 *(f"{100 * effect['drop'][side]['value']:+.1f}" for side in ("whole", "pruned")),
                 points(effect["added_by_pruning"]),
-                verdict(effect["added_by_pruning"]),
+                verdict(effect["added_by_pruning"], effect["better"]),
             )
         table.caption = (
             "Mean accuracy over tasks in %, drops against the clean questions in points. Added by pruning: how much "
-            "less (+) or more (-) the pruned model loses; paired bootstrap, 95 %."
+            "less (+) or more (-) the pruned model loses. Paired bootstrap, 95 %. Pruning helps where the pruned model "
+            "loses less and is better on the changed questions."
         )
         return table
 
@@ -109,8 +114,8 @@ def cell_id(method: str, condition: str) -> str:
     return method if condition == CLEAN else f"{method}-{condition.replace(':', '')}"
 
 
-def verdict(found: Mapping[str, float]) -> str:
-    """What the interval allows to say."""
-    if found["low"] > 0:
-        return "pruning helps"
-    return "pruning hurts" if found["high"] < 0 else "no difference shown"
+def verdict(added: Mapping[str, float], better: Mapping[str, float]) -> str:
+    """What the intervals allow to say."""
+    if added["low"] > 0:
+        return "pruning helps" if better["low"] > 0 else "less to lose"
+    return "pruning hurts" if added["high"] < 0 else "no difference shown"

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from vtp_plugin.errors import PruningError
+from vtp_plugin.integrations.wrapping import wrap
 
 FAMILIES = {  # vLLM's architecture -> module with `Pruned` and `plan_of`
     "LlavaForConditionalGeneration": "llava",
@@ -45,21 +45,9 @@ def register() -> None:
         return
     for name, module in FAMILIES.items():
         ModelRegistry.register_model(OURS + name, f"{__name__}.{module}:Pruned")
-    _wrap(ModelRegistry, "inspect_model_cls", _inspecting)
+    wrap(ModelRegistry, "inspect_model_cls", _inspecting)
     if Path(sys.argv[0]).stem in PROGRAMS:
-        _wrap(sys, "excepthook", _in_one_sentence)
-
-
-def _wrap(owner: Any, name: str, around: Callable) -> None:
-    """Replace owner.name by a function that calls around(original, *args)."""
-    original = getattr(owner, name)
-
-    @wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
-
-    wrapper._vtp = original
-    setattr(owner, name, wrapper)
+        wrap(sys, "excepthook", _in_one_sentence)
 
 
 def _inspecting(original: Callable, architectures: str | list[str], model_config: Any) -> Any:
