@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, wraps
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -30,6 +30,7 @@ from vtp_plugin.errors import PruningError
 from vtp_plugin.integrations.vllm.plan import KEY, Plan, planned
 from vtp_plugin.integrations.vllm.processing import CountsKept, Decides
 from vtp_plugin.integrations.vllm.worker import Parts, Served
+from vtp_plugin.integrations.wrapping import wrap
 from vtp_plugin.pruning import Pruned as Handle
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
@@ -209,7 +210,7 @@ class AroundQwen:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         models, parallel = vllm_config.model_config, vllm_config.parallel_config
-        models.get_multimodal_config().video_pruning_rate = 0.5  # of videos, which it does not take: channels are read
+        models.get_multimodal_config().video_pruning_rate = 0.5  # takes no videos, but only so vLLM reads channels
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if current_platform.is_cpu():
             _let_cpu_read_channels()
@@ -288,17 +289,13 @@ def _let_cpu_read_channels() -> None:
     """`CPUModelRunner.load_model` forgets what `GPUModelRunner.load_model` asks: whether the model sends positions."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    original = CPUModelRunner._gather_mm_embeddings
-    if hasattr(original, "_vtp"):
-        return
+    if not hasattr(CPUModelRunner._gather_mm_embeddings, "_vtp"):
+        wrap(CPUModelRunner, "_gather_mm_embeddings", _gathering)
 
-    @wraps(original)
-    def gather(runner: Any, *args: Any, **kwargs: Any) -> Any:
-        runner.is_multimodal_pruning_enabled |= isinstance(runner.get_model(), AroundQwen)
-        return original(runner, *args, **kwargs)
 
-    gather._vtp = original
-    CPUModelRunner._gather_mm_embeddings = gather
+def _gathering(original: Callable, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    runner.is_multimodal_pruning_enabled |= isinstance(runner.get_model(), AroundQwen)
+    return original(runner, *args, **kwargs)
 
 
 def channels(source: Tensor, columns: int) -> Tensor:
