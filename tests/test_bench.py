@@ -117,6 +117,7 @@ def test_an_encoders_throughput() -> None:
     assert 0.45 < timing.flops_ratio < 0.55
     assert timing.kv_bytes is None
     assert timing.decode_ratio is None
+    assert timing.prefill_ratio is None
     rates = timing.images_per_second
     assert rates["pruned"] == pytest.approx(3 / (sum(timing.seconds["pruned"]) / 2))  # the median of two
 
@@ -150,6 +151,8 @@ def test_bench_writes_its_numbers_with_device_and_command(tmp_path: Path) -> Non
     for row in rows:
         assert row["kv_bytes"]["after"] * (144 + text) == row["kv_bytes"]["before"] * (row["tokens_after"] + text)
         assert row["decode_ratio"] > 0
+        assert {side: len(row["prefill"][side]) for side in ("unpruned", "pruned")} == {"unpruned": 1, "pruned": 1}
+        assert row["prefill_ratio"] == pytest.approx(row["prefill"]["pruned"][0] / row["prefill"]["unpruned"][0])
         assert row["peak_bytes"] is None
         assert all(len(row["seconds"][side]) == 1 for side in bench.SIDES)
     table = target.with_suffix(".md").read_text()

@@ -149,12 +149,13 @@ def _numbers(text: str, kind: type, option: str) -> list[Any]:
 def _table(timings: list[Any], title: str) -> Any:
     from vtp_plugin.reporting.tables import Table
 
-    columns = ("strategy", "keep", "batch", "tokens", "FLOPs", "TTFT", "realised", "of ideal", "selector", "break-even")
-    table = Table((*columns, "KV bytes", "peak bytes", "decode", "attach"), title=title)
+    columns = ("strategy", "keep", "batch", "tokens", "FLOPs", "TTFT", "prefill", "realised", "of ideal", "selector")
+    table = Table((*columns, "break-even", "KV bytes", "peak bytes", "decode", "attach"), title=title)
     for t in timings:
         table.add(
             *_first_columns(t),
             f"{t.ttft_ratio:.2f}x",
+            f"{t.prefill_ratio:.2f}x",
             _share(t.realised),
             f"{t.over_ideal:.3f}x",
             _milliseconds(t.selector),

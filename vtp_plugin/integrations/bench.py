@@ -7,6 +7,7 @@ are taken within a round and the median over rounds is reported, so that a machi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from statistics import median
@@ -24,6 +25,7 @@ from vtp_plugin.reporting.record import samples_of
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.call import Call
+from vtp_plugin.surgery.undo import Undo
 
 SIDES = ("unpruned", "ideal", "pruned")
 DECODING = 8  # steps that are timed
@@ -54,6 +56,7 @@ class Timing:
     attaching: list[float]  # attaching and detaching
     kv_bytes: dict[str, int] | None = None  # before and after, the whole batch
     peak_bytes: dict[str, int] | None = None  # by side; CUDA only
+    prefill: dict[str, list[float]] = field(default_factory=dict)  # in the language model: unpruned and pruned
     decoding: dict[str, list[float]] = field(default_factory=dict)  # per step: pruned, and unpruned at equal KV length
 
     @property
@@ -82,6 +85,12 @@ class Timing:
         return max(0.0, took - best) / saving if saving > 0 else None
 
     @property
+    def prefill_ratio(self) -> float | None:
+        """The language model's part of the time to first token, pruned against unpruned."""
+        pairs = zip(self.prefill["pruned"], self.prefill["unpruned"], strict=True) if self.prefill else ()
+        return median(a / b for a, b in pairs) if self.prefill else None
+
+    @property
     def decode_ratio(self) -> float | None:
         """A decoding step of the pruned model against one of the unpruned model with as many KV entries."""
         return median(self.decoding["pruned"]) / median(self.decoding["unpruned"]) if self.decoding else None
@@ -94,7 +103,7 @@ class Timing:
         return median(a / b for a, b in zip(self.seconds[side], self.seconds[other], strict=True))
 
     def as_json(self) -> dict[str, Any]:
-        derived = ("flops_ratio", "ttft_ratio", "over_ideal", "realised", "break_even", "decode_ratio")
+        derived = ("flops_ratio", "ttft_ratio", "over_ideal", "realised", "break_even", "prefill_ratio", "decode_ratio")
         summary = {name: getattr(self, name) for name in (*derived, "images_per_second")}
         spread = {side: percentiles(seconds) for side, seconds in self.seconds.items()}
         return asdict(self) | summary | {"seconds_percentiles": spread}
@@ -167,6 +176,7 @@ class _Bench:
             attaching=attaching,
             kv_bytes={when: sum(entry[when] for entry in kv) for when in ("before", "after")} if kv else None,
             peak_bytes=peaks or None,
+            prefill=self._prefill(repeats) if self.shape.decodes else {},
             decoding=self._decoding() if self.shape.decodes else {},
         )
 
@@ -207,7 +217,7 @@ class _Bench:
             peaks[side] = torch.cuda.max_memory_allocated(self.device)
         return seconds
 
-    # -- decoding -------------------------------------------------------------------------------------------------
+    # -- the language model -------------------------------------------------------------------------------------------
 
     def _decoding(self) -> dict[str, list[float]]:
         """Seconds of decoding steps: pruned, and unpruned on text with as many KV entries per layer on average."""
@@ -220,6 +230,24 @@ class _Bench:
             with self._pruned():
                 steps["pruned"] += self._steps(self.inputs)
         return steps
+
+    def _prefill(self, repeats: int) -> dict[str, list[float]]:
+        """Seconds within the language model, in passes of their own: looking inside costs a synchronisation."""
+        decoder = self.model.model.language_model
+        seconds: dict[str, list[float]] = {"unpruned": [], "pruned": []}
+        for side, around in [("unpruned", nullcontext), ("pruned", self._pruned)] * repeats:
+            with around(), Undo() as undo:
+                marks = self._marks(undo, decoder)
+                self._forward()
+            seconds[side].append(marks[-1] - marks[0])
+        return seconds
+
+    def _marks(self, undo: Undo, module: nn.Module) -> list[float]:
+        """The clock at the beginning and at the end of every pass through a module."""
+        marks: list[float] = []
+        undo.before(module, lambda *_: marks.append(clock(self.device)))
+        undo.after(module, lambda *_: marks.append(clock(self.device)))
+        return marks
 
     def _steps(self, inputs: dict[str, Tensor]) -> list[float]:
         """From one pass through the language model to the next, the first two left out: prefill and warm-up."""
