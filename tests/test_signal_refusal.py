@@ -14,7 +14,7 @@ from vtp_plugin.errors import PruningError
 
 SHALLOW: dict[str, dict[str, Any]] = {  # the layers that models of four have
     "pyramiddrop": {"layers": "2 3"},
-    "fitprune": {"start": 2},
+    "fitprune": {"start": 2, "keep_ratio": 0.75},
 }
 
 

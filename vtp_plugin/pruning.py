@@ -75,12 +75,12 @@ class Pruned:
             raise
 
     def _attach(self, measure: bool) -> None:
-        self.positions = Choice.of(self.strategies, self.adapter)
         vision = self.adapter.vision(self)
         for strategy in self.strategies:
             if reason := self._unfit(strategy, vision):
                 possible = [name for name, cls in plugins.strategies().items() if not self._unfit(cls(), vision)]
                 raise strategy.error(f"{reason}; possible here: {', '.join(possible)}")
+        self.positions = Choice.of(self.strategies, self.adapter)
         decoder = DecoderCuts(self, self.adapter.decoder_layers, [s for s in self.strategies if s.stage is Stage.LLM])
         vision.prepare()
         decoder.prepare()
