@@ -139,7 +139,8 @@ def test_a_host_that_does_not_start_fails_every_cell_once(folder: Folder) -> Non
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs in the background ignore it
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_sweep import Folder
@@ -151,7 +152,8 @@ Folder(Path({path!r})).run(environment={{"FAKE_SECONDS": "1"}})
 def test_an_interrupted_sweep_goes_on_where_it_was(folder: Folder, other: Folder, sign: int) -> None:
     code = SCRIPT.format(tests=str(Path(__file__).parent), path=str(folder.run_dir.parent))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: folder.started["l2-0.25"])  # two cells are done, the third is running
+    filed = folder.run_dir / "cells" / "l2-0.5" / "cell.json"
+    wait_for(lambda: folder.started["l2-0.25"] and filed.is_file())  # two cells are done, the third is running
     process.send_signal(sign)
     assert process.wait() != 0
     done = {cell.id for cell in runs.load(folder.run_dir)}
