@@ -88,6 +88,14 @@ def test_a_larger_budget_is_held_against_the_nearest_control(tmp_path: Path) -> 
     assert said.endswith("at the same or a smaller budget: l2 at 0.75.")
 
 
+def test_a_far_smaller_control_says_nothing(tmp_path: Path) -> None:
+    cells = {"none": answers(0), "vprune": answers(2), "random-0.25": answers(30)}
+    run = runs.load(runfolder.write(tmp_path / "run", cells, TARGETS, kept={"vprune": 129}))
+    shown = {row[0]: row[4] for row in comparison.table(run).rows}
+    assert shown["vprune"] == "-"
+    assert comparison.warnings(run) == []
+
+
 def test_one_method_against_every_other(run: runs.Run) -> None:
     table = comparison.versus(run, "atp")
     shown = {row[0]: row[1:] for row in table.rows}

@@ -216,7 +216,7 @@ def table(run: Run, title: str = "") -> Table:
 CAPTION = (
     "Accuracy in %; mean: over the tasks.",
     "Difference: of the mean from the unpruned model, in points, with its 95 % paired bootstrap interval.",
-    "Over random: of the mean from random (all seeds) at the same or the next smaller budget, likewise.",
+    "Over random: of the mean from random (all seeds) at the same or the next smaller budget, down to half, likewise.",
     "Lost/won: answers that turned from right to wrong / from wrong to right; p: McNemar's exact test of these;",
     "same: answers equal to the unpruned ones, in %.",
     "Tokens: visual tokens per image, kept (by the last layer) / all.",
@@ -326,10 +326,13 @@ VERSUS = (
 
 
 def over(row: Row, everything: Sequence[Row], control: str) -> Estimate | None:
-    """The difference from the control's largest budget within the row's; None without one, and for a control."""
+    """The difference from the control's largest budget within the row's; None without one, and for a control.
+
+    A control with less than half of the row's budget is none: anything beats it.
+    """
     if row.cells[0].pruning in (BASELINE, *CONTROLS):
         return None
-    within = [r for r in everything if r.cells[0].pruning == control and r.budget <= row.budget + 0.5]
+    within = [r for r in everything if r.cells[0].pruning == control and row.budget / 2 <= r.budget <= row.budget + 0.5]
     return difference(row, max(within, key=lambda r: r.budget)) if within else None
 
 
