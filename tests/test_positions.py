@@ -96,11 +96,11 @@ FEW = ["llava_next", "qwen2_5_vl", "gemma3", "qwen3_vl"]
 
 @pytest.mark.parametrize("layout", ["single", "batch"])
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", FAMILIES if FULL else FEW)
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [(name, stage) for name in (FAMILIES if FULL else FEW) for stage in STAGES if stage in FAMILIES[name].stages],
+)
 def test_families_equal_the_slow_reference(name: str, stage: str, positions: str, layout: str):
-    if stage not in FAMILIES[name].stages:
-        pytest.skip("the family has no such stage")
     strategy, fields = STAGES[stage]
     arguments = (model_of(name, "sdpa"), FAMILIES[name], prompts_of(name, layout), stage, strategy)
     check_reference(*arguments, {**fields, "positions": positions})

@@ -35,6 +35,23 @@ if TYPE_CHECKING:
 GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
 
+def packed_tower(visual: nn.Module, patch_size: int) -> Tower:
+    """The parts of a Qwen-VL's vision tower, which merges blocks of patches."""
+    return Tower(
+        module=visual,
+        embeddings=visual.patch_embed,
+        patch_embedding=visual.patch_embed,
+        blocks=visual.blocks,
+        post_layernorm=None,
+        prefix=0,
+        grid=(1, 1),  # every image has its own
+        patch_size=patch_size,
+        projected=-1,
+        attention="attn",
+        block=visual.spatial_merge_size,
+    )
+
+
 class QwenVL(RowsAdapter):
     """A Qwen-VL model; a family adds its name and its tower's own arguments."""
 
@@ -47,19 +64,7 @@ class QwenVL(RowsAdapter):
         super().__init__(model, processor)
         visual = self.core.visual
         self.merge = visual.spatial_merge_size
-        self.tower = Tower(
-            module=visual,
-            embeddings=visual.patch_embed,
-            patch_embedding=visual.patch_embed,
-            blocks=visual.blocks,
-            post_layernorm=None,
-            prefix=0,
-            grid=(1, 1),  # every image has its own
-            patch_size=visual.patch_embed.patch_size,
-            projected=-1,
-            attention="attn",
-            block=self.merge,
-        )
+        self.tower = packed_tower(visual, visual.patch_embed.patch_size)
         self.tokens = {"image": model.config.image_token_id, "video": model.config.video_token_id}
 
     @classmethod

@@ -22,8 +22,7 @@ from vllm.multimodal.processing import PromptReplacement
 from vllm.platforms import current_platform
 from vllm.transformers_utils.processor import cached_image_processor_from_config
 
-from vtp_plugin.adapter import Tower
-from vtp_plugin.adapters.qwen import PackedCuts, QwenVL, received
+from vtp_plugin.adapters.qwen import PackedCuts, QwenVL, packed_tower, received
 from vtp_plugin.adapters.qwen2_5_vl import Qwen25VL
 from vtp_plugin.adapters.qwen3_vl import Qwen3VL
 from vtp_plugin.errors import PruningError
@@ -166,19 +165,7 @@ class PackedParts(Parts):
     def __init__(self, model: nn.Module, processor: Any) -> None:
         visual = model.visual
         self.merge, self.tokens = visual.spatial_merge_size, {"image": model.config.image_token_id}
-        tower = Tower(
-            module=visual,
-            embeddings=visual.patch_embed,
-            patch_embedding=visual.patch_embed,
-            blocks=visual.blocks,
-            post_layernorm=None,
-            prefix=0,
-            grid=(1, 1),  # every image has its own
-            patch_size=visual.patch_size,
-            projected=-1,
-            attention="attn",
-            block=self.merge,
-        )
+        tower = packed_tower(visual, visual.patch_size)
         super().__init__(model, tower, visual.merger, processor)
 
     def vision(self, pruned: Handle) -> Packed:
