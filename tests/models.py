@@ -20,6 +20,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from transformers import LlavaConfig as HfConfig
 from transformers import LlavaForConditionalGeneration as HfLlava
 
+from vtp_plugin.hosts.llava import frozen
+from vtp_plugin.surgery.undo import Undo
+
 SIDE, PATCH, GRID = 48, 8, 6
 N = GRID * GRID
 PLACEHOLDER = 90
@@ -223,6 +226,7 @@ def build_authors(attention: str) -> Tiny:
     randomise(model, seed=2)
     model.get_vision_tower().load_model()
     model.get_vision_tower().vision_tower.set_attn_implementation(attention)
+    frozen.serve(model, Undo())  # unpruned, too: by itself the package runs up to transformers 5.23
     return Authors(_plain(model), _processor(), clip_folder())
 
 

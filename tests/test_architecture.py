@@ -54,7 +54,7 @@ def test_a_strategy_imports_torch_and_public_names_only(path: Path):
 @pytest.mark.parametrize("path", sorted((PACKAGE / "surgery").glob("*.py")), ids=lambda path: path.stem)
 def test_surgery_knows_no_host_no_method_and_no_family(path: Path):
     assert foreign(imports(path)) <= {"torch"}
-    forbidden = ("strategies", "adapters", "integrations", "reporting", "cli", "tiny")
+    forbidden = ("strategies", "adapters", "hosts", "compare", "bench", "studies", "reporting", "cli", "tiny")
     assert not [name for name in own(imports(path)) if name.split(".")[1:2] and name.split(".")[1] in forbidden]
     code = code_only(path)
     names = [name for name in list_strategies() if name not in ("random", "stride")]
@@ -83,9 +83,9 @@ def test_the_core_knows_no_host(path: Path):
     assert not foreign(imports(path)) & (HOSTS | {"matplotlib", "PIL", "typer", "rich"})
 
 
-def test_only_integrations_adapters_and_the_embedded_model_know_a_host():
+def test_only_hosts_adapters_and_the_embedded_model_know_a_host():
     knowing = {p.relative_to(PACKAGE).parts[0] for p in PACKAGE.rglob("*.py") if foreign(imports(p)) & HOSTS}
-    assert knowing <= {"integrations", "adapters", "tiny", "cli"}
+    assert knowing <= {"hosts", "adapters", "tiny", "cli", "bench"}
 
 
 def test_importing_the_package_imports_no_host():

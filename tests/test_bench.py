@@ -17,10 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from vtp_plugin import plugins, prune
+from vtp_plugin.bench import rounds as bench
+from vtp_plugin.bench import selectors as selector_cost
 from vtp_plugin.cli import app, vtp_register_commands
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations import bench, selector_cost, shapes
-from vtp_plugin.integrations.ideals import ideal
+from vtp_plugin.hosts.transformers import shapes
+from vtp_plugin.hosts.transformers.ideals import ideal
 from vtp_plugin.reporting.record import samples_of
 
 if not app.registered_commands:

@@ -14,7 +14,7 @@ import hosts
 import pytest
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations import evaluation as integration
+from vtp_plugin.hosts.lmms_eval import evaluation as integration
 
 pytest.importorskip("lmms_eval")
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.utils import is_flash_attn_2_available
 
 import vtp_plugin as vtp
+from vtp_plugin.surgery import cache
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.003, torch.bfloat16: 0.02}  # four layers
 DEEP = 3  # times as much for the depth of a real model
@@ -385,10 +386,10 @@ def test_budgets_hold_in_every_layer(model: nn.Module):
     length = inputs["input_ids"].shape[1]
     images = int((inputs["input_ids"] == IMAGE).sum()) // 2
     with vtp.prune(model, "l2+fastv", processor=PROCESSOR, **{"l2.keep_ratio": 0.5, "fastv.keep_ratio": 0.5}):
-        cache = generated(model, inputs).past_key_values
+        stored = cache.of_output(generated(model, inputs))
     early = int(images * 0.5)
     late = round(early * 0.5)
-    lengths = [layer.keys.shape[2] for layer in cache.layers]
+    lengths = [layer.keys.shape[2] for layer in stored.layers]
     wanted = [length - 2 * (images - (early if n < LAYER else late)) + NEW - 1 for n in range(len(lengths))]
     assert lengths == wanted
 

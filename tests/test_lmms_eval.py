@@ -24,7 +24,7 @@ from PIL import Image
 
 from vtp_plugin import config, plugins
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations.lmms_eval import TASKS
+from vtp_plugin.hosts.lmms_eval.plugin import TASKS
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategies.vprune import VPrune
 from vtp_plugin.strategy import PruningStrategy

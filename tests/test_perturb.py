@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations.perturb import DISTRACTORS, NOISE, OCCLUSION, PICTURES, Perturbation
+from vtp_plugin.hosts.lmms_eval.perturb import DISTRACTORS, NOISE, OCCLUSION, PICTURES, Perturbation
 
 pytest.importorskip("skimage")
 

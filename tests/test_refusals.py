@@ -140,7 +140,7 @@ def a_cache_of_the_caller(model: nn.Module, inputs: dict[str, Any]) -> dict[str,
 BAD: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
     "too few placeholders": (too_few_placeholders, r"the prompt has \d+ image placeholders, its images make \d+ token"),
     "too many placeholders": (too_many_placeholders, r"the prompt has \d+ image placeholders, its images make"),
-    "a cache": (a_cache_of_the_caller, "pruning cannot add images behind a past_key_values of the caller"),
+    "a cache": (a_cache_of_the_caller, "pruning cannot add images behind a filled cache of the caller"),
 }
 
 

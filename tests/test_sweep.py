@@ -19,8 +19,9 @@ import yaml
 from typer.testing import CliRunner
 
 from vtp_plugin import cli, list_strategies
+from vtp_plugin.compare import sweep, sweepfile, tuning
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations import host, sweep, sweepfile, tuning
+from vtp_plugin.hosts.lmms_eval import process as host
 from vtp_plugin.reporting import comparison, runs
 
 FAKE = f"{sys.executable} {Path(fake_host.__file__)}"

@@ -16,7 +16,7 @@ import vtp_plugin
 from vtp_plugin.tiny.checkpoint import FOLDERS, WEIGHTS, resolve
 
 datasets = pytest.importorskip("datasets")
-TASKS = Path(vtp_plugin.__file__).parent / "integrations" / "tasks" / "vtp_scenes"
+TASKS = Path(vtp_plugin.__file__).parent / "hosts" / "lmms_eval" / "tasks" / "vtp_scenes"
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "

@@ -18,7 +18,9 @@ from torch import nn
 
 import vtp_plugin as vtp
 from vtp_plugin import Stage, get_strategy
-from vtp_plugin.integrations import bench, selector_cost, shapes
+from vtp_plugin.bench import rounds as bench
+from vtp_plugin.bench import selectors as selector_cost
+from vtp_plugin.hosts.transformers import shapes
 from vtp_plugin.metrics import latency
 from vtp_plugin.surgery.undo import Undo
 

@@ -10,6 +10,10 @@ class PruningError(ValueError):
     """Anything that a user can put right; its message is one sentence meant for the user."""
 
 
+class HostChanged(PruningError):
+    """A host is not what this release was written for; its message says which part."""
+
+
 class NothingPruned(PruningError):
     """Images went in and no token was cut, although the configuration asked for it."""
 

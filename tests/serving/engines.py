@@ -18,7 +18,7 @@ import pyarrow.parquet as parquet
 from PIL import Image
 
 from vtp_plugin import prune
-from vtp_plugin.integrations.lmms_eval import TASKS
+from vtp_plugin.hosts.lmms_eval.plugin import TASKS
 from vtp_plugin.tiny.checkpoint import resolve
 
 IMAGE_TOKEN, WHOLE = 800, 144  # of the embedded model: id of a placeholder, tokens of an image

@@ -12,7 +12,7 @@ import torch
 from engines import IMAGE_TOKEN, Request, answers, ask, columns, engine, events, expected, prompt, reference, scenes
 from PIL import Image
 
-from vtp_plugin.integrations.vllm import Refused
+from vtp_plugin.hosts.vllm import Refused
 from vtp_plugin.tiny.checkpoint import resolve
 
 SIDE = 168
@@ -95,7 +95,7 @@ def test_the_record_counts_what_each_picture_would_have_had(folder: Path):
     from lmms_eval.models.simple.vllm import VLLM
 
     from vtp_plugin import config
-    from vtp_plugin.integrations.lmms_eval_vllm import ServedRun
+    from vtp_plugin.hosts.lmms_eval.served import ServedRun
 
     asked, processor = requests(), reference(folder)[1]
     whole = [processor(images=list(r[0]), text=prompt(r))["input_ids"][0].count(IMAGE_TOKEN) for r in asked]

@@ -49,7 +49,7 @@ def test_the_entry_counts_what_the_requests_ran_with():
     from lmms_eval.models.simple.vllm import VLLM
 
     from vtp_plugin import config
-    from vtp_plugin.integrations.lmms_eval_vllm import ServedRun
+    from vtp_plugin.hosts.lmms_eval.served import ServedRun
 
     settings = {"strategy": "vprune", "chi2_threshold": 30, "cosine_threshold": 0.9}
     from engines import ask, columns, one_each

@@ -21,10 +21,10 @@ from families import IMAGE, QWEN_VISION, TEXT, VIDEO
 
 from vtp_plugin import get_strategy, list_strategies, prune
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations.vllm import Refused
-from vtp_plugin.integrations.vllm.plan import SMALL, Plan, strategies_of
-from vtp_plugin.integrations.vllm.plan import kept as kept_of
-from vtp_plugin.integrations.vllm.serving import serving
+from vtp_plugin.hosts.vllm import Refused
+from vtp_plugin.hosts.vllm.plan import SMALL, Plan, strategies_of
+from vtp_plugin.hosts.vllm.plan import kept as kept_of
+from vtp_plugin.hosts.vllm.serving import serving
 from vtp_plugin.stages import Stage
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -283,7 +283,7 @@ def test_a_budget_that_is_not_kept_is_counted_from_noise():
 
 
 def test_places_survive_half_precision():
-    from vtp_plugin.integrations.vllm.qwen import channels, places_of
+    from vtp_plugin.hosts.vllm.qwen import channels, places_of
 
     source = torch.tensor([0, 1, 299, 300, 700 * 300 + 299, -1])
     for dtype in (torch.bfloat16, torch.float16):
@@ -323,7 +323,7 @@ def test_what_cannot_be_served_is_refused_in_one_sentence(folder: Path, settings
 
 
 def test_refused_requests_and_counts_of_the_record(folder: Path):
-    from vtp_plugin.integrations.lmms_eval_vllm import Requests
+    from vtp_plugin.hosts.lmms_eval.served import Requests
 
     asked, processor = requests(), reference(folder)[1]
     with engine(CACHED[0][1], folder) as llm:

@@ -12,8 +12,8 @@ from engines import WHOLE, engine
 from transformers import AutoConfig
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations.vllm import Refused
-from vtp_plugin.integrations.vllm.plan import Plan, strategies_of
+from vtp_plugin.hosts.vllm import Refused
+from vtp_plugin.hosts.vllm.plan import Plan, strategies_of
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.tiny.checkpoint import resolve
@@ -93,7 +93,7 @@ def test_the_number_of_columns_is_what_the_strategies_leave(settings: dict[str, 
 def test_registering_again_changes_nothing():
     from vllm.model_executor.models import ModelRegistry
 
-    from vtp_plugin.integrations.vllm import register
+    from vtp_plugin.hosts.vllm import register
 
     register()
     before = ModelRegistry.inspect_model_cls
@@ -103,7 +103,7 @@ def test_registering_again_changes_nothing():
 
 
 def test_a_model_without_a_configuration_is_not_looked_at():
-    from vtp_plugin.integrations.vllm import _inspecting
+    from vtp_plugin.hosts.vllm import _inspecting
 
     answer, config = object(), SimpleNamespace(hf_config=SimpleNamespace(architectures=["Anything"]))
     assert _inspecting(lambda *given: answer, ["Anything"], config) is answer

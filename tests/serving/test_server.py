@@ -11,7 +11,7 @@ import pytest
 from engines import ANSWER, WHOLE, Request, expected, one_each, prompt, reference, scenes
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations.vllm.serving import Server, serving
+from vtp_plugin.hosts.vllm.serving import Server, serving
 from vtp_plugin.tiny.checkpoint import resolve
 
 SETTINGS = {"strategy": "atp", "keep_ratio": 0.25, "alpha": 0.9}

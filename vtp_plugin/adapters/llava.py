@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from vtp_plugin.adapter import Adapter, SharedSpace
 from vtp_plugin.adapters.clip import ClipSpace, clip_tower
 from vtp_plugin.errors import PruningError
+from vtp_plugin.hosts.llava import frozen
 from vtp_plugin.stages import Stage
+from vtp_plugin.surgery import cache
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.decoder import narrowed_labels, refuse_cropping, refuse_filled_cache
 from vtp_plugin.surgery.positions import lookup
@@ -55,6 +57,7 @@ class Llava(Adapter):
     def install(self, pruned: Pruned, undo: Undo) -> None:
         self.pruned = pruned
         model = self.model
+        frozen.serve(model, undo)
         self.generate = undo.override(model, "generate", self._generate)
         self.forward = undo.override(model, "forward", self._forward)
         self.encode = undo.override(model, "encode_images", self._encode)
@@ -70,7 +73,7 @@ class Llava(Adapter):
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         if self.pruned.call is not None:
             return self.generate(*args, **kwargs)
-        refuse_filled_cache(kwargs.get("past_key_values"))
+        refuse_filled_cache(cache.given(kwargs))
         refuse_cropping(self.pruned.strategies, kwargs)
         ids = args[0] if args else kwargs.get("inputs")
         with self.pruned.calling() as call, self._left_padding():

@@ -34,7 +34,8 @@ def command(
     attention: Annotated[str, typer.Option(help="eager, sdpa or flash_attention_2.")] = "sdpa",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write JSON here, a table beside it.")] = None,
 ) -> None:
-    from vtp_plugin.integrations import bench, shapes
+    from vtp_plugin.bench import rounds as bench
+    from vtp_plugin.hosts.transformers import shapes
 
     sizes, ratios = shapes.shape_of(shape), _numbers(keep, float, "--keep")
     names = pruning or _usual(selectors, sizes.decodes)
@@ -62,7 +63,8 @@ def _timings(
     """Build the model and time every strategy at every batch size."""
     import torch
 
-    from vtp_plugin.integrations import bench, shapes
+    from vtp_plugin.bench import rounds as bench
+    from vtp_plugin.hosts.transformers import shapes
 
     sizes = shapes.shape_of(shape)
     model = sizes.build(layers or None, where, getattr(torch, dtype), attention)
@@ -82,7 +84,7 @@ def _selectors(
     """Time the strategies on synthetic signals."""
     import torch
 
-    from vtp_plugin.integrations import selector_cost
+    from vtp_plugin.bench import selectors as selector_cost
     from vtp_plugin.reporting.tables import Table
 
     timed = layers or 1

@@ -31,8 +31,8 @@ def command(
     ] = None,
     versus: Annotated[str | None, typer.Option(help="A method to hold against every other one, in pairs.")] = None,
 ) -> None:
+    from vtp_plugin.compare import sweep, sweepfile
     from vtp_plugin.errors import unknown
-    from vtp_plugin.integrations import sweep, sweepfile
     from vtp_plugin.reporting import comparison
 
     given = {"model": model, "model_args": model_args, "tasks": tasks, "pruning": pruning, "keep": keep}

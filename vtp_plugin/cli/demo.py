@@ -23,7 +23,7 @@ def command(
 ) -> None:
     if not 0 < keep_ratio <= 1:
         raise PruningError(f"--keep-ratio must be in (0, 1], got {keep_ratio}")
-    from vtp_plugin.integrations import sweep
+    from vtp_plugin.compare import sweep
     from vtp_plugin.reporting import comparison
 
     console = Console(highlight=False)

@@ -28,8 +28,8 @@ def command(
     options: Annotated[str, typer.Option(help="More options of `vllm serve`, as on its command line.")] = "",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the numbers to this JSON.")] = None,
 ) -> None:
-    from vtp_plugin.integrations.vllm.plan import strategies_of
-    from vtp_plugin.integrations.vllm.throughput import Load, measure
+    from vtp_plugin.hosts.vllm.plan import strategies_of
+    from vtp_plugin.hosts.vllm.throughput import Load, measure
 
     ratios = [_number(part, float) for part in keep.split(",")]
     load = Load([_number(part, int) for part in concurrency.split(",")], requests, tokens, side)

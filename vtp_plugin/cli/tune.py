@@ -24,7 +24,7 @@ def command(
     limit: Annotated[int, typer.Option(help="Questions per task; -1 for all.")] = -1,
     launch: Annotated[str, typer.Option(help='What starts lmms-eval, e.g. "accelerate launch".')] = "",
 ) -> None:
-    from vtp_plugin.integrations import sweep, sweepfile, tuning
+    from vtp_plugin.compare import sweep, sweepfile, tuning
     from vtp_plugin.reporting import comparison
 
     drop, grid = _share(max_drop), tuning.grid(step)

@@ -1,6 +1,6 @@
 """A run folder as it is read: the settings of a comparison, its cells, and every answer of every task.
 
-Layout, written by `vtp_plugin.integrations.sweep` (docs/comparing.md):
+Layout, written by `vtp_plugin.compare.sweep` (docs/comparing.md):
 
     sweep.yaml                        the settings
     cells/ID/cell.json                what the cell is and how it ended; written last, so "done" means complete

@@ -42,7 +42,7 @@ class AtpRobustness(Evaluated):
         return {WHOLE: (WHOLE, {}), **{name: (name, budget) for name in self.settings["pruning"]}}
 
     def check(self) -> None:
-        from vtp_plugin.integrations.perturb import Perturbation
+        from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
 
         super().check()
         for condition in self.settings["perturbations"]:

@@ -32,7 +32,7 @@ class Evaluated(Study):
 
     def evaluate(self, cells: Cells, where: str = "runs", tasks: Sequence[str] = ()) -> Run:
         """Run the cells that have not ended yet; PruningError if one fails."""
-        from vtp_plugin.integrations import sweep
+        from vtp_plugin.compare import sweep
 
         said = self.settings
         run = sweep.run(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from vtp_plugin.integrations.zero_shot import Classes
+    from vtp_plugin.hosts.transformers.zero_shot import Classes
     from vtp_plugin.reporting.views import View
 
 POSTER = 0.5  # the only ratio with decisions on the poster
@@ -41,8 +41,8 @@ class PosterL2(Study):
     source = "L2-norm Visual Token Pruning (poster): 1.50x at keep 0.5, 96.9 % of decisions unchanged, cosine 0.47"
 
     def check(self) -> None:
-        from vtp_plugin.integrations.shapes import shape_of
-        from vtp_plugin.integrations.zero_shot import ZeroShot
+        from vtp_plugin.hosts.transformers.shapes import shape_of
+        from vtp_plugin.hosts.transformers.zero_shot import ZeroShot
 
         for shape in self.settings["shapes"]:
             if shape_of(shape).decodes:
@@ -74,7 +74,7 @@ class PosterL2(Study):
         return str(resolve(NAME, "clip")) if self.settings["model"] == NAME else self.settings["model"]
 
     def _classes(self) -> Classes:
-        from vtp_plugin.integrations.zero_shot import Classes, folder_of_classes
+        from vtp_plugin.hosts.transformers.zero_shot import Classes, folder_of_classes
 
         limit = self.settings["limit"] if self.settings["limit"] > 0 else None
         if self.settings["images"]:
@@ -139,7 +139,8 @@ def speed(shape: str, keeps: Sequence[float], batch: int, rounds: int) -> list[d
     """Seconds per batch of an encoder with random weights at every ratio, beside the unpruned and the ideal one."""
     import torch
 
-    from vtp_plugin.integrations import bench, shapes
+    from vtp_plugin.bench import rounds as bench
+    from vtp_plugin.hosts.transformers import shapes
 
     sizes = shapes.shape_of(shape)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")

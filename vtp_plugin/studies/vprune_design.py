@@ -79,7 +79,7 @@ class VPruneDesign(Evaluated):
     # -- the thresholds that give the article's shares ------------------------------------------------------------
 
     def _pictures(self) -> list[Any]:
-        from vtp_plugin.integrations.zero_shot import pictures_of
+        from vtp_plugin.hosts.transformers.zero_shot import pictures_of
 
         if self.settings["images"]:
             found = pictures_of(Path(self.settings["images"]))
@@ -195,7 +195,7 @@ def tile(picture: Any, size: int) -> Tensor:
     import torch
     from PIL import Image, ImageOps
 
-    from vtp_plugin.integrations.zero_shot import opened
+    from vtp_plugin.hosts.transformers.zero_shot import opened
     from vtp_plugin.surgery.pixels import patches
 
     fitted = ImageOps.fit(opened(picture), (size, size), Image.Resampling.BICUBIC)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vtp_plugin.errors import PruningError
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.surgery import attention
+from vtp_plugin.surgery import attention, cache
 from vtp_plugin.surgery.call import Call
 from vtp_plugin.surgery.positions import Numbering, rotary_tables
 from vtp_plugin.surgery.reading import Reading
@@ -111,11 +111,12 @@ class DecoderCuts:
             call = self._call
             if call is None or layer in call.cuts:
                 return
-            self._check(kwargs.get("past_key_values"))
+            past = cache.of_layer(kwargs)
+            self._check(past)
             hidden = args[0] if args else kwargs["hidden_states"]
             seen = self._seen(call, layer - 1, hidden)
             with torch.no_grad(), self.pruned.timed("selector"):
-                reading = Reading.of(module, hidden, kwargs, seen.valid)
+                reading = Reading.of(module, hidden, kwargs["position_embeddings"], past, seen.valid)
                 call.scratch["reading", layer] = reading
                 if any("last_query_attention" in s.needs for s in self.by_layer[layer]):
                     call.scratch["last_query", layer] = reading.last_row()
@@ -128,9 +129,9 @@ class DecoderCuts:
             if call is None:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
-            cache = kwargs.get("past_key_values")
-            self._check(cache)
-            if cache is not None and (past := cache.get_seq_length(number)) > 0:
+            stored = cache.of_layer(kwargs)
+            self._check(stored)
+            if stored is not None and (past := stored.get_seq_length(number)) > 0:
                 cut, count = self._seen(call, number, hidden), hidden.shape[1]
                 mask = self._mask(call, kwargs, cut, None, count, past)
                 tables = self._tables(call, number, hidden, kwargs["position_embeddings"], cut, past + count)
@@ -206,9 +207,8 @@ class DecoderCuts:
         with torch.no_grad(), self.pruned.timed("selector"):
             length = before.columns.shape[1]
             read = self._tables(self.pruned.call, number, hidden, tables, before, length, before.columns)
-            narrowed = {"position_embeddings": read}
             normed = layer.input_layernorm.forward(hidden)
-            return Reading.of(layer.self_attn, normed, narrowed, before.valid).last_row()
+            return Reading.of(layer.self_attn, normed, read, None, before.valid).last_row()
 
     def _decide(self, call: Call, number: int, hidden: Tensor, before: Cut) -> Cut:
         rows = len(hidden) // len(call.valid)  # beams and returned sequences repeat a sample
@@ -332,17 +332,17 @@ class DecoderCuts:
     def _names(self) -> str:
         return "+".join(s.name for group in self.by_layer.values() for s in group)
 
-    def _check(self, cache: Any) -> None:
-        if cache is not None and getattr(cache, "is_compileable", False):
+    def _check(self, stored: Any) -> None:
+        if stored is not None and getattr(stored, "is_compileable", False):
             raise PruningError(
                 f"{self._names}: a static cache has one length for all layers; use the default dynamic cache"
             )
 
 
-def refuse_filled_cache(cache: Any) -> None:
+def refuse_filled_cache(stored: Any) -> None:
     """Images can only be pruned in the first pass."""
-    if cache is not None and cache.get_seq_length() > 0:
-        raise PruningError("pruning cannot add images behind a past_key_values of the caller")
+    if stored is not None and stored.get_seq_length() > 0:
+        raise PruningError("pruning cannot add images behind a filled cache of the caller")
 
 
 def refuse_cropping(strategies: Sequence[PruningStrategy], inputs: Mapping[str, Any]) -> None:

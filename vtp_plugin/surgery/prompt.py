@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vtp_plugin.errors import PruningError
+from vtp_plugin.surgery import cache
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.decoder import IGNORED, narrowed_labels, refuse_cropping, refuse_filled_cache
 from vtp_plugin.surgery.positions import lookup
@@ -165,7 +166,7 @@ class PlaceholderCalls:
             return
         if inputs.get("input_ids") is None:
             raise PruningError("pruning needs input_ids: prompts given as inputs_embeds cannot be shortened")
-        refuse_filled_cache(inputs.get("past_key_values"))
+        refuse_filled_cache(cache.given(inputs))
         if generating:
             refuse_cropping(self.pruned.strategies, inputs)
 

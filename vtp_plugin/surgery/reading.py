@@ -23,9 +23,10 @@ class Reading:
     valid: Tensor  # [B, L] bool: columns that are not padding
 
     @classmethod
-    def of(cls, module: nn.Module, hidden: Tensor, kwargs: Any, valid: Tensor) -> Reading:
-        cos, sin = (table[:, : hidden.shape[1]] for table in kwargs["position_embeddings"])
-        keys = _cached_keys(module, kwargs.get("past_key_values"))
+    def of(cls, module: nn.Module, hidden: Tensor, tables: tuple[Tensor, ...], stored: Any, valid: Tensor) -> Reading:
+        """From the layer's normed input, its rotary tables and the cache that holds its keys, if there is one."""
+        cos, sin = (table[:, : hidden.shape[1]] for table in tables)
+        keys = _cached_keys(module, stored)
         if keys is None:
             keys = attention.rotated(module, attention.heads(module, "k_proj", hidden), cos, sin)
         return cls(module, hidden, cos, sin, keys, valid)

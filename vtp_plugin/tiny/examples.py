@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-PARQUET = Path(__file__).parents[1] / "integrations" / "tasks" / "vtp_scenes" / "scenes.parquet"
+PARQUET = Path(__file__).parents[1] / "hosts" / "lmms_eval" / "tasks" / "vtp_scenes" / "scenes.parquet"
 TASKS = ("attribute", "count", "position", "digit", "presence")
 
 

@@ -12,7 +12,7 @@ from .pool import encode_jpeg
 from .questions import Question, ask_all, ask_caption, ask_presence
 from .scenes import NUMBERS, Scene, sample_scene
 
-PARQUET = Path(__file__).parents[1] / "integrations" / "tasks" / "vtp_scenes" / "scenes.parquet"
+PARQUET = Path(__file__).parents[1] / "hosts" / "lmms_eval" / "tasks" / "vtp_scenes" / "scenes.parquet"
 SCENES = 300
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vtp_plugin import config
+from vtp_plugin.compare import sweep
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations import sweep
 from vtp_plugin.reporting import comparison
 from vtp_plugin.reporting.statistics import Estimate
 

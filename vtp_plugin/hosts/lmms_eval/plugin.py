@@ -32,10 +32,10 @@ import yaml
 
 from vtp_plugin import config, plugins
 from vtp_plugin.errors import PruningError, unknown
-from vtp_plugin.integrations import llava
-from vtp_plugin.integrations.evaluation import KEY, Run
-from vtp_plugin.integrations.perturb import Perturbation
-from vtp_plugin.integrations.wrapping import wrap
+from vtp_plugin.hosts import llava
+from vtp_plugin.hosts.lmms_eval.evaluation import KEY, Run
+from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
+from vtp_plugin.hosts.wrapping import wrap
 from vtp_plugin.pruning import Pruned
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.tiny import checkpoint
@@ -267,7 +267,7 @@ def build(host: type, model_id: str, arguments: Mapping[str, Any]) -> Any:
     strategies = strategies_of(arguments)
     rest = {k: v for k, v in arguments.items() if k != KEY and not k.startswith(f"{KEY}.")}
     if model_id in VLLM:
-        return importlib.import_module("vtp_plugin.integrations.lmms_eval_vllm").build(
+        return importlib.import_module("vtp_plugin.hosts.lmms_eval.served").build(
             host,
             strategies,
             {"strategy": arguments.get(KEY), **settings_of(arguments)},
@@ -280,8 +280,8 @@ def build(host: type, model_id: str, arguments: Mapping[str, Any]) -> Any:
     if tiny:
         rest["pretrained"] = str(_tiny(model_id))
     lm = host(**_with_device(host, model_id, rest))
-    if llava.needs_cpu_care(lm.model):
-        llava.run_on_cpu(lm.model)
+    if llava.is_authors(lm.model):
+        llava.make_ready(lm.model)
     if strategies is not None:
         Run(lm, attach(lm, strategies), strategies, perturbation_of(arguments)).install()
     return lm

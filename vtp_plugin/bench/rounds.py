@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations.ideals import ideal
-from vtp_plugin.integrations.shapes import Shape, random_text
+from vtp_plugin.hosts.transformers.ideals import ideal
+from vtp_plugin.hosts.transformers.shapes import Shape, random_text
 from vtp_plugin.metrics.latency import clock, percentiles
 from vtp_plugin.pruning import Pruned, prune
 from vtp_plugin.reporting.record import samples_of

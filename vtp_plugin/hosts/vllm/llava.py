@@ -14,10 +14,10 @@ from vllm.model_executor.models.llava import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations.vllm import plan
-from vtp_plugin.integrations.vllm.plan import KEY, Plan
-from vtp_plugin.integrations.vllm.processing import CountsKept, Decides
-from vtp_plugin.integrations.vllm.worker import AroundClip
+from vtp_plugin.hosts.vllm import plan
+from vtp_plugin.hosts.vllm.plan import KEY, Plan
+from vtp_plugin.hosts.vllm.processing import CountsKept, Decides
+from vtp_plugin.hosts.vllm.worker import AroundClip
 
 
 def plan_of(config: Any) -> Plan:

@@ -22,9 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vtp_plugin import config
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations import lmms_eval
-from vtp_plugin.integrations.host import Host, Listener
-from vtp_plugin.integrations.perturb import Perturbation
+from vtp_plugin.hosts.lmms_eval import plugin as lmms_eval
+from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
+from vtp_plugin.hosts.lmms_eval.process import Host, Listener
 from vtp_plugin.plugins import list_strategies
 from vtp_plugin.reporting import runs
 from vtp_plugin.reporting.runs import BASELINE, Cell, Run, Spec

@@ -18,7 +18,7 @@ from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems
 from vllm.multimodal.processing import PromptReplacement
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations.vllm.plan import KEY, Plan
+from vtp_plugin.hosts.vllm.plan import KEY, Plan
 from vtp_plugin.surgery.pixels import Pixels, watch
 from vtp_plugin.surgery.question import question_of
 

@@ -26,10 +26,10 @@ from vtp_plugin.adapters.qwen import PackedCuts, QwenVL, packed_tower, received
 from vtp_plugin.adapters.qwen2_5_vl import Qwen25VL
 from vtp_plugin.adapters.qwen3_vl import Qwen3VL
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations.vllm.plan import KEY, Plan, planned
-from vtp_plugin.integrations.vllm.processing import CountsKept, Decides
-from vtp_plugin.integrations.vllm.worker import Parts, Served
-from vtp_plugin.integrations.wrapping import wrap
+from vtp_plugin.hosts.vllm.plan import KEY, Plan, planned
+from vtp_plugin.hosts.vllm.processing import CountsKept, Decides
+from vtp_plugin.hosts.vllm.worker import Parts, Served
+from vtp_plugin.hosts.wrapping import wrap
 from vtp_plugin.pruning import Pruned as Handle
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image

@@ -16,9 +16,9 @@ import torch
 
 from vtp_plugin import config
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations.documents import Asked, Documents
-from vtp_plugin.integrations.perturb import Perturbation
-from vtp_plugin.integrations.wrapping import wrap
+from vtp_plugin.hosts.lmms_eval.documents import Asked, Documents
+from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
+from vtp_plugin.hosts.wrapping import wrap
 from vtp_plugin.pruning import Pruned
 from vtp_plugin.reporting.gallery import Recorder
 from vtp_plugin.reporting.record import record, samples_of

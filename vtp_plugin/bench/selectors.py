@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vtp_plugin.conformance import REAL, run, sample
-from vtp_plugin.integrations.shapes import QUESTION_TOKENS, SHAPES
+from vtp_plugin.hosts.transformers.shapes import QUESTION_TOKENS, SHAPES
 from vtp_plugin.metrics.latency import clock
 from vtp_plugin.strategy import PruningStrategy
 

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations.lmms_eval import yaml_scalar
+from vtp_plugin.hosts.lmms_eval.plugin import yaml_scalar
 from vtp_plugin.reporting.runs import CELL, LOG, RESULTS, SCHEMA, Cell, Spec
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vtp_plugin.integrations.vllm.serving import Server, as_url, serving
+from vtp_plugin.hosts.vllm.serving import Server, as_url, serving
 
 QUESTION = "What is in the picture?"
 

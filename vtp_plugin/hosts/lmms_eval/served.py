@@ -14,10 +14,10 @@ from typing import Any
 
 from vtp_plugin import config
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations.documents import Asked
-from vtp_plugin.integrations.evaluation import Run
-from vtp_plugin.integrations.perturb import Perturbation
-from vtp_plugin.integrations.vllm.plan import KEY
+from vtp_plugin.hosts.lmms_eval.documents import Asked
+from vtp_plugin.hosts.lmms_eval.evaluation import Run
+from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
+from vtp_plugin.hosts.vllm.plan import KEY
 from vtp_plugin.reporting.record import summary
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.undo import Undo

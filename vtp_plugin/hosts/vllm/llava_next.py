@@ -20,10 +20,10 @@ from vllm.model_executor.models.llava_next import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vtp_plugin.integrations.vllm import llava
-from vtp_plugin.integrations.vllm.plan import Plan
-from vtp_plugin.integrations.vllm.processing import Decides
-from vtp_plugin.integrations.vllm.worker import AroundClip, ClipParts
+from vtp_plugin.hosts.vllm import llava
+from vtp_plugin.hosts.vllm.plan import Plan
+from vtp_plugin.hosts.vllm.processing import Decides
+from vtp_plugin.hosts.vllm.worker import AroundClip, ClipParts
 from vtp_plugin.pruning import Pruned as Handle
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image

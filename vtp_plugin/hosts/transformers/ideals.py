@@ -8,12 +8,14 @@ are taken). llm: every decoder layer runs on as many columns as it has in the pr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtp_plugin.integrations.shapes import QUESTION_TOKENS, Llava, LlavaNext, Qwen25, Shape
+from vtp_plugin.hosts.transformers.shapes import QUESTION_TOKENS, Llava, LlavaNext, Qwen25, Shape
+from vtp_plugin.surgery import cache
 
 HALF = QUESTION_TOKENS // 2
 
@@ -95,12 +97,12 @@ def _language(language: nn.Module, embeds: Tensor, lengths: Sequence[int]) -> Te
         return language(inputs_embeds=embeds, use_cache=True).last_hidden_state
     positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
     tables, hidden = language.rotary_emb(embeds, position_ids=positions), embeds
-    cache = DynamicCache(config=language.config)
+    store, name = DynamicCache(config=language.config), cache.name_in(signature(language.layers[0].forward).parameters)
     for layer, length in zip(language.layers, lengths, strict=True):
         if (dropped := hidden.shape[1] - length) > 0:
             hidden, *tables = (torch.cat([t[:, :HALF], t[:, HALF + dropped :]], 1) for t in (hidden, *tables))
         hidden = _first(
-            layer(hidden, attention_mask=None, position_embeddings=tuple(tables), past_key_values=cache, use_cache=True)
+            layer(hidden, attention_mask=None, position_embeddings=tuple(tables), use_cache=True, **{name: store})
         )
     return language.norm(hidden)
 

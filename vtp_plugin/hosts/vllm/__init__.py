@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.integrations.wrapping import wrap
+from vtp_plugin.hosts.wrapping import wrap
 
 FAMILIES = {  # vLLM's architecture -> module with `Pruned` and `plan_of`
     "LlavaForConditionalGeneration": "llava",
@@ -56,7 +56,7 @@ def _inspecting(original: Callable, architectures: str | list[str], model_config
     Our class can do what vLLM's can, so the answer is the one for vLLM's. The name in the configuration is what every
     process builds the model from.
     """
-    from vtp_plugin.integrations.vllm.plan import KEY
+    from vtp_plugin.hosts.vllm.plan import KEY
 
     if getattr(model_config.hf_config, KEY, None) is None:
         return original(architectures, model_config)

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from vtp_plugin.compare import sweep
 from vtp_plugin.errors import PruningError, unknown
-from vtp_plugin.integrations import sweep
 from vtp_plugin.reporting.runs import Spec
 
 HOST = ("model", "model_args", "tasks", "limit", "options", "launch", "jobs", "environment", "gallery")

@@ -15,7 +15,7 @@ from vllm.model_executor.models.qwen2_5_vl import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vtp_plugin.integrations.vllm import qwen
+from vtp_plugin.hosts.vllm import qwen
 
 plan_of = qwen.plan_of
 
