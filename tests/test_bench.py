@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch_counter import flop_counter
 from typer.testing import CliRunner
 
 from vtp_plugin import plugins, prune
@@ -50,7 +50,7 @@ def counted(name: str, spec: Any, **fields: Any) -> tuple[int, dict[str, Any]]:
     inputs = shapes.shape_of(name).inputs(model, 1)
     with prune(model, spec, processor=bench.Levels(), **fields) as pruned:
         pruned.finished.append(calls.append)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), flop_counter() as counter:
             model(**inputs, logits_to_keep=1)
         (report,) = samples_of(pruned, calls[0])
     return counter.get_total_flops(), report
@@ -73,7 +73,7 @@ def test_the_ideal_computes_what_a_pruned_model_computes(name: str, stage: str) 
     strategy = plugins.get_strategy(spec)(**fields)
     torchs, report = counted(name, strategy)
     one = bench._Bench(shape, model, shape.inputs(model, 1), strategy)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         one._ideal()
     found, selector = counter.get_total_flops(), report["flops"]["after"]["selector"]
     flops = report["flops"]

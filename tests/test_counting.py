@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES, Processor
 from test_families import anyres, anyres_inputs, blip2, blip2_inputs, clip, siglip  # noqa: F401
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch_counter import flop_counter
 
 from vtp_plugin import prune
 from vtp_plugin.metrics import papers
@@ -42,7 +42,7 @@ def measured(model: nn.Module, inputs: dict[str, Any], stage: str, new: int = NE
     model.requires_grad_(False)  # the counter looks for gradients
     with prune(model, spec, processor=Processor(), measure=True, **fields) as pruned:
         pruned.finished.append(calls.append)
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             output = model.generate(**inputs, max_new_tokens=new, do_sample=False, return_dict_in_generate=True)
         (report,) = samples_of(pruned, calls[0])
     return counter.get_total_flops(), report, output
@@ -105,7 +105,7 @@ def test_flops_of_encoders_agree_with_torchs_counter(build: Any, stage: str) -> 
     values = families.pixels(1, 3, 16, 16, seed=1)
     with prune(model, SPECS[stage][0], processor=Processor(), **SPECS[stage][1]) as pruned:
         pruned.finished.append(calls.append)
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             model.vision_model(pixel_values=values)
         (report,) = samples_of(pruned, calls[0])
     assert sum(report["flops"]["after"].values()) == pytest.approx(counter.get_total_flops(), rel=0.01)
@@ -191,7 +191,7 @@ def test_decoding_is_counted_as_it_runs(arguments: dict[str, Any]) -> None:
     inputs = family.batch([family.sample(0, 1)])
     with prune(model, "stride", at="llm", keep_ratio=0.4, measure=True) as pruned:
         pruned.finished.append(calls.append)
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             model.generate(**inputs, max_new_tokens=5, do_sample=False, **arguments)
         (report,) = samples_of(pruned, calls[0])
     assert sum(report["flops"]["after"].values()) == pytest.approx(counter.get_total_flops(), rel=0.01)
