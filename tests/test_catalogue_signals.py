@@ -101,7 +101,7 @@ def test_signals_of_the_language_model(host: Any):
 @torch.no_grad()
 def test_signals_of_tower_and_projector(host: Any):
     row = models.prompts("single")
-    probe = Probe(at="projector", wants=("projected", "class_query", "raw_keys"))
+    probe = Probe(at="projector", wants=("projected", "class_query", "class_key", "raw_keys", "cls_attention", "heads"))
     with host.prune(probe):
         host.forward(row)
     (seen,) = probe.seen
@@ -114,6 +114,9 @@ def test_signals_of_tower_and_projector(host: Any):
     normed = block.layer_norm1(tower.hidden_states[-2])
     assert torch.allclose(seen.raw_keys, block.self_attn.k_proj(normed)[:, 1:], **CLOSE)
     assert torch.allclose(seen.class_query, block.self_attn.q_proj(normed)[:, 0], **CLOSE)
+    assert torch.allclose(seen.class_key, block.self_attn.k_proj(normed)[:, 0], **CLOSE)
+    eager = host.tower(pixels, output_attentions=True).attentions[-1][:, :, 0, 1:]
+    assert torch.allclose(seen.heads * seen.cls_attention, eager.sum(1), **CLOSE)
 
 
 # -- whole calls ------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from vtp_plugin import VisualTokens, get_strategy
 
 
 def seen_by(kind: str, n: int, dtype: torch.dtype = torch.float32, peaked: float = 1.0) -> VisualTokens:
-    query, keys = torch.randn(2, 8) * peaked, slow.tokens(kind, n, 8)
-    return slow.visual(slow.tokens(kind, n, dtype=dtype), class_query=query, raw_keys=keys)
+    query, own, keys = torch.randn(2, 8) * peaked, torch.randn(2, 8), slow.tokens(kind, n, 8)
+    return slow.visual(slow.tokens(kind, n, dtype=dtype), class_query=query, class_key=own, raw_keys=keys)
 
 
 def softmax(query: list[float], keys: slow.Matrix) -> list[float]:
@@ -57,7 +57,8 @@ def restated(
     seen: VisualTokens, b: int, plus: bool, k: int | None, neighbours: int
 ) -> tuple[list[list[float]], list[int]]:
     keys, x = seen.raw_keys[b].double().tolist(), seen.tokens[b].double().tolist()
-    attention = softmax(seen.class_query[b].double().tolist(), keys)
+    everyone = [seen.class_key[b].double().tolist(), *keys]  # the class token looks at itself, too
+    attention = softmax(seen.class_query[b].double().tolist(), everyone)[1:]
     n, d = len(x), len(x[0])
     kept, rows = chosen(attention, plus, k), []
     for i in kept:
@@ -95,7 +96,10 @@ def test_without_outliers_one_merged_token_is_left(name: str, n: int):
     seen = seen_by("constant", n)
     selection = get_strategy(name)().decide(seen)
     assert slow.columns(selection) == [[-1], [-1]]
-    assert torch.allclose(selection.tokens[0], seen.tokens[0].mean(0, keepdim=True), atol=1e-5)
+    everyone = [seen.class_key[0].double().tolist(), *seen.raw_keys[0].double().tolist()]
+    itself = softmax(seen.class_query[0].double().tolist(), everyone)[0]
+    assert 0.01 < itself < 0.99
+    assert torch.allclose(selection.tokens[0], (1 - itself) * seen.tokens[0].mean(0, keepdim=True), atol=1e-5)
 
 
 def test_the_number_follows_from_every_image_alone():
@@ -103,9 +107,8 @@ def test_the_number_follows_from_every_image_alone():
     seen.class_query[1] *= 0.05
     both = get_strategy("prumerge")().decide(seen)
     assert len(set(both.counts)) == 2
-    alone = VisualTokens(
-        seen.tokens[1:], seen.grid, seen.index[1:], class_query=seen.class_query[1:], raw_keys=seen.raw_keys[1:]
-    )
+    own = {name: getattr(seen, name)[1:] for name in ("class_query", "class_key", "raw_keys")}
+    alone = VisualTokens(seen.tokens[1:], seen.grid, seen.index[1:], **own)
     assert slow.columns(get_strategy("prumerge")().decide(alone))[0] == slow.columns(both)[1]
 
 

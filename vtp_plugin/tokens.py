@@ -25,11 +25,13 @@ class VisualTokens:
     cls: Tensor | None = None  # [B, D] the tower's CLS feature of the projected layer; inside a block: its CLS token
     sizes: Tensor | None = None  # inside a block, [B, N] fp32: patches that every token stands for
     cls_attention: Tensor | None = None  # [B, N] fp32: attention CLS -> patch, mean over heads, of block `tower_layer`
+    heads: int | None = None  # of that block: how many attention rows the mean is taken over
     keys: Tensor | None = None  # [B, N, d] fp32: keys of block `tower_layer`, mean over heads, bias included
     aligned: Tensor | None = None  # [B, N, E] fp32: output of block `tower_layer` in CLIP's shared space
     text: Tensor | None = None  # [B, E] fp32: CLIP text embedding of the image's question; `segments`: of unit pieces
     projected: Tensor | None = None  # [B, N, L]: what the projector makes of the tokens
     class_query: Tensor | None = None  # [B, d'] fp32: query of CLS in block `tower_layer`, heads side by side, unscaled
+    class_key: Tensor | None = None  # [B, d'] fp32: key of CLS in that block, heads side by side
     raw_keys: Tensor | None = None  # [B, N, d'] fp32: keys of block `tower_layer`, heads side by side
     last_query_attention: Tensor | None = None  # [B, N] fp32: attention of the last prompt token, mean over heads
     next_query_attention: Tensor | None = None  # [B, N] fp32: the same in the layer behind the cut, before cutting

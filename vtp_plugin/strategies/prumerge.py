@@ -1,8 +1,9 @@
 """PruMerge: patches whose CLS attention is an outlier stay, and take up the patches whose keys resemble theirs.
 
 Source: arXiv 2403.15388 (ICCV 2025) and the authors' code, where the two differ:
-1. a_j = softmax_j(q_CLS k_j / sqrt(d)) over the patches, with query and keys of the LAST block, all heads side by side
-   as one (not the 16-head attention of the model): `class_query`, `raw_keys`;
+1. a_j = softmax_j(q_CLS k_j / sqrt(d)) over the class token and the patches, with query and keys of the LAST block, all
+   heads side by side as one (not the 16-head attention of the model): `class_query`, `class_key`, `raw_keys`. The class
+   token's own share is dropped afterwards, so the a_j of the patches sum to 1 - a_CLS;
 2. without a budget the number follows from the image: the share rho of a_i > Q3 + 1.5 (Q3 - Q1), K = int(rho N); the
    top K by a, in the order of their scores;
 3. every kept i: x_i + sum of a_j x_j over its `neighbours` (32) nearest patches by key cosine, kept ones too;
@@ -37,7 +38,7 @@ class PruMerge(PruningStrategy):
     name = "prumerge"
     stage = Stage.PROJECTOR
     paper = "LLaVA-PruMerge: Adaptive Token Reduction, https://arxiv.org/abs/2403.15388"
-    needs = ("class_query", "raw_keys")
+    needs = ("class_query", "class_key", "raw_keys")
     merges = True
 
     neighbours: int = 32  # patches that a kept one takes up
@@ -58,8 +59,9 @@ class PruMerge(PruningStrategy):
     def select(self, visual: VisualTokens) -> Selection:
         if visual.class_query is None:
             raise self.error("needs a vision tower with a class token")
-        logits = torch.einsum("bd,bnd->bn", visual.class_query, visual.raw_keys)
-        attention = (logits * visual.raw_keys.shape[-1] ** -0.5).softmax(-1)
+        keys = torch.cat([visual.class_key[:, None], visual.raw_keys], dim=1)  # [B, 1 + N, d']
+        logits = torch.einsum("bd,bnd->bn", visual.class_query, keys)
+        attention = (logits * keys.shape[-1] ** -0.5).softmax(-1)[:, 1:]
         rows, sources = zip(
             *(self._merged(*image) for image in zip(visual.tokens, attention, cosines(visual.raw_keys), strict=True)),
             strict=True,

@@ -5,9 +5,10 @@ times: gain_j = w_j sum_i max(0, cos(x_i, x_j) - cur_i), take the largest, cur_i
 at first, over the features before the projector. Ascending order, no CLS token, no merging, positions renumbered.
 
 `gain=additive` is the code's alternative: gain_j = w_j + sum_i max(0, ...), which lets salience in without coverage.
+There the attention is the sum over heads, `heads` times the mean; the product does not see that factor.
 
-Our reading: the attention is the mean over heads, a constant factor of the paper's sum that no argmax sees; fp32; the
-budget is per image (the released code divides it by the number of images of the batch). K = int(r N).
+Our reading: fp32; the budget is per image (the released code divides it by the number of images of the batch). K =
+int(r N).
 """
 
 from __future__ import annotations
@@ -29,19 +30,24 @@ class SCOPE(PruningStrategy):
     name = "scope"
     stage = Stage.PROJECTOR
     paper = "SCOPE: Saliency-Coverage Oriented Token Pruning, https://arxiv.org/abs/2510.24214"
-    needs = ("cls_attention",)
     default_keep_ratio = 64 / 576
 
     alpha: float = 1.0  # exponent of the attention; 0 is coverage alone
     gain: str = "product"  # product or additive: how salience and coverage are joined
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("cls_attention",) + ("heads",) * (self.gain == "additive")
 
     def validate(self) -> None:
         self.check_choice("gain", ("product", "additive"))
         self.check_number("alpha", 0)
 
     def select(self, visual: VisualTokens) -> Selection:
-        weight = visual.cls_attention.float() ** self.alpha
-        one = torch.ones_like(weight)
-        factor, bonus = (weight, None) if self.gain == "product" else (one, weight)
+        attention = visual.cls_attention.float()
+        if self.gain == "product":
+            factor, bonus = attention**self.alpha, None
+        else:
+            factor, bonus = torch.ones_like(attention), (visual.heads * attention) ** self.alpha
         picks = coverage(cosines(visual.tokens), factor, self.wanted(visual), bonus=bonus)
-        return Selection(mask(picks, visual.tokens.shape[1]), scores=weight)
+        return Selection(mask(picks, visual.tokens.shape[1]), scores=attention**self.alpha)

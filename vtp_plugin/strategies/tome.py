@@ -15,6 +15,7 @@ Only the blocks whose output is projected count: 23 of CLIP's 24 in LLaVA-1.5.
 Ours: r need not be whole: after block l of L, N - (N - K) (share of the schedule up to l), rounded, are left, and K
 is met exactly; where half of the tokens is less than asked, the next blocks catch up. Behind the last merge the tokens
 are put in the order of their first patch, because a language model reads them in raster order. Ties by lower index.
+What is left of A is sorted in every tower; the code does so only where there is a class token.
 """
 
 from __future__ import annotations

@@ -23,6 +23,14 @@ def scale(module: nn.Module) -> float:
     return getattr(module, "scaling", getattr(module, "scale", module.head_dim**-0.5))
 
 
+def window(module: nn.Module) -> int | None:
+    """How many columns back an attention module sees, itself included; None: all of them."""
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window
+    config = getattr(module, "config", None)  # one window for all layers, as in Mistral
+    return None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+
+
 def row(
     query: Tensor, keys: Tensor, factor: float, visible: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from vtp_plugin.stages import Stage
 from vtp_plugin.tokens import Selection
 
-ROW_SIGNALS = ("cls_attention", "keys", "raw_keys", "class_query")  # read where a block's attention begins
+ROW_SIGNALS = ("cls_attention", "keys", "raw_keys", "class_query", "class_key")  # read where a block's attention begins
 VIEW_SIGNALS = ("view", "place", "first_attention")  # of images with several views
 
 

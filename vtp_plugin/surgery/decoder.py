@@ -116,7 +116,8 @@ class DecoderCuts:
             hidden = args[0] if args else kwargs["hidden_states"]
             seen = self._seen(call, layer - 1, hidden)
             with torch.no_grad(), self.pruned.timed("selector"):
-                reading = Reading.of(module, hidden, kwargs["position_embeddings"], past, seen.valid)
+                tables = kwargs["position_embeddings"]
+                reading = Reading.of(module, hidden, tables, past, seen.valid, seen.columns)
                 call.scratch["reading", layer] = reading
                 if any("last_query_attention" in s.needs for s in self.by_layer[layer]):
                     call.scratch["last_query", layer] = reading.last_row()
@@ -133,7 +134,7 @@ class DecoderCuts:
             self._check(stored)
             if stored is not None and (past := stored.get_seq_length(number)) > 0:
                 cut, count = self._seen(call, number, hidden), hidden.shape[1]
-                mask = self._mask(call, kwargs, cut, None, count, past)
+                mask = self._later_mask(call, kwargs, cut, attention.window(module.self_attn), stored, number, count)
                 tables = self._tables(call, number, hidden, kwargs["position_embeddings"], cut, past + count)
                 return args, {**kwargs, "attention_mask": mask, "position_embeddings": tables}
             self._check_window(module, kwargs["position_embeddings"][0].shape[1])
@@ -150,7 +151,7 @@ class DecoderCuts:
         kwargs = {
             **kwargs,
             "position_embeddings": self._tables(call, number, hidden, tables, cut, columns.shape[1], columns),
-            "attention_mask": self._mask(call, kwargs, cut, columns, columns.shape[1], 0),
+            "attention_mask": self._mask(call, kwargs, cut, columns),
         }
         if kwargs.get("position_ids") is not None:  # contiguous: gaps would read as packed sequences
             kwargs["position_ids"] = torch.arange(columns.shape[1], device=hidden.device)[None]
@@ -208,7 +209,7 @@ class DecoderCuts:
             length = before.columns.shape[1]
             read = self._tables(self.pruned.call, number, hidden, tables, before, length, before.columns)
             normed = layer.input_layernorm.forward(hidden)
-            return Reading.of(layer.self_attn, normed, read, None, before.valid).last_row()
+            return Reading.of(layer.self_attn, normed, read, None, before.valid, before.columns).last_row()
 
     def _decide(self, call: Call, number: int, hidden: Tensor, before: Cut) -> Cut:
         rows = len(hidden) // len(call.valid)  # beams and returned sequences repeat a sample
@@ -310,22 +311,48 @@ class DecoderCuts:
     def _grid(self) -> tuple[int, int]:
         return self.pruned.adapter.tower.grid
 
-    def _mask(self, call: Call, kwargs: Any, cut: Cut, queries: Tensor | None, count: int, past: int) -> Tensor | None:
-        """The attention mask of `count` queries behind `past` cached columns."""
-        mask = kwargs.get("attention_mask")
+    def _mask(self, call: Call, kwargs: Any, cut: Cut, columns: Tensor) -> Tensor | None:
+        """The attention mask of a pass over the whole prompt, whose columns [B, K] are left."""
+        mask, count = kwargs.get("attention_mask"), columns.shape[1]
         if mask is not None:
-            return call.once("mask", (cut, count), mask, lambda: _narrow(mask, queries, cut))
+            return call.once("mask", (cut, count), mask, lambda: _narrow(mask, columns, cut))
         if cut.whole:
             return None
-        flash = "flash" in self.pruned.adapter.language_model.config._attn_implementation
-        return call.once("mask", (cut, count, past), None, lambda: _made_mask(cut, count, past + count, flash))
+        return call.once("mask", (cut, count), None, lambda: _made_mask(cut, count, count, self._flash))
+
+    def _later_mask(
+        self, call: Call, kwargs: Any, cut: Cut, window: int | None, stored: Any, number: int, count: int
+    ) -> Tensor | None:
+        """The attention mask of `count` queries behind what layer `number` has cached.
+
+        The host's counts the cache of the first layer with full attention, and of the first with a window: it may lie
+        on either side of a cut, or hold less than the prompt. Then the mask is made anew.
+        """
+        mask = kwargs.get("attention_mask")
+        if mask is None and cut.whole:
+            return None
+        keys, first = stored.get_mask_sizes(count, number)
+        total = first + keys - cut.columns.shape[1] + cut.length
+        if mask is not None and mask.shape[-1] == total:
+            return call.once("mask", (cut, count), mask, lambda: _narrow(mask, None, cut))
+
+        def make() -> Tensor:
+            made = _made_mask(cut, count, first + keys, self._flash, window)[..., first:]
+            return made if mask is None or not mask.is_floating_point() else _additive(made, mask.dtype)
+
+        return call.once("mask", (cut, count, first, keys, window), mask, make)
+
+    @property
+    def _flash(self) -> bool:
+        return "flash" in self.pruned.adapter.language_model.config._attn_implementation
 
     def _check_window(self, layer: nn.Module, length: int) -> None:
-        window = getattr(layer.self_attn, "sliding_window", None)
-        if window is not None and window < length:
+        """A kernel that counts its window itself would count what is left instead of the prompt's columns."""
+        window = attention.window(layer.self_attn)
+        if self._flash and window is not None and window < length:
             raise PruningError(
                 f"{self._names}: a prompt of {length} tokens is longer than the model's sliding window ({window}), "
-                f"whose cache holds no whole prompt"
+                f"which flash attention counts by itself: load the model with attn_implementation=sdpa"
             )
 
     @property
@@ -399,13 +426,22 @@ def _narrow(mask: Tensor | None, queries: Tensor | None, cut: Cut) -> Tensor | N
     return mask if cut.whole else _hide(mask, ~valid)
 
 
-def _made_mask(cut: Cut, queries: int, keys: int, flash: bool) -> Tensor:
-    """A mask where the host needed none (no padding), but rows of unequal length had to be filled up."""
-    valid = _valid(cut, keys)
+def _made_mask(cut: Cut, queries: int, keys: int, flash: bool, window: int | None = None) -> Tensor:
+    """A mask where the host's has none or another length: [B, 1, Q, K] bool, for flash attention [B, K].
+
+    The last Q of the K columns that are left are queries; a window counts columns of the whole prompt.
+    """
+    valid, columns = _valid(cut, keys), _with_new(cut.columns, cut.length, cut.length + keys - cut.columns.shape[1])
+    far = columns[:, None] <= columns[:, -queries:, None] - (columns.max() + 1 if window is None else window)
     if flash:
-        return valid
+        return valid & ~far[:, -1]
     causal = torch.ones(queries, keys, dtype=torch.bool, device=valid.device).tril(keys - queries)
-    return _hide(causal.expand(len(valid), 1, queries, keys), ~valid)
+    return _hide((causal & ~far)[:, None], ~valid)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of zeros and the lowest number instead of True and False."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _valid(cut: Cut, keys: int) -> Tensor:

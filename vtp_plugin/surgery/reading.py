@@ -21,22 +21,32 @@ class Reading:
     sin: Tensor
     keys: Tensor  # [B, Hkv, L, d] rotated
     valid: Tensor  # [B, L] bool: columns that are not padding
+    columns: Tensor  # [B, L] where they are in the whole prompt: what a sliding window counts
 
     @classmethod
-    def of(cls, module: nn.Module, hidden: Tensor, tables: tuple[Tensor, ...], stored: Any, valid: Tensor) -> Reading:
+    def of(
+        cls,
+        module: nn.Module,
+        hidden: Tensor,
+        tables: tuple[Tensor, ...],
+        stored: Any,
+        valid: Tensor,
+        columns: Tensor,
+    ) -> Reading:
         """From the layer's normed input, its rotary tables and the cache that holds its keys, if there is one."""
         cos, sin = (table[:, : hidden.shape[1]] for table in tables)
         keys = _cached_keys(module, stored)
-        if keys is None:
+        if keys is None or keys.shape[2] < hidden.shape[1]:  # a sliding window keeps only the last ones
             keys = attention.rotated(module, attention.heads(module, "k_proj", hidden), cos, sin)
-        return cls(module, hidden, cos, sin, keys, valid)
+        return cls(module, hidden, cos, sin, keys, valid, columns)
 
     def last_row(self) -> Tensor:
         """Attention of the last real column, mean over heads, [B, L] fp32."""
         length = self.hidden.shape[1]
         last = (self.valid * torch.arange(1, length + 1, device=self.valid.device)).argmax(1, keepdim=True)  # [B, 1]
         query = self._queries(slice(None), last)  # [B, H, 1, d]
-        return attention.row(query[:, :, 0], self.keys, attention.scale(self.module), self.valid)
+        visible = self.valid & self._near(self.columns.gather(1, last), self.columns)
+        return attention.row(query[:, :, 0], self.keys, attention.scale(self.module), visible)
 
     def rows(self, sample: int, columns: Tensor) -> Tensor:
         """Attention of some columns [T] of one sample, mean over heads, [T, L] fp32."""
@@ -47,8 +57,7 @@ class Reading:
         one = slice(sample, sample + 1)
         queries = self._queries(one, columns[None])[0].transpose(0, 1)  # [T, H, d]
         keys = self.keys[one].expand(len(columns), *self.keys.shape[1:])
-        before = torch.arange(self.hidden.shape[1], device=columns.device) <= columns[:, None]  # [T, L]
-        rows = attention.head_rows(queries, keys, attention.scale(self.module), self.valid[one] & before)
+        rows = attention.head_rows(queries, keys, attention.scale(self.module), self._visible(sample, columns))
         return rows.transpose(0, 1)
 
     def rotary_bias(self, sample: int, columns: Tensor) -> Tensor:
@@ -62,8 +71,8 @@ class Reading:
         """Attention of some columns [T] of one sample, max over heads, [T, L] fp32; one head at a time."""
         one = slice(sample, sample + 1)
         queries, keys = self._queries(one, columns[None])[0].float(), self.keys[sample].float()  # [H, T, d]
-        before = torch.arange(self.hidden.shape[1], device=columns.device) <= columns[:, None]  # [T, L]
-        hidden, strongest = ~(self.valid[one] & before), queries.new_zeros(before.shape)
+        hidden = ~self._visible(sample, columns)
+        strongest = queries.new_zeros(hidden.shape)
         for query, key in zip(queries, keys.repeat_interleave(len(queries) // len(keys), dim=0), strict=True):
             logits = (query @ key.T * attention.scale(self.module)).masked_fill(hidden, float("-inf"))
             torch.maximum(strongest, logits.softmax(-1), out=strongest)
@@ -72,6 +81,17 @@ class Reading:
     def norms(self, sample: int) -> Tensor:
         """L1 norm of every column's key, heads side by side, [L] fp32."""
         return self.keys[sample].float().abs().sum((0, 2))
+
+    def _visible(self, sample: int, columns: Tensor) -> Tensor:
+        """What some columns [T] of one sample attend to, [T, L] bool."""
+        before = torch.arange(self.hidden.shape[1], device=columns.device) <= columns[:, None]
+        places = self.columns[sample]
+        return self.valid[sample] & before & self._near(places[columns, None], places)
+
+    def _near(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Whether the keys at these places of the prompt are within the layer's window."""
+        window = attention.window(self.module)
+        return keys > queries - (self.columns.max() + 1 if window is None else window)
 
     def _queries(self, samples: slice, columns: Tensor) -> Tensor:
         """Rotated queries of columns [B, T] -> [B, H, T, d]."""

@@ -330,6 +330,8 @@ class TileCuts(VisionCuts):
         layer, scratch = self._layer(strategy), self._call.scratch
         if name in VIEW_SIGNALS:
             return self._view_signal(name, strategy, group)
+        if name == "heads":
+            return self._heads(layer)
         if name == "projected":
             return torch.cat([part.features[where] for part, where in group])[None]
         if name == "cls":

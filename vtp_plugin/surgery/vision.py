@@ -205,6 +205,7 @@ class VisionCuts:
                 self._call.scratch["raw_keys", layer] = keys.transpose(1, 2).flatten(2).float()[:, self.tower.prefix :]
             if self.tower.prefix:
                 self._call.scratch["class_query", layer] = query.flatten(1).float()
+                self._call.scratch["class_key", layer] = keys[:, :, 0].flatten(1).float()
 
         return read
 
@@ -246,7 +247,9 @@ class VisionCuts:
         layer, call = self._layer(strategy), self._call
         if name in VIEW_SIGNALS:
             return None
-        if name == "class_query":
+        if name == "heads":
+            return self._heads(layer)
+        if name in ("class_query", "class_key"):
             return call.scratch.get((name, layer))
         if name in ROW_SIGNALS:
             return attention.take(call.scratch[name, layer], columns)
@@ -275,6 +278,10 @@ class VisionCuts:
 
     def _needing(self, signal: str) -> Sequence[PruningStrategy]:
         return [s for s in self.pruned.strategies if signal in s.needs]
+
+    def _heads(self, layer: int) -> int:
+        """Attention heads of a block."""
+        return getattr(self.tower.blocks[layer], self.tower.attention).num_heads
 
     def _layer(self, strategy: PruningStrategy) -> int:
         return self._block(strategy.tower_layer)

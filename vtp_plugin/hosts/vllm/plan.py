@@ -166,9 +166,9 @@ def _asked(strategy: PruningStrategy, n: int, grid: tuple[int, int], seed: int) 
     draw = torch.Generator().manual_seed(seed)
     rows = {name: torch.rand(1, n, WIDTH, generator=draw) for name in ("projected", "keys", "raw_keys", "aligned")}
     rows |= {name: torch.rand(1, n, WIDTH, generator=draw) for name in ("centered", "positioned")}
-    whole = {name: torch.rand(1, WIDTH, generator=draw) for name in ("cls", "class_query", "text")}
+    whole = {name: torch.rand(1, WIDTH, generator=draw) for name in ("cls", "class_query", "class_key", "text")}
     pixels = torch.randint(0, 256, (1, n, 3, 2, 2), generator=draw, dtype=torch.uint8)
-    signals = {**rows, **whole, "cls_attention": torch.rand(1, n, generator=draw), "pixels": pixels}
+    signals = {**rows, **whole, "cls_attention": torch.rand(1, n, generator=draw), "heads": 2, "pixels": pixels}
     visual = VisualTokens(
         tokens=torch.rand(1, n, WIDTH, generator=draw),
         grid=grid,
