@@ -1,4 +1,5 @@
-"""Stands in for the host in tests of the sweep: says and writes what lmms-eval does, at once, and can misbehave.
+"""Stands in for the host in tests of the sweep: says and writes what lmms-eval with the plugin does, at once, and can
+misbehave.
 
 Started as `fake_host.py -m lmms_eval --config FILE`. FAKE_KILLED, FAKE_RAISES, FAKE_HALF: ids of cells that die, raise
 or end with half of their log written; FAKE_SECONDS: how long a cell takes; FAKE_LOG: a file that notes every start.
@@ -27,17 +28,24 @@ def answers(id: str) -> list[str]:
 
 def evaluate(entry: dict) -> None:
     folder = Path(entry["output_path"])
-    print(f"| INFO | Evaluation tracker args: {{'output_path': '{folder}'}}", flush=True)
+    say(folder, "started")
     with open(os.environ["FAKE_LOG"], "a") as log:
         log.write(folder.name + "\n")
     for done in range(QUESTIONS):
         time.sleep(float(os.environ.get("FAKE_SECONDS", "0")) / QUESTIONS)
-        print(f"Model Responding: {done}%|##| {done + 1}/{QUESTIONS} [00:00<00:00]", end="\r", file=sys.stderr)
+        say(folder, "answered", done=done + 1, of=QUESTIONS)
         if folder.name in os.environ.get("FAKE_KILLED", "").split(",") and done == 3:
             os.kill(os.getpid(), signal.SIGKILL)
     if folder.name in os.environ.get("FAKE_RAISES", "").split(","):
         raise ValueError("this cell cannot be run")
     write(folder, entry)
+
+
+def say(folder: Path, event: str, **facts: object) -> None:
+    """As the plugin does inside the real host; the line on the output is what the sweep wakes up from."""
+    with open(os.environ["VTP_STATUS"], "a") as status:
+        status.write(json.dumps({"cell": str(folder), "event": event, **facts}) + "\n")
+    print(event, end="\r", file=sys.stderr)
 
 
 def write(folder: Path, entry: dict) -> None:
@@ -57,7 +65,7 @@ def main() -> None:
         try:
             evaluate(entry)
         except ValueError as error:
-            print(f"| ERROR | Error during evaluation: {error}. Please set `--verbosity=DEBUG` to get more.")
+            say(Path(entry["output_path"]), "failed", error=str(error))
 
 
 if __name__ == "__main__":

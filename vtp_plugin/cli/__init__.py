@@ -37,12 +37,11 @@ def vtp_register_commands(cli: typer.Typer) -> None:
 def main() -> None:
     """Run the program; what a user can put right is one sentence on stderr and exit code 2."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from vtp_plugin.plugins import manager
+    from vtp_plugin import plugins
 
     try:
-        pm = manager()
-        pm.register(sys.modules[__name__], name=__name__)
-        pm.hook.vtp_register_commands(cli=app)
+        plugins.manager().register(sys.modules[__name__], name=__name__)
+        plugins.each("vtp_register_commands", cli=app)
         app()
     except PruningError as error:
         Console(stderr=True).print(f"[red]vtp: error:[/] {error}", highlight=False, soft_wrap=True)

@@ -22,7 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vtp_plugin import config
 from vtp_plugin.errors import PruningError
+from vtp_plugin.hosts import compatibility
 from vtp_plugin.hosts.lmms_eval import plugin as lmms_eval
+from vtp_plugin.hosts.lmms_eval.building import TINY_LAYOUTS
 from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
 from vtp_plugin.hosts.lmms_eval.process import Host, Listener
 from vtp_plugin.plugins import list_strategies
@@ -164,7 +166,8 @@ def _resolve(spec: str, arguments: Mapping[str, Any]) -> None:
 
 def check_host(model: str, tasks: Sequence[str]) -> None:
     """Refuse a model or a task that the host does not have; what the plugin brings is known without asking it."""
-    if _foreign(tasks) or model not in lmms_eval.TINY_LAYOUTS:
+    compatibility.refuse_broken(model)
+    if _foreign(tasks) or model not in TINY_LAYOUTS:
         lmms_eval.check_names(model, _foreign(tasks))
 
 

@@ -1,32 +1,51 @@
 """One evaluation of one pruned model under lmms-eval: the document behind every call, and the proof at its end.
 
 For that one run the host's `evaluate` is wrapped to add `results["pruning"]` and every sample's record, and to fail
-where the host would have gone on with empty answers.
+where the host would have gone on with empty answers: whatever raises while it asks the model is remembered, wherever
+that is and whoever swallows it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vtp_plugin import config
 from vtp_plugin.errors import PruningError
+from vtp_plugin.hosts.lmms_eval import status
 from vtp_plugin.hosts.lmms_eval.documents import Asked, Documents
 from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
+from vtp_plugin.hosts.lmms_eval.requests import REQUESTS, by_task
+from vtp_plugin.hosts.lmms_eval.settings import KEY
 from vtp_plugin.hosts.wrapping import wrap
 from vtp_plugin.pruning import Pruned
+from vtp_plugin.reporting import gallery
 from vtp_plugin.reporting.gallery import Recorder
 from vtp_plugin.reporting.record import record, samples_of
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.call import Call
+from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.version import __version__
 
-KEY = "pruning"  # of our entry in the results and in every line of a sample log
+EACH = "VTP_GALLERY_EACH"  # of the process: a gallery for every evaluation, in its own output folder
+
+
+@dataclass
+class Seen:
+    """What one process has seen of an evaluation; those of several processes are put together at its end."""
+
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    requests: int = 0  # that reached the model, and not the response cache
+    cut: Counter = field(default_factory=Counter)  # tokens, by strategy; empty where the host does not say
+    failure: str = ""
 
 
 class Run:
@@ -36,9 +55,8 @@ class Run:
         self, lm: Any, pruned: Pruned, strategies: list[PruningStrategy], perturbation: Perturbation | None = None
     ) -> None:
         self.lm, self.pruned, self.strategies, self.perturbation = lm, pruned, strategies, perturbation
-        self.asked = Asked()
-        self.samples: list[dict[str, Any]] = []
-        self.gallery = Recorder.wanted(pruned)
+        self.asked, self.seen, self.asking = Asked(), Seen(), False
+        self.gallery = Recorder.wanted(pruned, _gallery(os.environ, status.cell.get()))
         pruned.finished.append(self._finished)
 
     def install(self) -> None:
@@ -49,25 +67,30 @@ class Run:
         _waiting.append(self)
 
     def evaluate(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        self._mark_cache(kwargs.get("response_cache"))
+        cache = kwargs.get("response_cache")
+        self._mark_cache(cache)
         self.lm.task_dict = Documents(self.lm.task_dict, self.asked)
-        if self.perturbation is not None:
-            self._perturb(kwargs["task_dict"] if "task_dict" in kwargs else args[1])
         try:
-            results = original(*args, **kwargs)
+            with Undo() as undo:
+                self._watch(undo, kwargs["task_dict"] if "task_dict" in kwargs else args[1])
+                results = original(*args, **kwargs)
         finally:
             self.pruned.detach()
         if self.gallery is not None:
             self.gallery.write()
-        everyone = gathered((self.samples, self.pruned.failure and _sentence(self.pruned.failure)))
-        samples = _unpadded([sample for part, _ in everyone for sample in part])
-        self._check(samples, [failure for _, failure in everyone if failure])
+        everyone = gathered(self.seen)
+        samples = _unpadded([sample for seen in everyone for sample in seen.samples])
+        check(self.strategies, samples, everyone, cached=cache is not None)
         if results is not None:
-            results[KEY] = self.record(samples)
-            if self.perturbation is not None:
-                results[KEY]["perturbation"] = self.perturbation.as_json()
-            _annotate(results.get("samples") or {}, samples)
+            self._add(results, samples)
         return results
+
+    def _add(self, results: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+        """The proof, into what the host is about to write."""
+        results[KEY] = self.record(samples)
+        if self.perturbation is not None:
+            results[KEY]["perturbation"] = self.perturbation.as_json()
+        _annotate(results.get("samples") or {}, samples)
 
     def record(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """The run's entry in the results; the times to first token go to the host's own throughput, too."""
@@ -82,11 +105,48 @@ class Run:
             mark += repr(self.perturbation)
             cache._model_fingerprint_hash = hashlib.sha256(mark.encode()).hexdigest()[:16]
 
-    def _perturb(self, tasks: Mapping[str, Any]) -> None:
+    # -- while the host asks the model ------------------------------------------------------------------------------
+
+    def _watch(self, undo: Undo, tasks: Mapping[str, Any]) -> None:
+        """Stand at every door through which the host comes to the model, and to what we changed on the way."""
         from lmms_eval.evaluator_utils import get_task_list
 
         for output in get_task_list(tasks):
-            self.perturbation.install(output.task)
+            if self.perturbation is not None:
+                self.perturbation.install(output.task)
+            self._guard(undo, output.task, "doc_to_visual", "doc_to_text")
+        for owner, names in self._doors():
+            self._guard(undo, owner, *names)
+        for name in REQUESTS:
+            original = getattr(self.lm, name)
+            undo.override(self.lm, name, lambda requests, original=original: self._asked(original, requests))
+
+    def _doors(self) -> list[tuple[Any, Sequence[str]]]:
+        """The functions inside the model's calls that raise for us."""
+        processors = [(one, ["preprocess"]) for one in self.pruned.adapter.visual_processors]
+        return [(self.pruned.model, ["generate", "forward"]), *processors]
+
+    def _guard(self, undo: Undo, owner: Any, *names: str) -> None:
+        """Remember what these functions raise, whoever swallows it."""
+        for name in names:
+            original = getattr(owner, name)
+            undo.override(owner, name, lambda *args, original=original, **kwargs: self._kept(original, *args, **kwargs))
+
+    def _kept(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except Exception as error:
+            self.seen.failure = self.seen.failure or _sentence(error)
+            raise
+
+    def _asked(self, original: Callable, requests: Sequence[Any]) -> list[Any]:
+        """The host's requests, a task at a time: it takes a whole batch for one of its first request's task."""
+        self.seen.requests += len(requests)
+        self.asking = True
+        try:
+            return by_task(original, requests)
+        finally:
+            self.asking = False
 
     def _finished(self, call: Call) -> None:
         reports = samples_of(self.pruned, call)
@@ -95,16 +155,70 @@ class Run:
             reports = [r | {"task": task, "doc_id": doc} for r, (task, doc) in zip(reports, documents, strict=True)]
             if self.gallery is not None:
                 self.gallery.add(call, documents)
-        self.samples.extend(reports)
+        elif self.asking:
+            raise PruningError(
+                f"the host called its model for {len(reports)} questions, but read {len(documents)} documents for "
+                "them: no telling which is which; try --batch_size 1"
+            )
+        self.seen.samples.extend(reports)
+        for event in call.events:
+            self.seen.cut[event.strategy] += sum(event.before) - sum(event.after)
+        status.say(status.ANSWERED, done=len(self.seen.samples), of=max(self.seen.requests, len(self.seen.samples)))
 
-    def _check(self, samples: list[dict[str, Any]], failures: list[str]) -> None:
-        if failures:
-            raise PruningError(f"{len(failures)} process(es) met an error while generating; the first: {failures[0]}")
-        images = [image for sample in samples for image in sample["images"]]
-        asked = [s for s in self.strategies if not s.keeps_everything]
-        if asked and images and all(image["after"] >= image["before"] for image in images):
-            names = "+".join(s.name for s in asked)
-            raise PruningError(f"{names}: {len(images)} images went in and not one token was cut with {asked}")
+
+def _gallery(environment: Mapping[str, str], output: str) -> Mapping[str, str]:
+    """Where this evaluation's gallery goes, in the words of `reporting.gallery`."""
+    if not (environment.get(EACH) and output):
+        return environment
+    return {**environment, gallery.FOLDER: str(Path(output) / "gallery")}
+
+
+# -- the proof --------------------------------------------------------------------------------------------------------
+
+
+def check(
+    strategies: Sequence[PruningStrategy], samples: Sequence[Mapping[str, Any]], everyone: Sequence[Seen], cached: bool
+) -> None:
+    """PruningError for a run that proves nothing: something raised, no picture was seen, a strategy never cut."""
+    if failures := [seen.failure for seen in everyone if seen.failure]:
+        raise PruningError(f"{len(failures)} process(es) met an error while generating; the first: {failures[0]}")
+    asked = [s for s in strategies if not s.keeps_everything]
+    if not asked:
+        return
+    if not samples:
+        return _all_cached(asked, sum(seen.requests for seen in everyone), cached)
+    images = [image for sample in samples for image in sample["images"]]
+    if not images:
+        raise PruningError(f"{_joined(asked)}: none of {len(samples)} questions showed a picture: nothing was pruned")
+    cut = sum((seen.cut for seen in everyone), Counter())
+    whole = all(image["after"] >= image["before"] for image in images)
+    idle = asked if whole else [s for s in asked if cut and not cut[s.name]]
+    if idle:
+        raise PruningError(f"{_joined(idle)}: {len(images)} images went in and not one token was cut with {idle}")
+    _warn_of_text(samples)
+
+
+def _all_cached(asked: Sequence[PruningStrategy], requests: int, cached: bool) -> None:
+    from loguru import logger
+
+    if requests or not cached:
+        raise PruningError(f"{_joined(asked)}: the model answered without a call that could be pruned")
+    logger.warning("vtp-plugin: every answer came from the response cache: nothing was measured")
+
+
+def _warn_of_text(samples: Sequence[Mapping[str, Any]]) -> None:
+    """Name tasks that showed no picture: their answers are the unpruned model's."""
+    from loguru import logger
+
+    shown: Counter = Counter()
+    for sample in samples:
+        shown[sample.get("task")] += len(sample["images"])
+    for task in (task for task, images in shown.items() if task and not images):
+        logger.warning(f"vtp-plugin: {task} showed no picture: nothing was pruned there")
+
+
+def _joined(strategies: Sequence[PruningStrategy]) -> str:
+    return "+".join(s.name for s in strategies)
 
 
 def report_latency(entry: Mapping[str, Any]) -> None:

@@ -21,13 +21,13 @@ from typing import Any
 import yaml
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.hosts.lmms_eval.plugin import yaml_scalar
+from vtp_plugin.hosts.lmms_eval import status
+from vtp_plugin.hosts.lmms_eval.settings import yaml_scalar
+from vtp_plugin.hosts.lmms_eval.status import Reader
 from vtp_plugin.reporting.runs import CELL, LOG, RESULTS, SCHEMA, Cell, Spec
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-STARTING = re.compile(r"Evaluation tracker args: .*'output_path': '([^']+)'")
-ANSWERING = re.compile(r"Model Responding:.*?(\d+)/(\d+)")
-FAILING = re.compile(r"Error during evaluation: (.*?)(?:\. Please set `--verbosity|$)")
+LOG_FILE, STATUS_FILE = "lmms-eval.log", "status.jsonl"
 
 
 @dataclass
@@ -83,8 +83,9 @@ class Host:
 
     def _watch(self, listener: Listener) -> int:
         """Start the process, follow its output to a log file; its exit code."""
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.environment}
-        with (self.work / "lmms-eval.log").open("w") as log:
+        said = Reader(self.work / STATUS_FILE)
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.environment, status.VARIABLE: str(said.path)}
+        with (self.work / LOG_FILE).open("w") as log:
             self.process = subprocess.Popen(
                 self.command,
                 stdout=subprocess.PIPE,
@@ -96,20 +97,23 @@ class Host:
             )
             for line in self.process.stdout:  # a progress bar's carriage return ends a line, too
                 log.write(line)
-                self._heard(COLOUR.sub("", line), listener)
+                self._hear(said, listener)
+            self._hear(said, listener)
         return self.process.wait()
 
-    def _heard(self, line: str, listener: Listener) -> None:
-        if match := STARTING.search(line):
-            self._begin(Path(match[1]).name, listener)
-        elif self.started and (match := ANSWERING.search(line)):
-            listener.answered(self.started[-1], int(match[1]), int(match[2]))
-        elif self.started and (match := FAILING.search(line)):
-            self.errors.setdefault(self.started[-1].id, match[1].strip())
+    def _hear(self, said: Reader, listener: Listener) -> None:
+        """What our plugin in the process has said since it was last asked."""
+        for line in said.new():
+            cell = next(cell for cell in self.cells if cell.id == Path(line["cell"]).name)
+            if line["event"] == status.STARTED:
+                self._begin(cell, listener)
+            elif line["event"] == status.ANSWERED:
+                listener.answered(cell, line["done"], line["of"])
+            elif line["event"] == status.FAILED:
+                self.errors.setdefault(cell.id, line["error"])
 
-    def _begin(self, id: str, listener: Listener) -> None:
+    def _begin(self, cell: Spec, listener: Listener) -> None:
         """The host starts a cell (every process of a distributed run says so): the one before it is written."""
-        cell = next(cell for cell in self.cells if cell.id == id)
         if cell not in self.started:
             self._collect(listener)
             self.started.append(cell)
@@ -139,7 +143,7 @@ class Host:
 
     def _reason(self, code: int) -> str:
         """Why a cell has no results, in one sentence."""
-        lines = [COLOUR.sub("", line).strip() for line in (self.work / "lmms-eval.log").read_text().splitlines()]
+        lines = [COLOUR.sub("", line).strip() for line in (self.work / LOG_FILE).read_text().splitlines()]
         said = next((line for line in reversed(lines) if line), "it said nothing")
         died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return f"the lmms-eval process {died} without results; its last line: {said}"

@@ -15,7 +15,7 @@ from typing import Any
 from vtp_plugin import config
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.lmms_eval.documents import Asked
-from vtp_plugin.hosts.lmms_eval.evaluation import Run
+from vtp_plugin.hosts.lmms_eval.evaluation import Run, Seen
 from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
 from vtp_plugin.hosts.vllm.plan import KEY
 from vtp_plugin.reporting.record import summary
@@ -55,7 +55,12 @@ class ServedRun(Run):
 
     def __init__(self, lm: Any, strategies: list[PruningStrategy], perturbation: Perturbation | None = None) -> None:
         self.lm, self.strategies, self.pruned, self.perturbation = lm, strategies, Requests(lm), perturbation
-        self.asked, self.samples, self.gallery = Asked(), self.pruned.samples, None
+        self.asked, self.seen, self.asking, self.gallery = Asked(), Seen(self.pruned.samples), False, None
+
+    def _doors(self) -> list[tuple[Any, Sequence[str]]]:
+        """The engine, and what we changed on the way to it."""
+        processor = self.lm.client.renderer.get_mm_processor()
+        return [(self.lm.client, ["chat", "generate"]), (processor, ["apply"])]
 
     def record(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """The run's entry in the results; no seconds and no FLOPs, which belong to batches of several requests."""
@@ -73,8 +78,6 @@ class ServedRun(Run):
 
 class Requests:
     """Every request of an evaluation: which document it asks about, and what vLLM made of it."""
-
-    failure = None
 
     def __init__(self, lm: Any) -> None:
         self.samples: list[dict[str, Any]] = []
