@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 
 import pluggy
 
 from vtp_plugin import hookspecs
 from vtp_plugin.adapter import Adapter
 from vtp_plugin.errors import PruningError, unknown
+from vtp_plugin.hookspecs import hookimpl
 from vtp_plugin.strategy import PruningStrategy
 
 BUILT_IN = ("vtp_plugin.strategies", "vtp_plugin.adapters", "vtp_plugin.pruning")
+MODULES = "VTP_MODULE"  # paths of Python files that join the catalogues, in this process and its children
 
 
 @cache
@@ -23,8 +34,72 @@ def manager() -> pluggy.PluginManager:
     for name in BUILT_IN:
         pm.register(import_module(name), name=name)
     pm.load_setuptools_entrypoints("vtp")
+    for path in filter(None, os.environ.get(MODULES, "").split(os.pathsep)):
+        _register(pm, Path(path))
     pm.check_pending()
     return pm
+
+
+def join(paths: Iterable[str | Path]) -> None:
+    """Let Python files of one's own into the catalogues of this process and of those that it starts (VTP_MODULE)."""
+    known = [path for path in os.environ.get(MODULES, "").split(os.pathsep) if path]
+    for path in map(Path, paths):
+        _register(manager(), path)
+        known += [said] if (said := str(path.resolve())) not in known else []
+        os.environ[MODULES] = os.pathsep.join(known)
+        strategies.cache_clear()
+        adapters.cache_clear()
+
+
+def _register(pm: pluggy.PluginManager, path: Path) -> None:
+    """A file's own hook implementations, or else all strategies and families that it defines."""
+    name = str(path.resolve())
+    if not pm.has_plugin(name):
+        module = load(path)
+        hooked = any(pm.parse_hookimpl_opts(module, each) for each in dir(module))
+        pm.register(module if hooked else _Defined(module), name=name)
+
+
+class _Defined:
+    """What a module defines, as a plugin."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
+
+    @hookimpl
+    def vtp_register_strategies(self, register: Callable[[type], None]) -> None:
+        for cls in self.classes:
+            if issubclass(cls, PruningStrategy) and isinstance(getattr(cls, "name", None), str):
+                register(cls)
+
+    @hookimpl
+    def vtp_register_adapters(self, register: Callable[[type], None]) -> None:
+        for cls in self.classes:
+            if issubclass(cls, Adapter) and isinstance(getattr(cls, "family", None), str):
+                register(cls)
+
+
+@cache
+def load(path: Path) -> ModuleType:
+    """A Python file as a module of its own name. PruningError with file and line for one that cannot be imported."""
+    if not path.is_file():
+        raise PruningError(f"file not found: {path}")
+    name = f"vtp_module_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None:
+        raise PruningError(f"not a Python file: {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        line = next((f":{at.lineno}" for at in reversed(_frames(error)) if at.filename == str(path)), "")
+        raise PruningError(f"{path}{line} cannot be imported: {type(error).__name__}: {error}") from None
+    return module
+
+
+def _frames(error: BaseException) -> Sequence[traceback.FrameSummary]:
+    return traceback.extract_tb(error.__traceback__)
 
 
 @cache
