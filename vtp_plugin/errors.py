@@ -51,7 +51,7 @@ def _said(error: BaseException) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text as one line that a terminal shows as it is: control letters are written out, the middle of a long one is cut."""
+    """Text as one line that a terminal shows as it is: control letters written out, the middle of a long one cut."""
     flat = " ".join(text.split())
     shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in flat)
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST * 2 // 3]} ... {shown[-LONGEST // 3 :]}"
