@@ -9,8 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from vtp_plugin import files, settings
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.plugins import get_strategy
 from vtp_plugin.stages import Stage
@@ -24,7 +23,9 @@ Spec = str | Path | PruningStrategy | Sequence[str | PruningStrategy]
 
 
 def resolve(spec: Spec, args: Mapping[str, Any] | None = None) -> list[PruningStrategy]:
-    """The strategies of `atp`, `vprune+fastv`, `runs/x.yaml`, objects or a list of them, in stage order.
+    """The strategies of `atp`, `vprune+fastv:k2_r50`, `runs/x.yaml`, objects or a list of them, in stage order.
+
+    `NAME:SETTING` is a setting that comes with the package, see settings.py.
 
     `args` are hyper-parameters: `alpha`, or `atp.alpha` where several strategies have a field of that name. A bare
     `keep_ratio` over several is what all of them leave together; see `_shares`.
@@ -37,9 +38,14 @@ def resolve(spec: Spec, args: Mapping[str, Any] | None = None) -> list[PruningSt
         if args:
             raise PruningError(f"hyper-parameters belong into the strategy objects, got {', '.join(args)} beside them")
         return _ordered([s for part in spec for s in ([part] if isinstance(part, PruningStrategy) else resolve(part))])
-    settings, source = _read(spec)
-    _distribute(settings, {_key(k): v for k, v in (args or {}).items()})
-    return _ordered([build(name, fields, source) for name, fields in settings.items()])
+    fields, source = _read(spec)
+    _distribute(fields, _spelled(args or {}))
+    return _ordered([build(name, own, source) for name, own in fields.items()])
+
+
+def is_setting(spec: str) -> bool:
+    """Whether a specification brings hyper-parameters of its own: a file, or a setting by name."""
+    return spec.strip().endswith((".yaml", ".yml")) or ":" in spec
 
 
 def build(name: str, fields: Mapping[str, Any], source: str = "") -> PruningStrategy:
@@ -56,33 +62,38 @@ def build(name: str, fields: Mapping[str, Any], source: str = "") -> PruningStra
 
 def parse_pairs(text: str) -> dict[str, Any]:
     """`keep_ratio=0.6,fastv.layer=2` as a dictionary; values as YAML reads them, hyphens in keys allowed."""
-    pairs = {}
+    pairs: list[tuple[str, Any]] = []
     for part in filter(None, (p.strip() for p in text.split(","))):
         key, equals, value = part.partition("=")
         if not equals or not key.strip() or not value.strip():
             raise PruningError(f"cannot read '{part}' of the pruning arguments. Expected key=value[,key=value...]")
-        pairs[_key(key.strip())] = _value(part, value)
-    return pairs
+        pairs.append((key.strip(), _value(part, value)))
+    return _once(pairs)
 
 
 def _value(part: str, text: str) -> Any:
-    """A value as YAML reads it, and 1e-3 as the number that YAML does not see in it."""
+    """A value as YAML reads it."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        return files.parse_yaml(text.strip())
+    except PruningError as error:
         raise PruningError(
-            f"cannot read '{part}' of the pruning arguments. Expected key=value[,key=value...]"
+            f"cannot read '{part}' of the pruning arguments ({error}). Expected key=value[,key=value...]"
         ) from None
-    return _number(value)
 
 
-def _number(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    return value
+def _spelled(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arguments with underscores in their names."""
+    return _once([(str(key), value) for key, value in args.items()])
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Arguments by name, hyphens as underscores. PruningError if one is given twice with different values."""
+    found: dict[str, tuple[str, Any]] = {}
+    for said, value in pairs:
+        before, other = found.setdefault(_key(said), (said, value))
+        if other is not value and (type(other) is not type(value) or other != value):
+            raise PruningError(f"given twice with different values: {before}={other!r} and {said}={value!r}")
+    return {key: value for key, (_, value) in found.items()}
 
 
 def describe(strategies: Sequence[PruningStrategy]) -> list[dict[str, Any]]:
@@ -103,23 +114,24 @@ def _read(spec: str | Path) -> tuple[dict[str, dict[str, Any]], str]:
     names = [name.strip() for name in text.split("+")]
     if names == [NONE]:
         return {}, ""
-    for name in names:
+    if "," in text:
+        raise PruningError(f"'{text}': use + to compose strategies; only `vtp compare` and its like take commas")
+    found: dict[str, dict[str, Any]] = {}
+    for name, colon, setting in (each.partition(":") for each in names):
         if name == NONE:
             raise PruningError(f"'none' cannot be combined with other strategies, got '{text}'")
         get_strategy(name)
-    if len(set(names)) < len(names):
-        raise PruningError(f"a strategy is named twice in '{text}'")
-    return {name: {} for name in names}, ""
+        if name in found:
+            raise PruningError(f"a strategy is named twice in '{text}'")
+        found[name] = settings.named(name, setting) if colon else {}
+    return found, ""
 
 
 def _read_file(path: Path) -> dict[str, dict[str, Any]]:
     """A YAML file: `strategy: NAME` with its fields beside it, or `strategies:` with a list of such entries."""
     if not path.is_file():
         raise PruningError(f"pruning file not found: {path}")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise PruningError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+    content = files.read_yaml(path)
     alone = isinstance(content, dict) and "strategies" not in content
     entries = [content] if alone else content.get("strategies") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not entries or not all(map(_is_entry, entries)):
@@ -132,42 +144,47 @@ def _read_file(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     if len(set(names)) < len(names):
         raise PruningError(f"{path}: a strategy is named twice in {', '.join(names)}")
-    return {e["strategy"]: {_key(k): v for k, v in e.items() if k != "strategy"} for e in entries}
+    try:
+        return {e["strategy"]: _spelled({k: v for k, v in e.items() if k != "strategy"}) for e in entries}
+    except PruningError as error:
+        raise _located(str(path), error) from None
 
 
 def _is_entry(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("strategy"), str) and all(isinstance(k, str) for k in entry)
 
 
-def _distribute(settings: dict[str, dict[str, Any]], args: Mapping[str, Any]) -> None:
+def _distribute(fields_of: dict[str, dict[str, Any]], args: Mapping[str, Any]) -> None:
     """Put every argument where it belongs; a bare key must be a field of exactly one strategy, or a total budget."""
     for key, value in args.items():
         name, dot, field = key.rpartition(".")
         if dot:
-            if name not in settings:
-                raise PruningError(f"'{key}' names no strategy of this run. Strategies: {', '.join(settings) or NONE}")
-            settings[name][field] = value
+            if name not in fields_of:
+                raise PruningError(f"'{key}' names no strategy of this run. Strategies: {', '.join(fields_of) or NONE}")
+            fields_of[name][field] = value
             continue
-        owners = [s for s in settings if key in get_strategy(s).fields()]
+        owners = [s for s in fields_of if key in get_strategy(s).fields()]
         if not owners:
-            fields = {field for s in settings for field in get_strategy(s).fields()}
-            raise unknown("field", key, fields, of=f" for '{'+'.join(settings) or NONE}'", listed="Fields")
+            fields = {field for s in fields_of for field in get_strategy(s).fields()}
+            raise unknown("field", key, fields, of=f" for '{'+'.join(fields_of) or NONE}'", listed="Fields")
         if len(owners) > 1 and key == TOTAL:
-            for owner, share in _shares(value, owners, settings, args).items():
-                settings[owner][key] = share
+            for owner, share in _shares(value, owners, fields_of, args).items():
+                fields_of[owner][key] = share
             continue
         if len(owners) > 1 and key == SHARED:
             for owner in owners:
-                settings[owner][key] = args.get(f"{owner}.{key}", value)
+                fields_of[owner][key] = args.get(f"{owner}.{key}", value)
             continue
         if len(owners) > 1:
             options = " or ".join(f"{owner}.{key}" for owner in owners)
             raise PruningError(f"'{key}' is a field of several strategies; say {options}")
-        settings[owners[0]][key] = value
+        if (own := f"{owners[0]}.{key}") in args:
+            _once([(key, value), (key, args[own])])
+        fields_of[owners[0]][key] = value
 
 
 def _shares(
-    total: Any, owners: Sequence[str], settings: Mapping[str, Mapping[str, Any]], args: Mapping[str, Any]
+    total: Any, owners: Sequence[str], fields_of: Mapping[str, Mapping[str, Any]], args: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What each strategy keeps of what reaches it, so that all of them together keep `total`.
 
@@ -175,7 +192,7 @@ def _shares(
     first; a strategy with its own keep_tokens, or without a budget (V-PRUNE), takes no part.
     """
     own = {owner: args[f"{owner}.{TOTAL}"] for owner in owners if f"{owner}.{TOTAL}" in args}
-    counted = [o for o in owners if "keep_tokens" in settings[o] or f"{o}.keep_tokens" in args]
+    counted = [o for o in owners if "keep_tokens" in fields_of[o] or f"{o}.keep_tokens" in args]
     sharing = [owner for owner in owners if owner not in own and owner not in counted]
     if not sharing:
         raise PruningError(f"'{TOTAL}' is the budget of all strategies together, but each of them has its own already")

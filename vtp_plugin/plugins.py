@@ -6,22 +6,25 @@ disturbed by it.
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 import pluggy
 
-from vtp_plugin import hookspecs
+from vtp_plugin import hookspecs, modules
 from vtp_plugin.adapter import Adapter
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.strategy import PruningStrategy
 
 GROUP = "vtp"
 BUILT_IN = ("vtp_plugin.strategies", "vtp_plugin.adapters", "vtp_plugin.pruning")
+MODULES = "VTP_MODULE"  # paths of Python files that join the catalogues, in this process and its children
 
 left_out: dict[str, str] = {}  # plugins that could not join, and why
 disputed: dict[str, str] = {}  # names of strategies that one of those wanted, too: what there is to say about it
@@ -39,6 +42,8 @@ def manager() -> pluggy.PluginManager:
     for entry in entry_points(group=GROUP):
         if entry.value not in BUILT_IN:
             _join(pm, entry)
+    for path in filter(None, os.environ.get(MODULES, "").split(os.pathsep)):
+        _register(pm, Path(path))
     return pm
 
 
@@ -109,6 +114,26 @@ def each(hook: str, **arguments: Any) -> None:
                 raise
             pm.unregister(plugin)
             _leave_out(name, error)
+
+
+def join(paths: Iterable[str | Path]) -> None:
+    """Let Python files of one's own into the catalogues of this process and of those that it starts (VTP_MODULE)."""
+    known = [path for path in os.environ.get(MODULES, "").split(os.pathsep) if path]
+    for path in map(Path, paths):
+        _register(manager(), path)
+        known += [said] if (said := str(path.resolve())) not in known else []
+        os.environ[MODULES] = os.pathsep.join(known)
+        strategies.cache_clear()
+        adapters.cache_clear()
+
+
+def _register(pm: pluggy.PluginManager, path: Path) -> None:
+    """A file's own hook implementations, or else all strategies and families that it defines."""
+    name = str(path.resolve())
+    if not pm.has_plugin(name):
+        module = modules.load(path)
+        hooked = any(pm.parse_hookimpl_opts(module, each) for each in dir(module))
+        pm.register(module if hooked else modules.Defined(module), name=name)
 
 
 @cache

@@ -17,6 +17,7 @@ from vtp_plugin.tokens import Selection, VisualTokens, top_k
 
 BUDGET = ("keep_ratio", "keep_tokens")
 POSITIONS = ("original", "compact")  # of the tokens that are left: as in the whole prompt, or counted anew
+HUGE = 1e300  # a larger number is none: nothing can be computed with it
 UNITS = ("per_image", "per_tile", "total")  # what a budget is counted over; total: all images of one prompt
 
 
@@ -61,9 +62,7 @@ class PruningStrategy(ABC):
         self.check_choice("invert", (True, False))
         self.check("invert", self.ranks() or not self.invert, "needs a method that ranks all tokens by one score")
         self.check_choice("budget", UNITS)
-        self.check(
-            "positions", self.positions is None or self.positions in POSITIONS, f"must be one of {', '.join(POSITIONS)}"
-        )
+        self.check("positions", self.positions in (None, *POSITIONS), f"must be one of {', '.join(POSITIONS)}")
         self.validate()
 
     # -- what a method implements ---------------------------------------------------------------------------------
@@ -175,7 +174,9 @@ class PruningStrategy(ABC):
 
     def check_choice(self, field: str, options: Collection[Any]) -> None:
         """Refuse a field whose value is not one of the options."""
-        self.check(field, getattr(self, field) in options, f"must be one of {', '.join(map(str, options))}")
+        value = getattr(self, field)
+        known = any(type(value) is type(option) and value == option for option in options)  # True is not 1
+        self.check(field, known, f"must be one of {', '.join(map(str, options))}")
 
     def _refuse_budget(self) -> None:
         given = [name for name in BUDGET if getattr(self, name) is not None]
@@ -219,6 +220,7 @@ class QuestionStrategy(PruningStrategy):
 
     def validate(self) -> None:
         self.check_choice("text_encoder", ("clip", "llm"))
+        self.check("clip", self.clip is None or isinstance(self.clip, str), "must be the name of a checkpoint")
         self.check("clip", self.clip is None or self.text_encoder == "clip", "needs text_encoder=clip")
 
     @property
@@ -228,16 +230,18 @@ class QuestionStrategy(PruningStrategy):
 
 def _number(value: Any) -> float:
     """The value as a float; nan (which fails every comparison) for anything that is not a number."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else float("nan")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or abs(value) > HUGE:
+        return float("nan")
+    return float(value)
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def layer_numbers(value: Any) -> tuple[int, ...] | None:
     """Layers as a number, a list or a text such as "8 16 24"; None if they are not ascending whole numbers >= 1."""
     parts = value.split() if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    numbers = [int(part) if isinstance(part, str) and part.isdigit() else part for part in parts]
+    numbers = [int(part) if isinstance(part, str) and part.isdecimal() and len(part) < 19 else part for part in parts]
     rising = numbers and all(_whole(n) and n > m for m, n in zip([0, *numbers], numbers, strict=False))
     return tuple(numbers) if rising else None

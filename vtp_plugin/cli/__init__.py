@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
+from typing import Annotated, get_type_hints
 
 import typer
-from rich.console import Console
 
-from vtp_plugin.errors import PruningError
+from vtp_plugin.errors import Interrupted, PruningError, sentence
 from vtp_plugin.hookspecs import hookimpl
+from vtp_plugin.reporting.terminal import console
+from vtp_plugin.version import __version__
+
+REFUSED, FAILED, STOPPED = 2, 1, 130  # exit codes: bad input, an error that is not the user's, Ctrl-C
+Modules = Annotated[
+    list[Path] | None, typer.Option("--module", help="A Python file with strategies or families of one's own.")
+]
 
 app = typer.Typer(
     name="vtp",
@@ -22,8 +34,18 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        console().print(f"vtp-plugin {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _program() -> None:
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None:
     """Keeps `vtp COMMAND` as it is, however many commands there are."""
 
 
@@ -31,18 +53,67 @@ def _program() -> None:
 def vtp_register_commands(cli: typer.Typer) -> None:
     for info in iter_modules(__path__):
         module = import_module(f"{__name__}.{info.name}")
-        cli.command(name=info.name.replace("_", "-"), help=module.__doc__)(module.command)
+        cli.command(name=info.name.replace("_", "-"), help=module.__doc__)(with_modules(module.command))
+
+
+def with_modules(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the option --module, whose files join the catalogues before the command runs."""
+    from vtp_plugin import plugins
+
+    signature = inspect.signature(command)
+    if "module" in signature.parameters:
+        return command
+
+    @wraps(command)
+    def run(*given: object, module: list[Path] | None = None, **named: object) -> None:
+        plugins.join(module or [])
+        command(*given, **named)
+
+    hints = get_type_hints(command, include_extras=True)
+    own = [part.replace(annotation=hints[name]) for name, part in signature.parameters.items()]
+    added = inspect.Parameter("module", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Modules)
+    run.__signature__ = signature.replace(parameters=[*own, added])
+    run.__annotations__ = {**hints, "module": Modules}
+    return run
 
 
 def main() -> None:
-    """Run the program; what a user can put right is one sentence on stderr and exit code 2."""
+    """Run the program and end the process."""
+    raise SystemExit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """One command line; its exit code. The one place where errors end: as one sentence on stderr."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
+    try:
+        _commands()(args=[*arguments], prog_name="vtp")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else FAILED
+    except (Exception, KeyboardInterrupt) as error:
+        return _failed(error)
+    return 0
+
+
+def _commands() -> typer.Typer:
     from vtp_plugin import plugins
 
-    try:
-        plugins.manager().register(sys.modules[__name__], name=__name__)
+    pm, this = plugins.manager(), sys.modules[__name__]
+    if not pm.is_registered(this):
+        pm.register(this, name=__name__)
         plugins.each("vtp_register_commands", cli=app)
-        app()
-    except PruningError as error:
-        Console(stderr=True).print(f"[red]vtp: error:[/] {error}", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
+    return app
+
+
+def _failed(error: BaseException) -> int:
+    """Say what happened; where, too, if VTP_TRACEBACK is set."""
+    if os.environ.get("VTP_TRACEBACK"):
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
+        error = Interrupted("stopped")
+    console(stderr=True).print(f"vtp: error: {sentence(error)}")
+    if isinstance(error, Interrupted):
+        return STOPPED
+    return REFUSED if isinstance(error, PruningError) else FAILED

@@ -9,12 +9,14 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
 from rich.progress import track
 
+from vtp_plugin import files
 from vtp_plugin.errors import PruningError
+from vtp_plugin.reporting.pictures import SUFFIXES, open_picture
+from vtp_plugin.reporting.terminal import console
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+LARGEST = 4096  # pixels of a side
 
 
 class Method(str, Enum):
@@ -39,6 +41,8 @@ def command(
         Path | None, typer.Option("-o", "--output", help="Write the result (vprune YAML, fitprune JSON) here.")
     ] = None,
 ) -> None:
+    if output is not None:
+        files.check_output(output)
     if method is Method.fitprune:
         if target is not None:
             raise PruningError("--target is for vprune; fitprune's file holds schedules for every keep_ratio")
@@ -46,16 +50,18 @@ def command(
     elif target is None:
         raise PruningError("vprune needs --target, the share of the patches to remove")
     else:
-        text = _threshold(method.value, _pictures_for(images, target), target, pruning_args, size, patch)
+        _check(target, size, patch)
+        text = _threshold(method.value, _pictures(images), target, pruning_args, size, patch)
     if output is not None:
-        output.write_text(text)
-    Console(highlight=False).print(text, end="", soft_wrap=True)
+        files.write(output, text)
+    console().print(text, end="")
 
 
-def _pictures_for(images: Path, target: float) -> list[Path]:
+def _check(target: float, size: int, patch: int) -> None:
     if not 0 < target < 1:
         raise PruningError(f"--target must be a share between 0 and 1, got {target}")
-    return _pictures(images)
+    if not 1 <= patch <= size <= LARGEST:
+        raise PruningError(f"--patch must be at least 1, --size from --patch to {LARGEST}, got {patch} and {size}")
 
 
 def _schedules(paths: list[Path], model_name: str, question: str) -> str:
@@ -66,7 +72,7 @@ def _schedules(paths: list[Path], model_name: str, question: str) -> str:
     from vtp_plugin.strategies.fitprune import FitPrune, fitted
     from vtp_plugin.tiny.inference import answer, load
 
-    pictures = [_opened(path) for path in paths]
+    pictures = [open_picture(path) for path in paths]
     model, processor = load(model_name)
     calls = [partial(answer, model, processor, picture, question) for picture in pictures]
     seen = witnessed(model, processor, FitPrune.needs, track(calls, "reading", transient=True))
@@ -80,15 +86,16 @@ def _schedules(paths: list[Path], model_name: str, question: str) -> str:
 def _threshold(method: str, paths: list[Path], target: float, pruning_args: str, size: int, patch: int) -> str:
     """V-PRUNE's setting with the threshold found."""
     from vtp_plugin.config import parse_pairs
-    from vtp_plugin.metrics.calibration import calibrate, removed_share
+    from vtp_plugin.metrics.calibration import calibrate
     from vtp_plugin.surgery.pixels import patches
 
     fields = parse_pairs(pruning_args)
     tiles = [patches(_loaded(path, size), patch) for path in track(paths, "reading", transient=True)]
-    chosen = calibrate(method, "cosine_threshold", fields, tiles, size // patch, target)
-    share = removed_share(chosen, tiles, size // patch)
-    setting = yaml.safe_dump({"strategy": method, **chosen.config()}, sort_keys=False)
-    return f"# removes {share:.1%} of the patches of {len(paths)} pictures (asked: {target:.1%})\n" + setting
+    found = calibrate(method, "cosine_threshold", fields, tiles, size // patch, target)
+    if found.remark:
+        console(stderr=True).print(found.remark)
+    setting = yaml.safe_dump({"strategy": method, **found.strategy.config()}, sort_keys=False)
+    return f"# removes {found.share:.1%} of the patches of {len(paths)} pictures (asked: {target:.1%})\n" + setting
 
 
 def _pictures(path: Path) -> list[Path]:
@@ -106,14 +113,5 @@ def _loaded(path: Path, size: int) -> Any:
     import torch
     from PIL import Image, ImageOps
 
-    fitted = ImageOps.fit(_opened(path), (size, size), Image.Resampling.BICUBIC)
+    fitted = ImageOps.fit(open_picture(path), (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None]
-
-
-def _opened(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError):
-        raise PruningError(f"not a picture that can be read: {path}") from None

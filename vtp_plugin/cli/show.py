@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from vtp_plugin import config
+from vtp_plugin import config, files
 from vtp_plugin.config import parse_pairs
-from vtp_plugin.errors import PruningError
+from vtp_plugin.reporting.pictures import open_picture
+from vtp_plugin.reporting.terminal import console
 
 
 def command(
@@ -22,31 +22,18 @@ def command(
     model: Annotated[str, typer.Option(help="vtp-tiny, or a checkpoint in transformers' format.")] = "vtp-tiny",
     scores: Annotated[bool, typer.Option("--scores", help="Add a row of what the strategies ranked by.")] = False,
 ) -> None:
-    if not output.resolve().parent.is_dir():
-        raise PruningError(f"no such folder: {output.parent}")
+    files.check_output(output, kinds=(".png", ".pdf", ".svg", ".jpg", ".jpeg"))
     specs = [spec.strip() for spec in pruning.split(",")]
     arguments = parse_pairs(pruning_args)
     strategies = {spec: config.resolve(spec, arguments) for spec in specs}
-    picture = _opened(image)
-    from vtp_plugin.reporting.figures import kept_figure
+    picture = open_picture(image)
+    from vtp_plugin.reporting.figures import drawn, kept_figure
     from vtp_plugin.reporting.views import view
     from vtp_plugin.tiny.inference import load
 
     loaded = load(model)
     views = [view(*loaded, picture, question, chosen, label) for label, chosen in strategies.items()]
-    kept_figure([views], scores=scores).savefig(output, dpi=150)
-    console = Console(highlight=False)
+    files.write(output, drawn(kept_figure([views], scores=scores), output.suffix))
     for seen in views:
-        console.print(f"{seen.label}: {seen.look.left} of {seen.look.total} visual tokens, answer: {seen.answer}")
-    console.print(f"written: {output}")
-
-
-def _opened(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return Image.open(path).convert("RGB")
-    except FileNotFoundError:
-        raise PruningError(f"picture not found: {path}") from None
-    except (UnidentifiedImageError, OSError):
-        raise PruningError(f"not a picture that can be read: {path}") from None
+        console().print(f"{seen.label}: {seen.look.left} of {seen.look.total} visual tokens, answer: {seen.answer}")
+    console().print(f"written: {output}")

@@ -7,9 +7,12 @@ failed and unfinished ones are.
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from threading import Event
@@ -20,15 +23,15 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vtp_plugin import config
-from vtp_plugin.errors import PruningError
+from vtp_plugin import config, files
+from vtp_plugin.errors import Interrupted, PruningError
 from vtp_plugin.hosts import compatibility
 from vtp_plugin.hosts.lmms_eval import plugin as lmms_eval
 from vtp_plugin.hosts.lmms_eval.building import TINY_LAYOUTS
 from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
 from vtp_plugin.hosts.lmms_eval.process import Host, Listener
 from vtp_plugin.plugins import list_strategies
-from vtp_plugin.reporting import runs
+from vtp_plugin.reporting import runs, schema
 from vtp_plugin.reporting.runs import BASELINE, Cell, Run, Spec
 from vtp_plugin.tiny import checkpoint
 
@@ -37,6 +40,9 @@ UNPRUNED = Spec(id=BASELINE, label="unpruned", pruning=BASELINE)
 SAME = ("model", "model_args", "tasks", "limit", "options")  # what all results of a folder must agree on
 ALL = "all"
 WORK, PICTURES, LOCK = "work", "pictures", ".lock"
+SEEDS = 1000  # at most
+OURS = (*SAME, "pruning", "pruning_args", "output_path", "log_samples", "config")  # no options: they have a place
+PATH = re.compile(r"[\w./+:@=-]*", re.ASCII)  # a path that the host's options can hold
 
 
 def cells(pruning: Sequence[str], keep: Sequence[float] = (), seeds: int = 1) -> list[Spec]:
@@ -47,12 +53,14 @@ def cells(pruning: Sequence[str], keep: Sequence[float] = (), seeds: int = 1) ->
     """
     if seeds < 1:
         raise PruningError(f"seeds must be at least 1, got {seeds}")
+    if seeds > SEEDS:
+        raise PruningError(f"seeds must be at most {SEEDS}, got {seeds}")
     made = [UNPRUNED]
     for spec in (name for given in pruning for name in (list_strategies() if given == ALL else [given])):
         strategies = config.resolve(spec)
         if spec == BASELINE:
             continue
-        free = not spec.endswith((".yaml", ".yml")) and any(strategy.budgeted for strategy in strategies)
+        free = not config.is_setting(spec) and any(strategy.budgeted for strategy in strategies)
         seeded = seeds > 1 and any("seed" in strategy.fields() for strategy in strategies)
         for ratio in keep if free and keep else [None]:
             made += [cell(spec, ratio, seed) for seed in (range(seeds) if seeded else [None])]
@@ -78,8 +86,9 @@ def cell(
 
 
 def _name(spec: str, keep: float | None, seed: int | None) -> str:
-    """atp-0.25, random-0.25-seed3, vprune."""
-    name = Path(spec).stem if spec.endswith((".yaml", ".yml")) else spec
+    """atp-0.25, random-0.25-seed3, vprune, fastv-k2_r50."""
+    name = Path(spec).stem if spec.endswith((".yaml", ".yml")) else spec.replace(":", "-").replace(" ", "")
+    name = re.sub(r"[^A-Za-z0-9._+=@-]", "_", name)
     parts = (name, "" if keep is None else f"{keep:g}", "" if seed is None else f"seed{seed}")
     return "-".join(filter(None, parts))
 
@@ -90,8 +99,10 @@ def unique(made: Sequence[Spec]) -> list[Spec]:
     for each in made:
         if found.setdefault(each.id, each) != each:
             raise PruningError(f"two different cells are named '{each.id}'")
-        if not each.id or Path(each.id).name != each.id or each.id.startswith("."):
-            raise PruningError(f"'{each.id}' cannot be the name of a folder")
+        try:
+            schema.folder_name(each.id)
+        except ValueError as error:
+            raise PruningError(str(error)) from None
     return list(found.values())
 
 
@@ -122,7 +133,7 @@ def run(
     settings |= {"options": dict(options or {}), "launch": launch, "jobs": jobs, "environment": dict(environment or {})}
     settings |= {"gallery": gallery, "cells": [asdict(cell) for cell in unique(cells)]}
     _check(settings)
-    settings = _joined(folder, settings)
+    settings = _joined(files.check_folder(folder), settings)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(folder / LOCK, timeout=0):
@@ -131,6 +142,11 @@ def run(
                 check_host(model, settings["tasks"])
             _write_settings(folder, settings)
             _Sweep(folder, settings, len(cells), console or Console(quiet=True)).work(todo)
+    except KeyboardInterrupt:
+        kept = sum(finished(folder, cell.id) for cell in unique(cells))
+        raise Interrupted(
+            f"stopped; {kept} of {len(cells)} cells are kept in {folder}: the same command goes on"
+        ) from None
     except filelock.Timeout:
         raise PruningError(f"{folder}: another comparison is at work in this folder") from None
     return runs.load(folder)
@@ -150,7 +166,12 @@ def _check(settings: Mapping[str, Any]) -> None:
         raise PruningError(f"jobs must be at least 1, got {settings['jobs']}")
     if "pruning=" in settings["model_args"]:
         raise PruningError("say which pruning to compare as cells, not as pruning= in model_args")
-    if not all(settings["tasks"]):
+    if said := set(settings["options"]) & set(OURS):
+        raise PruningError(f"{min(said)} is not one of the host's options here: it is a field of the comparison")
+    for name, value in settings["environment"].items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", name) or "\0" in str(value):
+            raise PruningError(f"environment: '{name}={value}' is no variable")
+    if not settings["tasks"] or not all(settings["tasks"]):
         raise PruningError("a comparison needs tasks")
     for entry in settings["cells"]:
         _resolve(entry["pruning"], entry["pruning_args"])
@@ -160,7 +181,7 @@ def _resolve(spec: str, arguments: Mapping[str, Any]) -> None:
     """Refuse strategies, hyper-parameters and a perturbation that there are not."""
     said = dict(arguments)
     if perturbation := said.pop("perturb", None):
-        Perturbation.parse(perturbation)
+        Perturbation.parse(str(perturbation))
     config.resolve(spec, said)
 
 
@@ -204,9 +225,20 @@ def _joined(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    draft = folder / f".{runs.SETTINGS}"
-    draft.write_text(yaml.safe_dump({"schema": runs.SCHEMA, **settings}, sort_keys=False))
-    draft.replace(folder / runs.SETTINGS)
+    files.write(folder / runs.SETTINGS, yaml.safe_dump({"schema": runs.SCHEMA, **settings}, sort_keys=False))
+
+
+@contextmanager
+def _plain(folder: Path) -> Iterator[Path]:
+    """The folder for the host's own output, under a name that its options can hold: commas and quotes end them."""
+    work = folder.resolve() / WORK
+    if PATH.fullmatch(str(work)):
+        yield folder / WORK
+        return
+    work.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="vtp-") as aside:
+        (Path(aside) / WORK).symlink_to(work)
+        yield Path(aside) / WORK
 
 
 class _Sweep:
@@ -216,7 +248,12 @@ class _Sweep:
         self.folder, self.settings, self.console, self.total = folder, settings, console, total
         self.stopped = Event()
         self.hosts: list[Host] = []
-        columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description:<28}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         self.progress = Progress(*columns, console=console)
 
     def work(self, todo: Sequence[Spec]) -> None:
@@ -226,7 +263,7 @@ class _Sweep:
             return
         jobs = min(self.settings["jobs"], len(todo))
         self.console.print(f"{len(todo)} of {self.total} cells to run, logs: {self.folder / WORK}", soft_wrap=True)
-        with self.progress, ThreadPoolExecutor(jobs) as pool:
+        with _plain(self.folder) as self.work_folder, self.progress, ThreadPoolExecutor(jobs) as pool:
             self.bar = self.progress.add_task("cells", total=self.total, completed=self.total - len(todo))
             try:
                 list(pool.map(lambda job: self._through(job, todo[job::jobs]), range(jobs)))
@@ -242,7 +279,7 @@ class _Sweep:
                 rest,
                 self._entry(),
                 self.folder / runs.CELLS,
-                self.folder / WORK / f"{os.getpid()}-{job}-{attempt}",
+                self.work_folder / f"{os.getpid()}-{job}-{attempt}",
                 self.settings["launch"].split(),
                 self._environment(),
             )

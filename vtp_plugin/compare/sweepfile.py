@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from vtp_plugin import files
 from vtp_plugin.compare import sweep
 from vtp_plugin.errors import PruningError, unknown
+from vtp_plugin.reporting import schema
 from vtp_plugin.reporting.runs import Spec
 
 HOST = ("model", "model_args", "tasks", "limit", "options", "launch", "jobs", "environment", "gallery")
@@ -22,20 +22,30 @@ def read(path: Path) -> dict[str, Any]:
     """The fields of a file, of its own spelling. PruningError for one that does not exist."""
     if not path.is_file():
         raise PruningError(f"sweep file not found: {path}")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise PruningError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+    content = files.read_yaml(path)
     if not isinstance(content, dict):
         raise PruningError(f"{path}: expected the fields of a comparison: {', '.join(FIELDS)}")
     for field in content:
         if field not in FIELDS:
             raise unknown("field", str(field), FIELDS, of=f" in {path}", listed="Fields")
+    _check(content, str(path))
     return content
+
+
+def _check(said: Mapping[str, Any], source: str = "") -> None:
+    """Refuse values of the wrong kind."""
+    for entry in said.get("cells") or [] if isinstance(said.get("cells"), list) else []:
+        if not isinstance(entry, dict) or not isinstance(entry.get("pruning"), str):
+            raise PruningError(f"a cell needs 'pruning: NAME', got {entry!r}")
+        for field in entry:
+            if field not in CELL_FIELDS:
+                raise unknown("field", str(field), CELL_FIELDS, of=" of a cell", listed="Fields")
+    schema.checked(schema.SweepFile, dict(said), source)
 
 
 def planned(said: Mapping[str, Any]) -> tuple[list[Spec], dict[str, Any]]:
     """The cells of a comparison and the other arguments of `sweep.run`."""
+    _check(said)
     missing = [field for field in NEEDED if not said.get(field)]
     if missing:
         raise PruningError(f"a comparison needs {' and '.join(missing)}")
@@ -55,15 +65,15 @@ def planned(said: Mapping[str, Any]) -> tuple[list[Spec], dict[str, Any]]:
 def names(said: Any) -> list[str]:
     """A list, or a text with commas."""
     parts = said.split(",") if isinstance(said, str) else said or []
-    return [str(part).strip() for part in parts]
+    return [part.strip() for part in parts]
 
 
 def ratios(said: Any) -> list[float]:
     """Keep ratios: a list, one number, or a text with commas."""
-    parts = [said] if isinstance(said, (int, float)) else names(said)
+    parts = [said] if isinstance(said, (int, float)) else said if isinstance(said, list) else names(said)
     try:
         numbers = [float(part) for part in parts]
-    except ValueError:
+    except (ValueError, OverflowError):
         raise PruningError(f"keep must be ratios in (0, 1], separated by commas, got '{said}'") from None
     wrong = [number for number in numbers if not 0 < number <= 1]
     if wrong:
@@ -71,13 +81,8 @@ def ratios(said: Any) -> list[float]:
     return numbers
 
 
-def _listed(entry: Any) -> Spec:
+def _listed(entry: Mapping[str, Any]) -> Spec:
     """A cell that stands by itself: pruning, its pruning_args, and a name if the usual one would not be unique."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("pruning"), str):
-        raise PruningError(f"a cell needs 'pruning: NAME', got {entry!r}")
-    for field in entry:
-        if field not in CELL_FIELDS:
-            raise unknown("field", str(field), CELL_FIELDS, of=" of a cell", listed="Fields")
     fields = dict(entry.get("pruning_args") or {})
     given = {"keep": fields.pop("keep_ratio", entry.get("keep")), "seed": fields.pop("seed", entry.get("seed"))}
     return sweep.cell(entry["pruning"], **given, id=entry.get("id"), label=entry.get("label"), **fields)

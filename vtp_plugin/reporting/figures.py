@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from textwrap import shorten
 from typing import TYPE_CHECKING
@@ -39,12 +40,19 @@ def kept_figure(rows: Sequence[Sequence[View]], *, scores: bool = False) -> Figu
     return figure
 
 
+def drawn(figure: Figure, suffix: str, dpi: int = 150) -> bytes:
+    """The figure as a file of that ending (.png, .pdf, ...)."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=suffix.lower().lstrip("."), dpi=dpi)
+    return buffer.getvalue()
+
+
 def _draw_kept(axis: Axes, seen: View) -> None:
     pixels = _pixels(seen)
     axis.imshow(pixels * _mask(seen, pixels.shape[:2]))
     _frame(axis, f"{seen.label}: {seen.look.left}/{seen.look.total}")
     said = ": ".join(filter(None, [seen.question, seen.answer]))
-    axis.set_xlabel(shorten(said, LABEL, placeholder=" ..."), fontsize=7)
+    axis.set_xlabel(shorten(said, LABEL, placeholder=" ..."), fontsize=7, parse_math=False)
     if seen.look.into:
         _draw_merged(axis, seen, pixels.shape[:2])
 
@@ -80,7 +88,7 @@ def _centres(positions: np.ndarray, grid: tuple[int, int], shape: tuple[int, int
 
 def _frame(axis: Axes, title: str) -> None:
     axis.set_axis_on()
-    axis.set_title(title, fontsize=8)
+    axis.set_title(title, fontsize=8, parse_math=False)
     axis.set_xticks([])
     axis.set_yticks([])
 

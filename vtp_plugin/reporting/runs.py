@@ -17,14 +17,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from vtp_plugin import files
 from vtp_plugin.errors import PruningError, unknown
+from vtp_plugin.reporting import schema
 
 SCHEMA = 1
 BASELINE = "none"
 SETTINGS, CELLS, CELL, RESULTS = "sweep.yaml", "cells", "cell.json", "results.json"
 LOG = "samples_{}.jsonl"
+LARGEST = 1e300  # of a value that can be computed with; nan is none
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,13 @@ class Cell(Spec):
     def check(self) -> Cell:
         """The cell itself, if its results are whole. PruningError if not."""
         missing = {"results", "configs", "n-samples", "pruning"} - set(self.results)
+        if not isinstance(self.results.get("configs", {}), dict):
+            raise PruningError(f"{self.folder / RESULTS}: configs must be a mapping of tasks")
         logs = {task: self.folder / LOG.format(task) for task in self.results.get("configs", {})}
         missing |= {log.name for log in logs.values() if not log.is_file()}
         if missing:
             raise PruningError(f"{self.folder}: half-written, no {', '.join(sorted(missing))}")
+        schema.checked(schema.Results, self.results, str(self.folder / RESULTS))
         return self
 
     @cached_property
@@ -124,9 +128,10 @@ class Cell(Spec):
     def _lines(self, task: str) -> list[dict[str, Any]]:
         """A task's log in the order of its documents; of several filters the first, which comes first in the log."""
         first: dict[int, dict[str, Any]] = {}
-        for line in _json_lines(self.folder / LOG.format(task)):
-            first.setdefault(line["doc_id"], line)
-        expected = self.results["n-samples"][task]["effective"]
+        path = self.folder / LOG.format(task)
+        for number, line in enumerate(files.read_json_lines(path, "not there, the cell is half-written"), 1):
+            first.setdefault(schema.checked(schema.Line, line, f"{path}, line {number}").doc_id, line)
+        expected = self.results["n-samples"].get(task, {}).get("effective", 0)
         if len(first) != expected or not first:
             raise PruningError(f"{self.folder}: half-written, {len(first)} of {expected} questions of {task}")
         return [first[number] for number in sorted(first)]
@@ -153,7 +158,7 @@ def value(line: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> floa
     for metric in metrics:
         found = line.get(metric["metric"])
         found = found.get("score") if isinstance(found, Mapping) else found
-        if isinstance(found, (bool, int, float)) and metric.get("higher_is_better", True):
+        if isinstance(found, (bool, int, float)) and abs(found) < LARGEST and metric.get("higher_is_better", True):
             return float(found)
     return None
 
@@ -209,7 +214,8 @@ def load(folder: str | Path) -> Run:
     if not (folder / SETTINGS).is_file():
         raise PruningError(f"{folder}: not a run folder (no {SETTINGS}); `vtp compare -o {folder}` makes one")
     settings = read_settings(folder / SETTINGS)
-    cells = [_cell(folder / CELLS / e["id"]) for e in settings["cells"] if (folder / CELLS / e["id"] / CELL).exists()]
+    ids = dict.fromkeys(entry["id"] for entry in settings["cells"])
+    cells = [_cell(folder / CELLS / id) for id in ids if (folder / CELLS / id / CELL).exists()]
     run = Run(folder, settings, cells)
     if not cells:
         raise PruningError(f"{folder}: an empty run folder, no cell has ended; `vtp compare -o {folder}` goes on")
@@ -219,12 +225,10 @@ def load(folder: str | Path) -> Run:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """sweep.yaml of a run folder."""
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise PruningError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+    settings = files.read_yaml(path)
     if not isinstance(settings, dict) or not isinstance(settings.get("cells"), list):
         raise PruningError(f"{path}: no settings of a comparison (expected a list of 'cells')")
+    schema.checked(schema.Settings, settings, str(path))
     return settings
 
 
@@ -232,7 +236,9 @@ def _cell(folder: Path) -> Cell:
     said = read_json(folder / CELL)
     if said.pop("schema", None) != SCHEMA:
         raise PruningError(f"{folder / CELL}: not written by this version (expected schema {SCHEMA})")
-    cell = Cell(folder=folder, **said)
+    cell = Cell(folder=folder, **schema.checked(schema.CellFile, said, str(folder / CELL)).model_dump())
+    if cell.id != folder.name:
+        raise PruningError(f"{folder / CELL}: it is of another cell, '{cell.id}'")
     return cell.check() if cell.status == "done" else cell
 
 
@@ -242,7 +248,7 @@ def _check_same(cells: Sequence[Cell]) -> None:
         if cell.model != cells[0].model:
             said = " and ".join(f"{model} ({c.id}, {name})" for c in (cells[0], cell) for model, name in [c.model])
             raise PruningError(f"results of different models in one comparison: {said}")
-        asked = [{task: c.results["n-samples"][task]["effective"] for task in c.tasks} for c in (cells[0], cell)]
+        asked = [{task: c.results["n-samples"].get(task) for task in c.tasks} for c in (cells[0], cell)]
         if asked[0] != asked[1]:
             raise PruningError(
                 f"results of different tasks in one comparison: {cells[0].id} {asked[0]}, {cell.id} {asked[1]}"
@@ -250,21 +256,5 @@ def _check_same(cells: Sequence[Cell]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise PruningError(f"{path}: not there, the cell is half-written") from None
-    except ValueError as error:
-        raise PruningError(f"{path}: half-written, not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise PruningError(f"{path}: expected a JSON object")
-    return content
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except FileNotFoundError:
-        raise PruningError(f"{path}: not there, the cell is half-written") from None
-    except ValueError as error:
-        raise PruningError(f"{path}: half-written, not valid JSON lines ({error})") from None
+    """A file of a cell."""
+    return files.read_json(path, "not there, the cell is half-written")

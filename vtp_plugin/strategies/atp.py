@@ -49,7 +49,7 @@ class ATP(QuestionStrategy):
     def validate(self) -> None:
         super().validate()
         self.check_number("alpha", 0, 1)
-        self.check("layer", isinstance(self.layer, int), "must be a whole number")
+        self.check("layer", type(self.layer) is int and abs(self.layer) < 1000, "must be a whole number")
         self.check_choice("relevance_sign", (1, -1))
         self.check_choice("normalization", ("minmax", "zscore"))
 

@@ -32,6 +32,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vtp_plugin.errors import PruningError
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.tokens import VisualTokens
@@ -107,11 +108,13 @@ class FitPrune(PruningStrategy):
 
     def _read(self) -> dict[float, list[float]]:
         path = Path(self.schedule)
-        self.check("schedule", path.is_file(), "must be a file, or tokens like '14 33 89'")
         try:
-            rows = json.loads(path.read_text())["left"]
+            self.check("schedule", path.is_file(), "must be a file, or tokens like '14 33 89'")
+            rows = json.loads(path.read_text("utf-8"))["left"]
             tables = {sum(shares) / len(shares): [float(share) for share in shares] for shares in rows}
-        except (LookupError, TypeError, ValueError, ZeroDivisionError):
+        except PruningError:
+            raise
+        except (LookupError, TypeError, ValueError, ArithmeticError, OSError, RecursionError):
             tables = {}
         good = tables and all(0 <= share <= 1 for shares in tables.values() for share in shares)
         self.check("schedule", good, "must be a file that `vtp calibrate fitprune` wrote")
@@ -121,7 +124,7 @@ class FitPrune(PruningStrategy):
 def _whole_numbers(value: Any) -> list[int] | None:
     """Numbers as a list or a text such as "14 33 89"; None for anything else."""
     parts = value.split() if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    numbers = [int(part) if str(part).isdigit() else -1 for part in parts]
+    numbers = [int(part) if str(part).isdecimal() and len(str(part)) < 19 else -1 for part in parts]
     return numbers if numbers and min(numbers) >= 0 else None
 
 

@@ -83,7 +83,7 @@ class SparseVLM(PruningStrategy):
     def validate(self) -> None:
         numbers = None if self.layers is None else layer_numbers(self.layers)
         self.check("layers", self.layers is None or len(numbers or ()) == 3, "must be three layers like '3 7 16'")
-        self.check("recycle", self.recycle in (None, True, False), "must be true or false")
+        self.check("recycle", self.recycle is None or isinstance(self.recycle, bool), "must be true or false")
         self.check_choice("version", (1, 2))
 
     @property

@@ -57,6 +57,7 @@ class VPrune(PruningStrategy):
         self.check_number("chi2_threshold", 0)
         self.check_number("cosine_threshold", -1, 1)
         self.check_whole("group", 2)
+        self.check("group", self.group <= 8, "must be at most 8")  # its pairs are compared: group^4 per group
         self.check_whole("bins", 1)
         self.check("bins", self.bins <= 256, "must be at most 256")
         self.check_choice("color_space", ("rgb", "hsv"))

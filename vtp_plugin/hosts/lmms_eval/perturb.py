@@ -76,7 +76,9 @@ class Perturbation:
     def picture(self, picture: Image) -> Image:
         from PIL import Image
 
-        pixels = np.asarray(picture.convert("RGB"))
+        from vtp_plugin.reporting.pictures import in_bytes
+
+        pixels = np.asarray(in_bytes(picture, "a picture", picture.format))
         rng = np.random.default_rng([self.severity, zlib.crc32(pixels.tobytes())])
         changed = PICTURES[self.name](pixels / 255, self.severity - 1, rng)
         self._count(True)

@@ -14,9 +14,8 @@ from torch.nn.functional import normalize
 from vtp_plugin.adapters.clip import quietly
 from vtp_plugin.errors import PruningError
 from vtp_plugin.pruning import prune
+from vtp_plugin.reporting.pictures import SUFFIXES, in_bytes, open_picture
 from vtp_plugin.strategy import PruningStrategy
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,4 @@ class ZeroShot:
 
 def opened(picture: Any) -> Any:
     """The RGB picture of a path, or the picture itself."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return (Image.open(picture) if isinstance(picture, Path) else picture).convert("RGB")
-    except (UnidentifiedImageError, OSError):
-        raise PruningError(f"not a picture that can be read: {picture}") from None
+    return open_picture(picture) if isinstance(picture, Path) else in_bytes(picture, "a picture")
