@@ -87,7 +87,30 @@ class Idle(Sound):
 class Curious(Sound):
     """Needs what does not exist."""
 
+    name = "curious"
     needs = ("gradients",)
+
+
+class Bare(Sound):
+    """Is no dataclass."""
+
+    share: float = 0.5
+
+
+@dataclass(kw_only=True)
+class Nowhere(Sound):
+    """Cuts at no layer."""
+
+    stage = Stage.LLM
+
+
+@dataclass(kw_only=True)
+class Misplaced(Nowhere):
+    """Needs what another stage gives."""
+
+    name = "misplaced"
+    needs = ("cls_attention",)
+    decoder_layer = 2
 
 
 @dataclass(kw_only=True)
@@ -129,7 +152,18 @@ def test_a_sound_strategy_passes():
         (Placed, "order of the tokens", "other tokens get it when they move"),
         (Fragile, "scores are finite", "zero tokens, N = 1"),
         (Idle, "every parameter", "no value of weight changes"),
-        (Curious, "keeps exactly", "needs names no signal: 'gradients'. Signals: aligned, centered"),
+        (
+            Curious,
+            "can be given to",
+            "`curious`: needs gradients, which the projector stage does not give; it gives aligned",
+        ),
+        (Bare, "can be given to", r"test_conformance\.py:\d+: the class needs @dataclass"),
+        (Nowhere, "can be given to", r"test_conformance\.py:\d+: an llm method says where it cuts"),
+        (
+            Misplaced,
+            "can be given to",
+            r"test_conformance\.py:\d+: `misplaced`: needs cls_attention, which the llm stage",
+        ),
         (Restless, "keep_ratio=1", "dropped, moved or changed"),
     ],
 )

@@ -6,38 +6,26 @@ Every check is a function of a strategy class that returns a remark, or raises `
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from vtp_plugin import signals
 from vtp_plugin.errors import PruningError
+from vtp_plugin.samples import REAL, cuts_of, left, row_of, run, sample
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import BUDGET, PruningStrategy
-from vtp_plugin.tokens import Selection, VisualTokens
+from vtp_plugin.tokens import Selection
 
 SIZES = (1, 2, 7, 36, 144)
 KINDS = ("random", "equal", "zero", "repeated", "large")
-DEPTH, PATCH, WORDS, HEADS, BASE = 32, 4, 5, 20, ("tokens", "grid", "index", "layer", "cut", "entered", "views")
 VALUES = (True, False, 0, 1, 2, 3, 5, 8, 64, -1, -2, 0.0, 0.1, 0.5, 0.9, 1.0, 3.0, 40.0, "1 2 3", "2 5 9", "other")
 PREFILL = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # multiply-accumulates per token of a LLaVA-1.5-7B, attention aside
-
-
-@dataclass(frozen=True)
-class Widths:
-    """How wide synthetic tokens and signals are."""
-
-    tower: int = 16  # features of the vision tower, keys of all heads together
-    llm: int = 16  # hidden states and projected tokens
-    shared: int = 16  # CLIP's joint space
-    head: int = 16
-    patch: int = PATCH  # pixels per side
-
-
-REAL = Widths(tower=1024, llm=4096, shared=768, head=64, patch=14)  # LLaVA-1.5-7B
 
 
 class Broken(Exception):
@@ -54,147 +42,17 @@ class Outcome:
 
 
 def conforms(cls: type[PruningStrategy]) -> Iterator[Outcome]:
-    """Every check on the strategy, one after the other."""
+    """Every check on the strategy, one after the other; a class that cannot run at all gets no further."""
     for check in CHECKS:
         try:
             yield Outcome(check.__doc__, True, check(cls) or "")
-        except Broken as broken:
+            continue
+        except (Broken, PruningError) as broken:
             yield Outcome(check.__doc__, False, str(broken))
         except Exception as error:
             yield Outcome(check.__doc__, False, f"{type(error).__name__}: {error}")
-
-
-# -- synthetic tokens -------------------------------------------------------------------------------------------------
-
-
-def sample(
-    strategy: PruningStrategy,
-    n: int,
-    *,
-    kind: str = "random",
-    b: int = 2,
-    widths: Widths = Widths(),
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> VisualTokens:
-    """Tokens with the signals that the strategy needs, fp32 as far as signals are fp32 in a model."""
-    draw = torch.Generator().manual_seed(seed)
-    d, llm, shared, head = widths.tower, widths.llm, widths.shared, widths.head
-
-    def normal(*shape: int) -> Tensor:
-        return _of_kind(kind, torch.randn(shape, generator=draw))
-
-    def row(*shape: int) -> Tensor:
-        return torch.softmax(normal(*shape, 1)[..., 0] * 2, -1) * 0.9
-
-    pixels = _pixels(kind, b, n, draw, widths.patch) if strategy.stage is Stage.PIXELS else None
-    fields: dict[str, Callable[[], Any]] = {
-        "pixels": lambda: pixels,
-        "centered": lambda: normal(b, n, d),
-        "positioned": lambda: normal(b, n, d),
-        "cls": lambda: torch.randn(b, d, generator=draw),
-        "cls_attention": lambda: row(b, n),
-        "heads": lambda: HEADS,
-        "keys": lambda: normal(b, n, head),
-        "sizes": lambda: torch.randint(1, 4, (b, n), generator=draw).float(),
-        "aligned": lambda: normal(b, n, shared),
-        "text": lambda: torch.randn(b, shared, generator=draw),
-        "projected": lambda: normal(b, n, llm),
-        "class_query": lambda: torch.randn(b, d, generator=draw) * 2,
-        "class_key": lambda: torch.randn(b, d, generator=draw) * 2,
-        "raw_keys": lambda: normal(b, n, d),
-        "last_query_attention": lambda: row(b, n),
-        "next_query_attention": lambda: row(b, n),
-        "text_attention": lambda: row(b, WORDS, n),
-        "head_attention": lambda: row(b, HEADS, WORDS, n),
-        "rotary_bias": lambda: torch.randn(b, WORDS, n, generator=draw),
-        "self_attention": lambda: row(b, n),
-        "cross_attention": lambda: row(b, n),
-        "entry": lambda: normal(b, n, llm),
-        "text_entry": lambda: torch.randn(b, WORDS, llm, generator=draw),
-        "key_norms": lambda: normal(b, n, d).abs().sum(-1),
-        "text_key_norms": lambda: torch.rand(b, WORDS, generator=draw),
-        "normed": lambda: normal(b, n, llm),
-        "text_normed": lambda: torch.randn(b, WORDS, llm, generator=draw),
-        "view": lambda: (torch.arange(n) * 5 // n).expand(b, n),
-        "place": lambda: torch.rand(b, n, 2, generator=draw),
-        "first_attention": lambda: row(b, n),
-        "fingerprint": lambda: tuple(range(7, 7 + b)),
-    }
-    unknown = [name for name in strategy.needs if name not in fields]
-    if unknown:
-        raise Broken(f"needs names no signal: '{unknown[0]}'. Signals: {', '.join(sorted(fields))}")
-    width = llm if strategy.stage is Stage.LLM else d
-    tokens = normal(b, n, width) if pixels is None else pixels.flatten(2)
-    made = {name: fields[name]() for name in fields if name in strategy.needs}
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()}
-    index = torch.arange(n, device=device).expand(b, n)
-    views = (2, 2) if "view" in moved else None
-    return VisualTokens(tokens=tokens.to(device), grid=_grid(n), index=index, views=views, **moved)
-
-
-def _of_kind(kind: str, x: Tensor) -> Tensor:
-    """[..., N, D] with all tokens equal, zero, repeated, or too large for squares in half precision."""
-    if kind == "equal":
-        return x[..., :1, :].expand_as(x).clone()
-    if kind == "zero":
-        return torch.zeros_like(x)
-    if kind == "repeated":
-        return x[..., torch.arange(x.shape[-2]) % min(4, x.shape[-2]), :]
-    return x * 1000 if kind == "large" else x
-
-
-def _pixels(kind: str, b: int, n: int, draw: torch.Generator, size: int = PATCH) -> Tensor:
-    """Patches with flat, close and noisy neighbours."""
-    levels = torch.randint(0, 2, (b, n, 1, 1, 1), generator=draw) * 96 + 30  # just below the edge of a bin
-    spread = torch.tensor([0, 1, 3, 12, 60])[torch.randint(0, 5, (b, n, 1, 1, 1), generator=draw)]
-    noise = (torch.rand(b, n, 3, size, size, generator=draw) * spread).long()
-    pixels = (levels + noise).clamp(0, 255).to(torch.uint8)
-    return pixels[:, :1].expand_as(pixels).clone() if kind == "equal" else pixels * (kind != "zero")
-
-
-def _grid(n: int) -> tuple[int, int]:
-    rows = next(r for r in range(int(n**0.5), 0, -1) if n % r == 0)
-    return rows, n // rows
-
-
-def run(strategy: PruningStrategy, seen: VisualTokens) -> list[Selection]:
-    """Every cut of the strategy on these tokens, each on what the one before left."""
-    layers = _cuts(strategy) or (None,)
-    n, selections = seen.tokens.shape[1], []
-    for number, layer in enumerate(layers):
-        seen = dataclasses.replace(seen, layer=layer, cut=(number, len(layers)), entered=n)
-        selections.append(strategy.decide(seen))
-        if number + 1 < len(layers):
-            seen = _left(seen, selections[-1])
-    return selections
-
-
-def _cuts(strategy: PruningStrategy) -> tuple[int, ...]:
-    """The layers or blocks of a model of DEPTH where the strategy cuts; none where it cuts once, outside of them."""
-    cuts = {Stage.LLM: strategy.cut_layers, Stage.VIT: strategy.cut_blocks}
-    return cuts[strategy.stage](DEPTH) if strategy.stage in cuts else ()
-
-
-def _left(seen: VisualTokens, selection: Selection) -> VisualTokens:
-    """The tokens after a cut, with their signals."""
-    n, columns = seen.tokens.shape[1], torch.stack(selection.sources)
-
-    def taken(name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or name == "entry" or name.startswith("text_entry"):
-            return value
-        if name == "head_attention":
-            return value.gather(3, columns[:, None, None].expand(-1, *value.shape[1:3], -1))
-        if name in ("text_attention", "rotary_bias"):
-            return value.gather(2, columns[:, None].expand(-1, value.shape[1], -1))
-        per_token = value.ndim >= 2 and value.shape[1] == n and not name.startswith("text")
-        return torch.stack([row[own] for row, own in zip(value, columns, strict=True)]) if per_token else value
-
-    fields = {name: taken(name, value) for name, value in vars(seen).items()}
-    new = selection.tokens or selection.apply(
-        seen.tokens
-    )  # unrounded: the judgement is compared, not the model's dtype
-    return VisualTokens(**{**fields, "tokens": torch.stack(new)})
+        if check is _runnable:
+            return
 
 
 def _same(ours: list[Selection], theirs: list[Selection]) -> bool:
@@ -221,6 +79,26 @@ def _budgets(cls: type[PruningStrategy], n: int) -> list[int | None]:
 
 
 # -- the checks -------------------------------------------------------------------------------------------------------
+
+
+def _runnable(cls: type[PruningStrategy]) -> str:
+    """can be given to a model: a dataclass, at a stage that gives its signals"""
+    if "__dataclass_fields__" not in vars(cls):
+        raise Broken(f"{_where(cls)}: the class needs @dataclass(kw_only=True), or its fields are no hyper-parameters")
+    strategy = cls()
+    if strategy.stage is Stage.LLM and not cuts_of(strategy):
+        raise Broken(f"{_where(cls)}: an llm method says where it cuts: decoder_layer, or cut_layers for several cuts")
+    if reason := signals.wrong(strategy, inside=bool(strategy.stage is Stage.VIT and cuts_of(strategy))):
+        raise Broken(f"{_where(cls, 'needs')}: `{strategy.name}`: {reason}")
+    return ""
+
+
+def _where(cls: type[PruningStrategy], name: str = "") -> str:
+    """File and line of a class, or of what it says about a name."""
+    lines, first = inspect.getsourcelines(cls)
+    said = rf"\s*(def )?{name}\b" if name else r"\s*class\b"
+    offset = next((number for number, line in enumerate(lines) if re.match(said, line)), 0)
+    return f"{inspect.getsourcefile(cls)}:{first + offset}"
 
 
 def _defaults(cls: type[PruningStrategy]) -> str:
@@ -311,20 +189,10 @@ def _batch(cls: type[PruningStrategy]) -> str:
     except RuntimeError as error:  # rows that keep unequal numbers at several cuts
         raise Broken(f"a batch of three images: {error}") from None
     for number in range(3):
-        alone = run(strategy, _row(seen, number))
+        alone = run(strategy, row_of(seen, number))
         if not _same(alone, [_row_of(selection, number) for selection in together]):
             raise Broken(f"image {number} of three is judged otherwise than alone")
     return ""
-
-
-def _row(seen: VisualTokens, b: int) -> VisualTokens:
-    def one(value: Any) -> Any:
-        return value[b : b + 1] if isinstance(value, Tensor) else value
-
-    fields = {name: one(value) for name, value in vars(seen).items()}
-    if seen.fingerprint is not None:
-        fields["fingerprint"] = seen.fingerprint[b : b + 1]
-    return VisualTokens(**fields)
 
 
 def _row_of(selection: Selection, b: int) -> Selection:
@@ -336,7 +204,7 @@ def _permutation(cls: type[PruningStrategy]) -> str:
     """says whether the order of the tokens matters"""
     strategy = _make(cls, 9)
     seen, order = sample(strategy, 36, b=1), torch.randperm(36, generator=torch.Generator().manual_seed(3))
-    moved = _left(seen, Selection(torch.ones(1, 36, dtype=torch.bool), source=(order,)))
+    moved = left(strategy, seen, Selection(torch.ones(1, 36, dtype=torch.bool), source=(order,)))
     if strategy.ranks() and "fingerprint" not in strategy.needs:
         if not torch.allclose(strategy.score(moved), strategy.score(seen)[:, order]):
             raise Broken("a score must follow its token, but other tokens get it when they move")
@@ -403,7 +271,7 @@ def _behaviour(strategy: PruningStrategy) -> Any:
         for kind in ("random", "repeated")
         for s in run(strategy, sample(strategy, 64, kind=kind, b=1))
     ]
-    return where, strategy.text_encoder, strategy.positions, _cuts(strategy), kept
+    return where, strategy.text_encoder, strategy.positions, cuts_of(strategy), kept
 
 
 def _cost(cls: type[PruningStrategy]) -> str:
@@ -430,6 +298,7 @@ def _macs_per_second() -> float:
 
 
 CHECKS: tuple[Callable[[type[PruningStrategy]], str], ...] = (
+    _runnable,
     _defaults,
     _budget,
     _everything,

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vtp_plugin import plugins
+from vtp_plugin import plugins, signals
 from vtp_plugin.adapter import Adapter, find_adapter
+from vtp_plugin.clock import clock
 from vtp_plugin.config import Spec, resolve
 from vtp_plugin.errors import NothingPruned, PruningError
 from vtp_plugin.hookspecs import hookimpl
 from vtp_plugin.metrics import counting, latency
-from vtp_plugin.metrics.latency import clock
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.surgery.call import Call, Decision, PruningEvent
+from vtp_plugin.surgery.call import Call, PruningEvent
 from vtp_plugin.surgery.decoder import DecoderCuts
+from vtp_plugin.surgery.judging import Judgement
 from vtp_plugin.surgery.pixels import watch as watch_processor
 from vtp_plugin.surgery.positions import Choice, OriginalPositions
 from vtp_plugin.surgery.undo import Undo
-from vtp_plugin.tokens import Selection, VisualTokens
-
-if TYPE_CHECKING:
-    from vtp_plugin.surgery.vision import VisionCuts
+from vtp_plugin.surgery.vision import VisionCuts
 
 MARK = "_vtp_pruned"
 EVENTS_KEPT = 10_000
@@ -75,10 +73,12 @@ class Pruned:
             raise
 
     def _attach(self, measure: bool) -> None:
-        vision = self.adapter.vision(self)
+        self.vision = vision = VisionCuts(self, self.adapter.layout)
         for strategy in self.strategies:
+            if not self.adapter.stages[strategy.stage] and (wrong := self._wrong(strategy, vision)):
+                raise strategy.error(wrong)
             if reason := self._unfit(strategy, vision):
-                possible = [name for name, cls in plugins.strategies().items() if not self._unfit(cls(), vision)]
+                possible = [name for name, cls in plugins.strategies().items() if self._fits(cls(), vision)]
                 raise strategy.error(f"{reason}; possible here: {', '.join(possible)}")
         self.positions = Choice.of(self.strategies, self.adapter)
         decoder = DecoderCuts(self, self.adapter.decoder_layers, [s for s in self.strategies if s.stage is Stage.LLM])
@@ -103,6 +103,13 @@ class Pruned:
         if reason := self.adapter.stages[strategy.stage]:
             return f"{self.adapter.models} has no {strategy.stage.value} stage: {reason}"
         return vision.lacking(strategy)
+
+    def _wrong(self, strategy: PruningStrategy, vision: VisionCuts) -> str:
+        """Which of the strategy's needs its stage does not give; "" if it gives all."""
+        return signals.wrong(strategy, inside=vision.inside(strategy))
+
+    def _fits(self, strategy: PruningStrategy, vision: VisionCuts) -> bool:
+        return not (self._unfit(strategy, vision) or self._wrong(strategy, vision))
 
     def _watch_processor(self, vision: VisionCuts) -> None:
         """Let pixels-stage strategies see images at full precision, as they leave the image processor."""
@@ -205,76 +212,6 @@ class Pruned:
                     f"{strategy.stage.value} stage; the model's parts are not where the adapter "
                     f"'{self.adapter.family}' expects them"
                 )
-
-
-class Judgement:
-    """One decision of one strategy over images with equally many tokens."""
-
-    def __init__(self, call: Call, strategy: PruningStrategy, layer: int | None) -> None:
-        self.call, self.strategy, self.layer = call, strategy, layer
-        self.before: dict[int, int] = {}  # by image number
-        self.kept: dict[int, list[Tensor]] = {}
-
-    def decide(
-        self,
-        tokens: Tensor,
-        images: Sequence[int],
-        grid: tuple[int, int],
-        signals: Mapping[str, Tensor | None],
-        **facts: Any,
-    ) -> Selection:
-        """Ask the strategy about tokens [B, N, D] of the given images, and remember what is left of them."""
-        judged = [self.call.images[number] for number in images]
-        index = torch.stack([image.index for image in judged]).to(tokens.device)
-        marks, owners = [image.fingerprint for image in judged], [(number, 0) for number in images]
-        selection = self.ask(tokens, index, marks, grid, signals, owners, **facts)
-        for number, image, columns, row in zip(images, judged, selection.sources, index, strict=True):
-            image.index = torch.where(columns >= 0, row[columns.clamp(min=0)], -1)
-            self.note(number, tokens.shape[1], image.index)
-        return selection
-
-    def ask(
-        self,
-        tokens: Tensor,
-        index: Tensor,
-        fingerprint: Sequence[int],
-        grid: tuple[int, int],
-        signals: Mapping[str, Tensor | None],
-        owners: Sequence[tuple[int, int]] = (),
-        **facts: Any,
-    ) -> Selection:
-        """Ask the strategy about rows of tokens [B, N, D] that need not be images; `owners` as in `Decision`."""
-        visual = VisualTokens(
-            tokens=tokens,
-            grid=grid,
-            index=index,
-            fingerprint=tuple(fingerprint),
-            layer=self.layer,
-            **facts,
-            **{name: value for name, value in signals.items() if name in self.strategy.needs},
-        )
-        selection = self.strategy.decide(visual)
-        if self.call.decisions is not None:
-            self.call.decisions.append(Decision(self.strategy.name, owners, index, selection))
-        return selection
-
-    def note(self, image: int, before: int, kept: Tensor) -> None:
-        """Remember what was decided about (a part of) an image."""
-        self.before[image] = self.before.get(image, 0) + before
-        self.kept.setdefault(image, []).append(kept.cpu())
-
-    def event(self, seconds: float) -> PruningEvent:
-        kept = [torch.cat(parts) for parts in self.kept.values()]
-        return PruningEvent(
-            self.strategy.name,
-            self.strategy.stage,
-            self.layer,
-            list(self.before),
-            list(self.before.values()),
-            [len(index) for index in kept],
-            kept,
-            seconds,
-        )
 
 
 @hookimpl(trylast=True)

@@ -2,66 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from vtp_plugin.signals import names as declared
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, init=False)
 class VisualTokens:
-    """The visual tokens of B images at one stage. A signal that the strategy did not ask for (`needs`) is None.
+    """The visual tokens of B images at one stage, and the signals that the strategy asked for (`needs`).
 
-    B images of one call that have the same number N of tokens are judged together; rows never influence each other.
+    A signal is an attribute, `visual.cls_attention`; one that was not asked for is None. docs/add-a-strategy.md lists
+    them, `vtp_plugin.signals` declares them. B images of one call that have the same number N of tokens are judged
+    together; rows never influence each other.
     """
 
     tokens: Tensor  # [B, N, D] patch embeddings, tower features or hidden states, depending on the stage
     grid: tuple[int, int]  # rows and columns of the full patch grid
     index: Tensor  # [B, N] long: raster position of every token in that grid, -1 for a token that has none
-    pixels: Tensor | None = None  # [B, N, 3, p, p] uint8: the raw patches
-    centered: Tensor | None = None  # vit stage, [B, N, D]: embeddings of the patches minus their mean colour
-    positioned: Tensor | None = None  # vit stage, [B, N, D]: embeddings with their position embeddings added
-    cls: Tensor | None = None  # [B, D] the tower's CLS feature of the projected layer; inside a block: its CLS token
-    sizes: Tensor | None = None  # inside a block, [B, N] fp32: patches that every token stands for
-    cls_attention: Tensor | None = None  # [B, N] fp32: attention CLS -> patch, mean over heads, of block `tower_layer`
-    heads: int | None = None  # of that block: how many attention rows the mean is taken over
-    keys: Tensor | None = None  # [B, N, d] fp32: keys of block `tower_layer`, mean over heads, bias included
-    aligned: Tensor | None = None  # [B, N, E] fp32: output of block `tower_layer` in CLIP's shared space
-    text: Tensor | None = None  # [B, E] fp32: CLIP text embedding of the image's question; `segments`: of unit pieces
-    projected: Tensor | None = None  # [B, N, L]: what the projector makes of the tokens
-    class_query: Tensor | None = None  # [B, d'] fp32: query of CLS in block `tower_layer`, heads side by side, unscaled
-    class_key: Tensor | None = None  # [B, d'] fp32: key of CLS in that block, heads side by side
-    raw_keys: Tensor | None = None  # [B, N, d'] fp32: keys of block `tower_layer`, heads side by side
-    last_query_attention: Tensor | None = None  # [B, N] fp32: attention of the last prompt token, mean over heads
-    next_query_attention: Tensor | None = None  # [B, N] fp32: the same in the layer behind the cut, before cutting
-    text_attention: Tensor | None = None  # [B, T, N] fp32: attention of every text token behind the image
-    head_attention: Tensor | None = None  # [B, H, T, N] fp32: the same of every head
-    rotary_bias: Tensor | None = None  # [B, T, N] fp32: logits of all-ones queries and keys at the places of both
-    self_attention: Tensor | None = None  # [B, N] fp32: from the image's own tokens, max over heads, mean over them
-    cross_attention: Tensor | None = None  # [B, N] fp32: from the text behind the image, max over heads, sum over it
-    entry: Tensor | None = None  # [B, M, D]: embeddings of the `entered` tokens, text_entry [B, T, D]: of that text
-    text_entry: Tensor | None = None
-    key_norms: Tensor | None = None  # [B, N] fp32: L1 norms of the keys of the layer before the cut, all heads
-    text_key_norms: Tensor | None = None  # [B, T]
-    normed: Tensor | None = None  # [B, N, D]: tokens after the language model's final norm
-    text_normed: Tensor | None = None  # [B, T, D]
-    fingerprint: tuple[int, ...] | None = None  # one number per image, the same in any batch, order and precision
-    layer: int | None = (
-        None  # llm stage: the decoder layer that will not see the dropped tokens; vit: the merging block
-    )
-    view: Tensor | None = (
-        None  # [B, N] long: 0 for the picture of the whole image, 1 ... for its sub-images, row by row
-    )
-    place: Tensor | None = None  # [B, N, 2] fp32: middle of the token in its view, down and across, in (0, 1)
-    first_attention: Tensor | None = None  # [B, N] fp32: as `cls_attention`, of the tower's first block
-    views: tuple[int, int] | None = None  # rows and columns of sub-images; None, as the three above: one view
-    cut: tuple[int, int] = (0, 1)  # which cut of the strategy this is, and of how many
-    entered: int | None = None  # tokens of the image at the strategy's first cut; None: this is the first
+    layer: int | None  # llm: the decoder layer that will not see the dropped tokens; vit: the merging block
+    views: tuple[int, int] | None  # rows and columns of sub-images; None, as their signals: one view
+    cut: tuple[int, int]  # which cut of the strategy this is, and of how many
+    entered: int | None  # tokens of the image at the strategy's first cut; None: this is the first
+    signals: Mapping[str, Any] = property(lambda self: {n: v for n, v in vars(self).items() if n in declared()})
 
-    def __post_init__(self) -> None:
-        if self.tokens.ndim != 3 or self.index.shape != self.tokens.shape[:2]:
-            raise ValueError(f"tokens {tuple(self.tokens.shape)} and index {tuple(self.index.shape)} do not fit")
+    def __init__(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, int],
+        index: Tensor,
+        *,
+        layer: int | None = None,
+        views: tuple[int, int] | None = None,
+        cut: tuple[int, int] = (0, 1),
+        entered: int | None = None,
+        signals: Mapping[str, Any] | None = None,
+        **named: Any,
+    ) -> None:
+        """`named`: signals, which take the place of those in `signals`."""
+        if tokens.ndim != 3 or index.shape != tokens.shape[:2]:
+            raise ValueError(f"tokens {tuple(tokens.shape)} and index {tuple(index.shape)} do not fit")
+        unknown = [name for name in named if name not in declared()]
+        if unknown:
+            raise TypeError(f"VisualTokens has no signal '{unknown[0]}'. Signals: {', '.join(sorted(declared()))}")
+        facts = {"tokens": tokens, "grid": grid, "index": index, "layer": layer, "views": views, "cut": cut}
+        vars(self).update(facts | {"entered": entered} | dict(signals or {}) | named)
+
+    def __getattr__(self, name: str) -> Any:
+        """A signal that was not asked for is None."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name in declared():
+            return None
+        raise AttributeError(f"no signal is named '{name}'. Signals: {', '.join(sorted(declared()))}")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ class token always stays). Where images keep unequal numbers, the shorter ones a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vtp_plugin.adapter import Adapter, Tower
 from vtp_plugin.errors import PruningError
-from vtp_plugin.metrics.flops import matrices
+from vtp_plugin.facts.costs import matrices
+from vtp_plugin.signals import BlockView
 from vtp_plugin.stages import Stage
-from vtp_plugin.surgery import attention
 from vtp_plugin.surgery.call import Image
+from vtp_plugin.surgery.layout import Block, Layout, class_token_view
+from vtp_plugin.surgery.passes import TowerPass
+from vtp_plugin.surgery.session import Session
 from vtp_plugin.surgery.undo import Undo
-from vtp_plugin.surgery.vision import VisionCuts
-
-if TYPE_CHECKING:
-    from vtp_plugin.pruning import Pruned
+from vtp_plugin.surgery.whole import WholeEarly, WholeLate
 
 
 class Blip2(Adapter):
@@ -56,6 +56,7 @@ class Blip2(Adapter):
             patch_size=vision.config.patch_size,
             projected=-1,
         )
+        self.layout = Layout(WholeEarly, QueriedLate, fused_block)
         self.projector = model.qformer
         self.language_model = model.language_model
         decoder = getattr(getattr(model.language_model, "model", None), "decoder", None)
@@ -65,11 +66,7 @@ class Blip2(Adapter):
     def matches(cls, model: nn.Module) -> bool:
         return type(model).__name__ == "Blip2ForConditionalGeneration"
 
-    def vision(self, pruned: Pruned) -> VisionCuts:
-        self.cuts = QueriedCuts(pruned, self.tower, self.projector)
-        return self.cuts
-
-    def install(self, pruned: Pruned, undo: Undo) -> None:
+    def install(self, pruned: Session, undo: Undo) -> None:
         self.pruned = pruned
         self.encode = undo.override(self.tower.module, "forward", self._encode)
         for name in ("generate", "forward"):
@@ -101,19 +98,13 @@ class Blip2(Adapter):
         call.images = [Image(total=len(raster), index=raster, sample=number) for number in everything]
         outputs = []
         for batch in [[number] for number in everything] if self.pruned.one_by_one else [everything]:
-            with call.in_tower(batch):
+            with call.in_tower(batch) as passing:
                 outputs.append(self.encode(pixel_values[batch], *args, **{**kwargs, "return_dict": True}))
-                self._keep_signals(call.scratch)
+            call.waiting |= {number: passing.of_image(number) for number in batch}  # the Q-Former is asked later
         rows = [image for output in outputs for image in output.last_hidden_state]
         outputs[0].last_hidden_state = pad_sequence(rows, batch_first=True)
         outputs[0].pooler_output = torch.cat([output.pooler_output for output in outputs])
         return outputs[0]
-
-    def _keep_signals(self, scratch: dict[Any, Any]) -> None:
-        """Signals outlive the tower: the Q-Former is asked later."""
-        kept = {key: value for key, value in scratch.items() if isinstance(key, tuple)}
-        for place, number in enumerate(self.pruned.call.batch):
-            self.cuts.signals[number] = {key: value[place : place + 1] for key, value in kept.items()}
 
     # -- what FLOPs are counted from ------------------------------------------------------------------------------
 
@@ -128,48 +119,33 @@ class Blip2(Adapter):
         return layers + queries * matrices(self.model.language_projection)
 
 
-class QueriedCuts(VisionCuts):
+def fused_block(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockView:
+    """A block whose attention makes q, k and v at once, called with normed hidden states [B, 1 + N, D]."""
+    module = block.attention
+    hidden = args[0] if args else kwargs["hidden_states"]
+    split = module.qkv(hidden).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, 1 + N, d]
+    return class_token_view(block, split[0][:, :, 0], split[1])
+
+
+class QueriedLate(WholeLate):
     """Cuts in front of a Q-Former, which takes tokens [B, 1 + N, D] and a mask by keyword."""
 
-    def __init__(self, pruned: Pruned, tower: Tower, projector: nn.Module) -> None:
-        super().__init__(pruned, tower, projector)
-        self.signals: dict[int, dict[Any, Tensor]] = {}  # by image
-
     def install(self, undo: Undo) -> None:
-        super().install(undo)
-        undo.before(self.projector, self._masking)
-
-    def _row_reader(self, layer: int) -> Callable[..., None]:
-        def read(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if not self._active:
-                return
-            hidden = args[0] if args else kwargs["hidden_states"]
-            with torch.no_grad(), self.pruned.timed("selector"):
-                split = module.qkv(hidden).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
-                weights = attention.row(split[0][:, :, 0], split[1], attention.scale(module))
-            self._call.scratch["cls_attention", layer] = weights[:, 1:]
-            self._call.scratch["keys", layer] = split[1].float().mean(1)[:, 1:]
-
-        return read
-
-    def _projecting(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """All images of the Q-Former are cut at once, by `_masking`."""
+        undo.before(self.family.projector, self._masking)
 
     def _masking(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        call = self._call
+        call = self.call
         if call is None or not call.images:
             return None
         hidden, kept = kwargs["encoder_hidden_states"], []
         for number, image in enumerate(call.images):
-            with call.in_tower([number]):
-                call.scratch.update(self.signals.pop(number, {}))
+            with call.passing(call.waiting.pop(number, TowerPass([number]))):
                 kept.append(self._one(hidden[number, : 1 + len(image.index)]))
         return args, {**kwargs, **_padded(kept)}
 
     def _one(self, tokens: Tensor) -> Tensor:
-        """The class token and what is left of one image, [1 + K, D]."""
-        first, (rest, *_) = tokens[:1], VisionCuts._projecting(self, self.projector, (tokens[None, 1:],), {})[0]
-        return torch.cat([first, rest[0]])
+        """The class token and what is left of one image, [1 + N, D] -> [1 + K, D]."""
+        return torch.cat([tokens[:1], self.cut(tokens[None, 1:])[0]])
 
 
 def _real(ids: Tensor | None, mask: Tensor | None) -> Tensor | None:

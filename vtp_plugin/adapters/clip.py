@@ -12,7 +12,7 @@ from torch.nn.functional import normalize, pad
 
 from vtp_plugin.adapter import Tower
 from vtp_plugin.errors import PruningError
-from vtp_plugin.metrics.flops import Layer
+from vtp_plugin.facts.costs import Layer
 
 CHECKPOINTS = {  # (width, patch size, image size) of a vision tower -> the checkpoint that it was taken from
     (768, 32, 224): "openai/clip-vit-base-patch32",

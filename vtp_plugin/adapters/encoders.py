@@ -7,7 +7,7 @@ come from them. Where images keep unequal numbers, `last_hidden_state` and `hidd
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,11 @@ from vtp_plugin.adapter import Adapter
 from vtp_plugin.adapters.clip import clip_tower
 from vtp_plugin.adapters.rows import flat_tower
 from vtp_plugin.errors import PruningError
-from vtp_plugin.metrics.flops import matrices
+from vtp_plugin.facts.costs import matrices
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
+from vtp_plugin.surgery.session import Session
 from vtp_plugin.surgery.undo import Undo
-
-if TYPE_CHECKING:
-    from vtp_plugin.pruning import Pruned
 
 ENCODER = {
     Stage.PIXELS: "",
@@ -55,7 +53,7 @@ class Encoder(Adapter):
         """What is called with pixel values: the vision part of a model with two, else the model."""
         return getattr(self.model, "vision_model", self.model)
 
-    def install(self, pruned: Pruned, undo: Undo) -> None:
+    def install(self, pruned: Session, undo: Undo) -> None:
         self.pruned = pruned
         self.forward = undo.override(self.tower.module, "forward", self._forward)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,8 @@ from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.decoder import narrowed_labels, refuse_cropping, refuse_filled_cache
 from vtp_plugin.surgery.positions import lookup
 from vtp_plugin.surgery.question import question_of
+from vtp_plugin.surgery.session import Session
 from vtp_plugin.surgery.undo import Undo
-
-if TYPE_CHECKING:
-    from vtp_plugin.pruning import Pruned
 
 PLACEHOLDER = -200  # llava.constants.IMAGE_TOKEN_INDEX
 
@@ -54,7 +52,7 @@ class Llava(Adapter):
             model, "prepare_inputs_labels_for_multimodal"
         )
 
-    def install(self, pruned: Pruned, undo: Undo) -> None:
+    def install(self, pruned: Session, undo: Undo) -> None:
         self.pruned = pruned
         model = self.model
         frozen.serve(model, undo)

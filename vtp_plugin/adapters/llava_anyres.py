@@ -10,7 +10,7 @@ renumbered.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,8 @@ from vtp_plugin.adapters.llava import PLACEHOLDER, Llava
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.prompt import Rows
-from vtp_plugin.surgery.tiles import TileCuts
+from vtp_plugin.surgery.tiles import TILED
 from vtp_plugin.surgery.undo import Undo
-
-if TYPE_CHECKING:
-    from vtp_plugin.pruning import Pruned
 
 
 class LlavaAnyres(Llava):
@@ -32,6 +29,8 @@ class LlavaAnyres(Llava):
     family = "llava_anyres"
     models = "LLaVA-1.6 (llava-torch)"
     stages = dict.fromkeys(Stage, "")
+    layout = TILED
+    tiled = True
     tokenwise = True
     several_views = True
 
@@ -40,10 +39,6 @@ class LlavaAnyres(Llava):
         config = getattr(model, "config", None)
         return super().matches(model) and getattr(config, "image_aspect_ratio", "") == "anyres"
 
-    def vision(self, pruned: Pruned) -> TileCuts:
-        self.cuts = TileCuts(pruned, self)
-        return self.cuts
-
     @property
     def uneven(self) -> bool:
         return True  # tiles are unpadded: every image has a number of its own
@@ -51,17 +46,18 @@ class LlavaAnyres(Llava):
     def _merged(self, call: Call, prompts: Sequence[Tensor], text: Any, images: Any, sizes: Any) -> tuple[Any, ...]:
         tiles = [image if image.ndim == 4 else image[None] for image in images]
         pairs = self._cut(call, prompts, {"tiles": tiles, "image_sizes": sizes})
-        self.kept = [kept for _, kept in pairs]
+        for image, (_, kept) in zip(call.images, pairs, strict=True):
+            image.source, image.judged = kept.source, kept.judged
         blank = torch.zeros(len(tiles), 3, 1, 1, device=text[0].device)  # one image each: no packing again
         return self._merged_with([rows for rows, _ in pairs], *text, blank, sizes)
 
     def _sources(self, call: Call) -> list[Tensor]:
-        return [kept.source for kept in self.kept]
+        return [image.source for image in call.images]
 
     def _place(self, call: Call, prompts: Sequence[Tensor], length: int, sources: Sequence[Tensor]) -> None:
         super()._place(call, prompts, length, sources)
-        for image, kept in zip(call.images, self.kept, strict=True):  # fewer where the host truncates, or shows none
-            image.columns = image.columns[kept.judged[: len(image.columns)]]
+        for image in call.images:  # fewer columns where the host truncates, or shows none
+            image.columns = image.columns[image.judged[: len(image.columns)]]
 
     def _cut(self, call: Call, prompts: Sequence[Tensor], inputs: Mapping[str, Any]) -> list[tuple[Tensor, Rows]]:
         """Encode all tiles, pack them as the host does, and take rows out."""
@@ -69,14 +65,14 @@ class LlavaAnyres(Llava):
         call.images = self._images(prompts, tiles)
         for image, size in zip(call.images, inputs["image_sizes"] or (), strict=False):
             image.views = self._views(size) if image.tiles > 1 else None
-        with call.in_tower(everything):
-            call.scratch["owners"] = [number for number in everything for _ in tiles[number]]
+        owners = [number for number in everything for _ in tiles[number]]
+        with call.in_tower(everything, owners=owners, inputs=inputs):
             rows = self.arrange(self.encode(torch.cat(list(tiles))), "image", inputs)
             for image, one in zip(call.images, rows, strict=True):
                 image.total, image.index = len(one), torch.arange(len(one), device=one.device)
             newline = getattr(self.language_model, "image_newline", None)
             features = [one if newline is None else torch.where(one.isnan(), newline.to(one), one) for one in rows]
-            return self.cuts.rows(features, "image", inputs)
+            return self.pruned.vision.rows(features)
 
     def _images(self, prompts: Sequence[Tensor], tiles: Sequence[Tensor]) -> list[Image]:
         """The images before they are packed, [T, 3, H, W] each: what the host makes of them is not known yet."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,10 +17,8 @@ from vtp_plugin.adapters.clip import clip_tower, space_of
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.prompt import PlaceholderCalls, Rows
+from vtp_plugin.surgery.session import Session
 from vtp_plugin.surgery.undo import Undo
-
-if TYPE_CHECKING:
-    from vtp_plugin.pruning import Pruned
 
 
 class LlavaHf(Adapter):
@@ -50,7 +48,7 @@ class LlavaHf(Adapter):
             and config.vision_feature_select_strategy == "default"
         )
 
-    def install(self, pruned: Pruned, undo: Undo) -> None:
+    def install(self, pruned: Session, undo: Undo) -> None:
         self.pruned = pruned
         PlaceholderCalls(pruned, self).install(undo)
 

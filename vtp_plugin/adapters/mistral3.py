@@ -8,8 +8,8 @@ own image, mean over queries, stands in for the class token's. Positions are ren
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,36 @@ from torch.nn.functional import avg_pool2d
 
 from vtp_plugin.adapter import Tower
 from vtp_plugin.adapters.rows import RowsAdapter
+from vtp_plugin.signals import BlockView
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery import attention
 from vtp_plugin.surgery.call import Image
-from vtp_plugin.surgery.tiles import TileCuts
-
-if TYPE_CHECKING:
-    from vtp_plugin.pruning import Pruned
+from vtp_plugin.surgery.layout import Block, Layout, sequences_view
+from vtp_plugin.surgery.rows import RowsLate
+from vtp_plugin.surgery.tiles import TiledEarly
 
 PACKED = "Pixtral masks and rotates the patches of all images by their full grids"
+
+
+def pixtral_block(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockView:
+    """A block that takes the patches of all images in one sequence, called with normed hidden states [1, S, D]."""
+    module = block.attention
+    hidden = args[0] if args else kwargs["hidden_states"]
+    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
+    query, keys = (attention.heads(module, name, hidden) for name in ("q_proj", "k_proj"))  # [1, H, S, d]
+    turned = rotate(query, keys, *kwargs["position_embeddings"], unsqueeze_dim=0)
+    return sequences_view(
+        turned[0][0], turned[1][0], keys[0], block.passing.lengths, attention.scale(module), equal=False
+    )
+
+
+PIXTRAL = Layout(
+    TiledEarly,
+    RowsLate,
+    pixtral_block,
+    shape=lambda tower, passing: (sum(passing.lengths),),
+    tile=lambda tower, passing: torch.zeros(sum(passing.lengths)),
+)
 
 
 class Mistral3(RowsAdapter):
@@ -33,6 +54,7 @@ class Mistral3(RowsAdapter):
 
     family = "mistral3"
     models = "Mistral 3"
+    layout = PIXTRAL
     stages = {Stage.PIXELS: PACKED, Stage.VIT: PACKED, Stage.PROJECTOR: "", Stage.LLM: ""}
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
@@ -59,10 +81,6 @@ class Mistral3(RowsAdapter):
             model.config.vision_feature_layer, int
         )
 
-    def vision(self, pruned: Pruned) -> TileCuts:
-        self.cuts = PixtralCuts(pruned, self)
-        return self.cuts
-
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         found = []
         for rows, columns in self.grids(inputs):
@@ -82,35 +100,3 @@ class Mistral3(RowsAdapter):
         images = maps.split([rows * columns for rows, columns in grids])
         squares = [image.unflatten(0, grid).permute(2, 0, 1) for image, grid in zip(images, grids, strict=True)]
         return [avg_pool2d(square, self.merge).flatten(1).T for square in squares]
-
-
-class PixtralCuts(TileCuts):
-    """The cuts behind a tower that takes the patches of all images in one sequence, [1, S, D]."""
-
-    def rows(self, features: Sequence[Tensor], kind: str, inputs: Mapping[str, Any]) -> list[Any]:
-        self.lengths = [rows * columns for rows, columns in self.family.grids(inputs)]
-        return super().rows(features, kind, inputs)
-
-    def _row_reader(self, layer: int) -> Callable[..., None]:
-        def read(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if not self._active:
-                return
-            hidden = args[0] if args else kwargs["hidden_states"]
-            lengths = [self._call.images[number].patches for number in self._call.batch]
-            rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
-            with torch.no_grad(), self.pruned.timed("selector"):
-                query, key = (attention.heads(module, name, hidden) for name in ("q_proj", "k_proj"))  # [1, H, S, d]
-                self._call.scratch["keys", layer] = key[0].float().mean(0)
-                query, key = rotate(query, key, *kwargs["position_embeddings"], unsqueeze_dim=0)
-                spans = zip(query.split(lengths, 2), key.split(lengths, 2), strict=True)
-                rows = [attention.received(q, k, attention.scale(module))[0] for q, k in spans]
-            self._call.scratch["cls_attention", layer] = torch.cat(rows)
-
-        return read
-
-    def _tiles(self, shape: Sequence[int]) -> Tensor:
-        return torch.zeros(tuple(shape))
-
-    @property
-    def _map_shape(self) -> tuple[int, ...]:
-        return (sum(self.lengths),)

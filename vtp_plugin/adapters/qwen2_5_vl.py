@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vtp_plugin.adapters.qwen import QwenVL, _function
+from vtp_plugin.adapters.qwen import QwenVL
+from vtp_plugin.adapters.qwen_tower import function_of
 from vtp_plugin.surgery.call import Image
 
 
@@ -26,4 +27,4 @@ class Qwen25VL(QwenVL):
         return [lengths if number in whole else windows for number, lengths in enumerate(frames)]
 
     def windows(self, visual: nn.Module, grid: Tensor) -> tuple[Tensor, Tensor]:
-        return _function(visual, "get_vision_window_index")(grid, self.merge, visual.window_size, visual.patch_size)
+        return function_of(visual, "get_vision_window_index")(grid, self.merge, visual.window_size, visual.patch_size)

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vtp_plugin.adapters.qwen import QwenVL, _function
+from vtp_plugin.adapters.qwen import QwenVL
+from vtp_plugin.adapters.qwen_tower import function_of
 from vtp_plugin.surgery.prompt import Rows
 
 
@@ -31,7 +32,7 @@ class Qwen3VL(QwenVL):
         return (self.projector, *self.core.visual.deepstack_merger_list)
 
     def kept_arguments(self, visual: nn.Module, grid: Tensor) -> dict[str, Tensor]:
-        taps = _function(visual, "get_vision_interpolation_indices_and_weights")(
+        taps = function_of(visual, "get_vision_interpolation_indices_and_weights")(
             grid,
             num_grid_per_side=visual.num_grid_per_side,
             mode=visual.interpolation_mode,

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,9 @@ from vtp_plugin.adapter import Adapter, Tower
 from vtp_plugin.adapters.clip import clip_tower
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.prompt import PlaceholderCalls, Rows
-from vtp_plugin.surgery.tiles import TileCuts
+from vtp_plugin.surgery.session import Session
+from vtp_plugin.surgery.tiles import TILED
 from vtp_plugin.surgery.undo import Undo
-
-if TYPE_CHECKING:
-    from vtp_plugin.pruning import Pruned
 
 VALUES = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -27,9 +25,9 @@ VALUES = {"image": "pixel_values", "video": "pixel_values_videos"}
 class RowsAdapter(Adapter):
     """A family whose prompt has one placeholder per feature row; `core` has `get_image_features`."""
 
-    tokenwise = False  # the projector works token by token
+    layout = TILED
+    tiled = True
     parts = ("multi_modal_projector", "language_model")  # where the core has its projector and its language model
-    cuts: TileCuts
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
@@ -38,12 +36,9 @@ class RowsAdapter(Adapter):
         self.decoder_layers = self.language_model.layers
         self.image_token: int = model.config.image_token_id
 
-    def install(self, pruned: Pruned, undo: Undo) -> None:
+    def install(self, pruned: Session, undo: Undo) -> None:
+        self.pruned = pruned
         PlaceholderCalls(pruned, self).install(undo)
-
-    def vision(self, pruned: Pruned) -> TileCuts:
-        self.cuts = TileCuts(pruned, self)
-        return self.cuts
 
     # -- what a family fills in -----------------------------------------------------------------------------------
 
@@ -65,7 +60,7 @@ class RowsAdapter(Adapter):
         return list(rows)
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
-        """Channels of the tower's tokens as the host arranges features; see `surgery.tiles.Arranging`."""
+        """Channels of the tower's tokens as the host arranges features; see `surgery.arrangement.Arranging`."""
         raise NotImplementedError
 
     # -- PlaceholderModel -----------------------------------------------------------------------------------------
@@ -82,11 +77,12 @@ class RowsAdapter(Adapter):
             numbers = [number for number, image in enumerate(call.images) if image.kind == kind]
             function = getattr(self.core, f"get_{kind}_features")
             chosen = {k: inputs[k] for k in inspect.signature(function).parameters if inputs.get(k) is not None}
-            with call.in_tower(numbers):
-                call.scratch["owners"] = [number for number in numbers for _ in range(call.images[number].tiles)]
-                call.scratch["values"] = inputs[name]
+            owners = [number for number in numbers for _ in range(call.images[number].tiles)]
+            lengths = [call.images[number].patches or call.images[number].total for number in numbers]
+            facts = {"owners": owners, "lengths": lengths, "values": inputs[name], "kind": kind, "inputs": inputs}
+            with call.in_tower(numbers, **facts):
                 output = function(**chosen, return_dict=True)
-                pairs = self.cuts.rows(self.split(output, kind, inputs), kind, inputs)
+                pairs = self.pruned.vision.rows(self.split(output, kind, inputs))
             rows = [rows for rows, _ in pairs]
             self.served[kind] = rows, [call.images[number].sample for number in numbers]
             features[kind] = self.join(output, kind, rows, [kept for _, kept in pairs])

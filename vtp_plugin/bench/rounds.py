@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtp_plugin.clock import clock
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.transformers.ideals import ideal
 from vtp_plugin.hosts.transformers.shapes import Shape, random_text
-from vtp_plugin.metrics.latency import clock, percentiles
+from vtp_plugin.metrics.latency import percentiles
 from vtp_plugin.pruning import Pruned, prune
 from vtp_plugin.reporting.record import samples_of
 from vtp_plugin.stages import Stage

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtp_plugin.conformance import REAL, run, sample
+from vtp_plugin.clock import clock
 from vtp_plugin.hosts.transformers.shapes import QUESTION_TOKENS, SHAPES
-from vtp_plugin.metrics.latency import clock
+from vtp_plugin.samples import REAL, run, sample
 from vtp_plugin.strategy import PruningStrategy
 
 SHAPE = SHAPES["llava-1.5-7b"]

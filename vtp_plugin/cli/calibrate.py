@@ -68,14 +68,14 @@ def _schedules(paths: list[Path], model_name: str, question: str) -> str:
     """FitPrune's file, JSON: the share of the tokens that each layer sees, for nine targets."""
     from functools import partial
 
-    from vtp_plugin.metrics.calibration import witnessed
+    from vtp_plugin.compare.calibration import recorded
     from vtp_plugin.strategies.fitprune import FitPrune, fitted
     from vtp_plugin.tiny.inference import answer, load
 
     pictures = [open_picture(path) for path in paths]
     model, processor = load(model_name)
     calls = [partial(answer, model, processor, picture, question) for picture in pictures]
-    seen = witnessed(model, processor, FitPrune.needs, track(calls, "reading", transient=True))
+    seen = recorded(model, processor, FitPrune.needs, track(calls, "reading", transient=True))
     samples = [[(s.self_attention[0], s.cross_attention[0]) for s in layers] for layers in seen]
     rows = [fitted(samples, step / 10) for step in track(range(1, 10), "fitting", transient=True)]
     left = [[round(share, 5) for share in row] for row in rows]
@@ -85,8 +85,8 @@ def _schedules(paths: list[Path], model_name: str, question: str) -> str:
 
 def _threshold(method: str, paths: list[Path], target: float, pruning_args: str, size: int, patch: int) -> str:
     """V-PRUNE's setting with the threshold found."""
+    from vtp_plugin.compare.calibration import calibrate
     from vtp_plugin.config import parse_pairs
-    from vtp_plugin.metrics.calibration import calibrate
     from vtp_plugin.surgery.pixels import patches
 
     fields = parse_pairs(pruning_args)

@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-from vtp_plugin.metrics.flops import Costs
+from vtp_plugin.facts.costs import Costs
+from vtp_plugin.facts.family import Family
+from vtp_plugin.signals import Tap, taps
 from vtp_plugin.stages import Stage
-from vtp_plugin.surgery.call import ROW_SIGNALS, Call, Image
-from vtp_plugin.surgery.vision import behind_projector
-
-if TYPE_CHECKING:
-    from vtp_plugin.adapter import Adapter
-    from vtp_plugin.pruning import Pruned
-    from vtp_plugin.surgery.undo import Undo
+from vtp_plugin.surgery.call import Call, Image
+from vtp_plugin.surgery.session import Session
+from vtp_plugin.surgery.undo import Undo
+from vtp_plugin.surgery.vision import blocks_read
 
 PATCH, BLOCK, PROJECTOR = "patch", "block", "projector"
 PARTS = ("tower", "selector", "projector", "prefill", "decode")
@@ -63,7 +62,7 @@ class Seen:
             place += own[place] <= 0
 
 
-def watch(pruned: Pruned, undo: Undo) -> None:
+def watch(pruned: Session, undo: Undo) -> None:
     """Remember the shapes that pass the patch embedding, the tower's blocks and the projectors of every call."""
     tower = pruned.adapter.tower
     parts = [(PATCH, [tower.patch_embedding]), (BLOCK, tower.blocks), (PROJECTOR, pruned.adapter.projectors)]
@@ -72,7 +71,7 @@ def watch(pruned: Pruned, undo: Undo) -> None:
             undo.after(module, _observer(pruned, part, number))
 
 
-def _observer(pruned: Pruned, part: str, number: int) -> Any:
+def _observer(pruned: Session, part: str, number: int) -> Any:
     def observe(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = pruned.call
         if call is None or not call.batch:
@@ -86,8 +85,8 @@ def _observer(pruned: Pruned, part: str, number: int) -> Any:
             number,
             left if part == PATCH else _rows(before),
             left,
-            tuple(call.scratch.get("running") or call.scratch.get("owners") or call.batch),
-            tuple(call.scratch.get("packed") or patches),
+            tuple(call.tower.tiles),
+            tuple(call.tower.packed or patches),
             tuple(call.batch),
             kwargs.get("cu_seqlens") if part == BLOCK else None,
         )
@@ -120,7 +119,7 @@ class Account:
         return sum(macs for part, macs in self.macs.items() if part != "decode")
 
 
-def accounts(pruned: Pruned, call: Call, row: int) -> tuple[Account, Account]:
+def accounts(pruned: Session, call: Call, row: int) -> tuple[Account, Account]:
     """One sample of a finished call: without pruning, and as it ran."""
     images = {n: image for n, image in enumerate(call.images) if image.sample == row and image.counted}
     lengths = decoder_lengths(pruned.adapter, call, row)
@@ -133,7 +132,7 @@ def accounts(pruned: Pruned, call: Call, row: int) -> tuple[Account, Account]:
     )
 
 
-def _account(pruned: Pruned, call: Call, macs: Counter, lengths: list[int]) -> Account:
+def _account(pruned: Session, call: Call, macs: Counter, lengths: list[int]) -> Account:
     """The language model's part added to that of the tower; nothing of it where there is no prompt."""
     if not lengths:
         return Account({part: macs[part] for part in PARTS})
@@ -154,7 +153,7 @@ def _step(costs: Costs, lengths: Sequence[int], tokens: int, done: int, cached: 
     return macs + tokens * costs.head
 
 
-def _unpruned(adapter: Adapter, images: Iterator[Image]) -> Counter:
+def _unpruned(adapter: Family, images: Iterator[Image]) -> Counter:
     costs, macs = adapter.costs, Counter()
     for image in images:
         macs["tower"] += (image.patches or image.total) * costs.patch
@@ -167,7 +166,7 @@ def _unpruned(adapter: Adapter, images: Iterator[Image]) -> Counter:
     return macs
 
 
-def _as_it_ran(adapter: Adapter, call: Call, images: dict[int, Image]) -> Counter:
+def _as_it_ran(adapter: Family, call: Call, images: dict[int, Image]) -> Counter:
     costs, macs = adapter.costs, Counter()
     for seen in call.seen:
         for image, entering, leaving in seen.shares():
@@ -186,7 +185,7 @@ def _as_it_ran(adapter: Adapter, call: Call, images: dict[int, Image]) -> Counte
     return macs
 
 
-def selector_macs(pruned: Pruned, call: Call, row: int) -> int:
+def selector_macs(pruned: Session, call: Call, row: int) -> int:
     """What strategies spend on text towers, on projecting candidates and on attention rows of the tower, per sample.
 
     The comparison of scores and single rows between decoder layers are not counted.
@@ -194,7 +193,7 @@ def selector_macs(pruned: Pruned, call: Call, row: int) -> int:
     questions = {image.question for image in call.images if image.sample == row}
     text = sum(space.text_macs([question]) for space in pruned.spaces.values() for question in sorted(questions))
     candidates = 0
-    projecting = {strategy.name for strategy in pruned.strategies if behind_projector(strategy)}
+    projecting = {strategy.name for strategy in pruned.strategies if Tap.PROJECTED in taps(strategy)}
     for event in call.events:
         mine = [n for image, n in zip(event.images, event.before, strict=True) if call.images[image].sample == row]
         if event.strategy in projecting:
@@ -203,22 +202,17 @@ def selector_macs(pruned: Pruned, call: Call, row: int) -> int:
     return text + projecting + _rows_macs(pruned, call, row) + _next_keys_macs(pruned, call, row)
 
 
-def _next_keys_macs(pruned: Pruned, call: Call, row: int) -> int:
+def _next_keys_macs(pruned: Session, call: Call, row: int) -> int:
     """Keys that are projected before the cut for a strategy that asks the layer behind it."""
     layers, lengths = pruned.adapter.costs.layers, decoder_lengths(pruned.adapter, call, row)
-    asking = [s for s in pruned.strategies if "next_query_attention" in s.needs]
+    asking = [s for s in pruned.strategies if Tap.BEHIND in taps(s)]
     cuts = {cut for strategy in asking for cut in strategy.cut_layers(len(layers)) if cut in call.cuts}
     return sum(layers[cut].keys * lengths[cut - 1] for cut in cuts)
 
 
-def _rows_macs(pruned: Pruned, call: Call, row: int) -> int:
+def _rows_macs(pruned: Session, call: Call, row: int) -> int:
     """Queries and keys that are projected once more to read attention in blocks of the tower."""
-    adapter, depth = pruned.adapter, len(pruned.adapter.costs.blocks)
-    reading = [s for s in pruned.strategies if s.stage is Stage.PROJECTOR and set(s.needs) & set(ROW_SIGNALS)]
-    layers = [adapter.tower.projected if s.tower_layer is None else s.tower_layer for s in reading]
-    wanted = {layer % depth for layer in layers}
-    if adapter.several_views and any("first_attention" in s.needs for s in reading):
-        wanted.add(0)
+    adapter, wanted = pruned.adapter, blocks_read(pruned.adapter, pruned.strategies)
     mine = {number for number, image in enumerate(call.images) if image.sample == row}
     return sum(
         adapter.costs.blocks[seen.number].reading(tokens, adapter.tower.prefix)
@@ -232,7 +226,7 @@ def _rows_macs(pruned: Pruned, call: Call, row: int) -> int:
 # -- lengths ----------------------------------------------------------------------------------------------------------
 
 
-def decoder_lengths(adapter: Adapter, call: Call, row: int) -> list[int]:
+def decoder_lengths(adapter: Family, call: Call, row: int) -> list[int]:
     """The prompt's length in every decoder layer; empty where there is no prompt."""
     if call.valid is None:
         return []

@@ -6,28 +6,19 @@ the first token ends where the next pass through the language model begins, or w
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from vtp_plugin.clock import clock
 from vtp_plugin.surgery.call import Call
-
-if TYPE_CHECKING:
-    from vtp_plugin.pruning import Pruned
-    from vtp_plugin.surgery.undo import Undo
+from vtp_plugin.surgery.session import Session
+from vtp_plugin.surgery.undo import Undo
 
 PARTS = ("image_processing", "tower", "selector", "projector", "prefill", "decode")
 PERCENTILES = (50, 90, 99)
-
-
-def clock(device: torch.device) -> float:
-    """Seconds on a monotonic clock, after the device has finished what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def begin(call: Call, part: str, device: torch.device) -> None:
@@ -45,7 +36,7 @@ def end(call: Call, device: torch.device) -> float:
     return spent
 
 
-def watch(pruned: Pruned, undo: Undo) -> None:
+def watch(pruned: Session, undo: Undo) -> None:
     """Time tower, projector, prefill and decode of every call, and count the passes through the language model."""
     adapter = pruned.adapter
     _time(pruned, undo, adapter.tower.module, lambda call: "tower")
@@ -56,7 +47,7 @@ def watch(pruned: Pruned, undo: Undo) -> None:
         _time(pruned, undo, adapter.language_model, lambda call: "decode" if call.passes > 1 else "prefill")
 
 
-def _time(pruned: Pruned, undo: Undo, module: nn.Module, part: Callable[[Call], str]) -> None:
+def _time(pruned: Session, undo: Undo, module: nn.Module, part: Callable[[Call], str]) -> None:
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         if pruned.call is not None:
             begin(pruned.call, part(pruned.call), pruned.device)
@@ -69,7 +60,7 @@ def _time(pruned: Pruned, undo: Undo, module: nn.Module, part: Callable[[Call], 
     undo.after(module, after)
 
 
-def _counter(pruned: Pruned) -> Callable[..., None]:
+def _counter(pruned: Session) -> Callable[..., None]:
     """Notes every pass through the language model: the prefill, then tokens, those before them, and if cached."""
 
     def count(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -92,7 +92,7 @@ class VPruneDesign(Evaluated):
 
     def _calibration(self) -> list[dict[str, Any]]:
         """The cosine threshold that removes the first share, and what it removes at the other chi-square thresholds."""
-        from vtp_plugin.metrics.calibration import calibrate, removed_share
+        from vtp_plugin.compare.calibration import calibrate, removed_share
 
         side, found = self.settings["image_size"] // 14, []
         tiles = [tile(picture, self.settings["image_size"]) for picture in self._pictures()]

@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from vtp_plugin.facts.image import Image as Image
 from vtp_plugin.stages import Stage
+from vtp_plugin.surgery.passes import PromptPass, TowerPass
 from vtp_plugin.tokens import Selection
-
-ROW_SIGNALS = ("cls_attention", "keys", "raw_keys", "class_query", "class_key")  # read where a block's attention begins
-VIEW_SIGNALS = ("view", "place", "first_attention")  # of images with several views
-
-
-@dataclass
-class Image:
-    """One image on its way through the model."""
-
-    total: int  # tokens that the host makes of it without pruning
-    index: Tensor  # [n] raster positions of the tokens that are left, -1 for one that has none
-    question: str = ""
-    fingerprint: int = 0
-    sample: int = 0  # row of the batch
-    columns: Tensor | None = None  # [n] columns of the prompt that hold the tokens, once it is assembled
-    entering: dict[str, Tensor] = field(default_factory=dict)  # llm stage: the columns that a strategy saw first
-    kind: str = "image"  # or video
-    token: int | None = None  # placeholder id, where the family has several
-    tiles: int = 1  # sequences that the tower makes of it
-    patches: int | None = None  # tokens of all tiles in the tower, where they are not the tokens of the prompt
-    grid: tuple[int, int] | None = None  # rows and columns of its tokens, where they are not the tower's
-    projectable: int = 0  # tokens that the projector sees, where `patches` is given
-    entered: int | None = None  # tokens that entered the prompt, where events do not tell
-    views: tuple[int, int] | None = None  # rows and columns of its sub-images, where a picture of the whole is first
-    fixed: int = 0  # tokens among `total` that are always kept: newline rows
-
-    @property
-    def counted(self) -> bool:
-        """False for an image that only a prompt without a place for it consumed."""
-        return self.columns is None or len(self.columns) > 0
 
 
 @dataclass(frozen=True)
@@ -73,8 +44,9 @@ class Call:
     """Lives from the host's call to its return."""
 
     images: list[Image] = field(default_factory=list)
-    batch: list[int] = field(default_factory=list)  # the images that are in the tower right now
-    scratch: dict[Any, Any] = field(default_factory=dict)  # signals on their way from a hook to a decision
+    tower: TowerPass | None = None  # while images are in the tower
+    waiting: dict[int, TowerPass] = field(default_factory=dict)  # by image, where a projector is asked much later
+    prompt: PromptPass = field(default_factory=PromptPass)
     rows: int = 1  # prompts in the batch
     valid: Tensor | None = None  # [B, L] bool: columns of the assembled prompt that are not padding
     positions: Tensor | None = None  # [B, n + 1]: look-up of original positions, see surgery.positions.lookup
@@ -93,24 +65,25 @@ class Call:
     warmup: bool = False  # the first call of a model
     decisions: list[Decision] | None = None  # None: nobody looks on
 
-    @contextmanager
-    def in_tower(self, batch: Sequence[int]) -> Iterator[None]:
-        """These images are being encoded."""
-        self.batch = list(batch)
-        try:
-            yield
-        finally:
-            self.batch = []
-            self.scratch.clear()
+    @property
+    def batch(self) -> list[int]:
+        """The images that are in the tower right now."""
+        return [] if self.tower is None else self.tower.batch
 
-    def once(self, name: str, key: tuple[Any, ...], source: Any, make: Callable[[], Any]) -> Any:
-        """What `make` makes of `source`, remembered for the other decoder layers of the same pass."""
-        made = self.scratch.setdefault(f"once {name}", [])
-        for known, of, value in made:
-            if of is source and known == key:
-                return value
-        made[:] = [*made[-7:], (key, source, make())]
-        return made[-1][2]
+    @contextmanager
+    def in_tower(self, batch: Sequence[int], **facts: Any) -> Iterator[TowerPass]:
+        """These images are being encoded; `facts` are further fields of the pass, which ends with the block."""
+        with self.passing(TowerPass(list(batch), **facts)) as tower:
+            yield tower
+
+    @contextmanager
+    def passing(self, tower: TowerPass) -> Iterator[TowerPass]:
+        """This is what the hooks on the tower read and write."""
+        before, self.tower = self.tower, tower
+        try:
+            yield tower
+        finally:
+            self.tower = before
 
     def spend(self, part: str, seconds: float) -> None:
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
@@ -120,8 +93,3 @@ class Call:
         self.valid = valid
         for image, where, sample in zip(self.images, columns, samples, strict=True):
             image.columns, image.sample = where, sample
-
-    @property
-    def index(self) -> Tensor:
-        """Raster positions of the images in the tower, [B, N]."""
-        return torch.stack([self.images[i].index for i in self.batch])

@@ -8,31 +8,45 @@ which is the merged h + its MLP row. What a family has around the MLP (a layer s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtp_plugin.adapter import Tower
+from vtp_plugin import signals
+from vtp_plugin.facts.family import Family
+from vtp_plugin.facts.tower import Tower
+from vtp_plugin.signals import MergingView
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
+from vtp_plugin.surgery.passes import Merged, TowerPass
+from vtp_plugin.surgery.session import Session
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.tokens import Selection
 
-if TYPE_CHECKING:
-    from vtp_plugin.pruning import Pruned
-
 MASKABLE = ("eager", "sdpa")  # attention kernels that take an additive mask
-PER_PATCH = ("cls_attention", "keys", "raw_keys")  # signals that were read before a merge
-WITH_PREFIX = ("output",)
+
+
+def unmergeable(family: Family, strategy: PruningStrategy, *, arranged: bool) -> str:
+    """Why tokens cannot be merged inside the blocks; "" if they can."""
+    if arranged:
+        return f"merging inside the blocks is not possible, {family.models} arranges the tower's tokens by their places"
+    if family.tower.between is None:
+        return f"merging inside the blocks is not possible in the tower of {family.models}"
+    kernel = family.tower.module.config._attn_implementation
+    if strategy.proportional and kernel not in MASKABLE:
+        return (
+            f"proportional attention needs a tower with {' or '.join(MASKABLE)} attention, this one has {kernel}; "
+            f"say proportional=false"
+        )
+    return ""
 
 
 @dataclass
 class MergingBlocks:
     """The hooks of one strategy on the blocks of one tower; the first `depth` of them count."""
 
-    pruned: Pruned
-    tower: Tower
+    session: Session
     strategy: PruningStrategy
     depth: int
 
@@ -41,63 +55,89 @@ class MergingBlocks:
         norm, mlp = self.tower.between
         for number in self.cuts:
             block = self.tower.blocks[number]
-            undo.after(getattr(block, self.tower.attention).k_proj, self._keys_read)
+            undo.after(self.tower.attention_of(number).k_proj, self._keys_read)
             undo.before(getattr(block, norm), self._merging(number))
             undo.after(getattr(block, mlp), self._spreading)
             undo.after(block, self._leaving)
         if self.strategy.proportional:
-            for block in self.tower.blocks[self.cuts[0] + 1 :]:
-                undo.before(getattr(block, self.tower.attention), self._weighting)
+            for number in range(self.cuts[0] + 1, len(self.tower.blocks)):
+                undo.before(self.tower.attention_of(number), self._weighting)
 
     # -- hooks, in the order in which a block meets them ----------------------------------------------------------
 
     def _weighting(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """A key counts as often as patches were merged into it: log(size) on its logits."""
-        bias = self._scratch.get("key_weights") if self._active else None
+        bias = None if self._passing is None else self._passing.key_weights
         if bias is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         return args[:1], {**kwargs, "attention_mask": bias[:, None].to(hidden.dtype)}  # [B, 1, 1, L]
 
     def _keys_read(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        if self._active:
-            self._scratch["block_keys"] = output
+        """Keep the keys of a block that merges, [B, prefix + N, H d]."""
+        passing = self._passing
+        if passing is not None:
+            passing.merged = passing.merged or self._unmerged(output)
+            passing.merged.keys = output
+
+    def _unmerged(self, keys: Tensor) -> Merged:
+        count = keys.shape[1] - self.tower.prefix
+        return Merged(torch.ones(len(keys), count, device=keys.device), count)
 
     def _merging(self, number: int) -> Any:
+        """Before the norm of a block: merge [B, prefix + N, D]."""
+
         def merge(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-            if not self._active:
+            passing = self._passing
+            if passing is None:
                 return None
-            hidden, prefix = args[0], self.tower.prefix
-            sizes = self._sizes(hidden)
-            with self.pruned.judging(self.strategy, layer=number) as cut:
-                signals = self._signals(number, hidden, sizes)
-                facts = {"cut": (self.cuts.index(number), len(self.cuts)), "entered": self._scratch["entered"]}
-                selection = cut.decide(hidden[:, prefix:], self.pruned.call.batch, self.tower.grid, signals, **facts)
+            hidden, merged = args[0], passing.merged
+            selection = self._decide(number, hidden, passing)
             if selection.owner is None:
                 return None
-            self._scratch["selection"] = selection, sizes
-            self._take_over(selection, sizes)
+            merged.selection, merged.before = selection, merged.sizes
+            self._take_over(passing)
             tokens = torch.stack(selection.tokens).to(hidden.dtype)
-            return (torch.cat([hidden[:, :prefix], tokens], dim=1), *args[1:]), kwargs
+            return (torch.cat([hidden[:, : self.tower.prefix], tokens], dim=1), *args[1:]), kwargs
 
         return merge
 
     def _spreading(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         """Every token gets what the MLP made of the one that it is part of."""
-        if not self._active or "selection" not in self._scratch:
+        selection, prefix = self._selection, self.tower.prefix
+        if selection is None:
             return None
-        selection, prefix = self._scratch["selection"][0], self.tower.prefix
         return torch.cat([output[:, :prefix], attention.take(output, selection.owner + prefix)], dim=1)
 
     def _leaving(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if not self._active or "selection" not in self._scratch:
+        """Merge what the block puts out."""
+        selection = self._selection
+        if selection is None:
             return None
-        selection, sizes = self._scratch.pop("selection")
+        merged = self._passing.merged
+        sizes, merged.selection, merged.before = merged.before, None, None
         if isinstance(output, tuple):
             return (self._merged(output[0], selection, sizes), *output[1:])
         return self._merged(output, selection, sizes)
 
     # -- small things ---------------------------------------------------------------------------------------------
+
+    def _decide(self, number: int, hidden: Tensor, passing: TowerPass) -> Selection:
+        """Ask about hidden states [B, prefix + N, D] of one block."""
+        prefix, merged, call = self.tower.prefix, passing.merged, self.session.call
+        with self.session.judging(self.strategy, layer=number) as cut:
+            view = MergingView(
+                projected_keys=merged.keys,
+                width=self.tower.attention_of(number).head_dim,
+                prefix=prefix,
+                sizes=merged.sizes,
+                hidden=hidden,
+                fingerprint=tuple(call.images[image].fingerprint for image in passing.batch),
+            )
+            merged.keys = None
+            facts = {"cut": (self.cuts.index(number), len(self.cuts)), "entered": merged.entered}
+            found = signals.found_in(self.strategy, view, inside=True)
+            return cut.decide(hidden[:, prefix:], passing.batch, self.tower.grid, found, **facts)
 
     def _merged(self, values: Tensor, selection: Selection, sizes: Tensor) -> Tensor:
         """[B, prefix + N, D] -> [B, prefix + K, D]."""
@@ -105,34 +145,27 @@ class MergingBlocks:
         tokens = selection.merged(values[:, prefix:], sizes).to(values.dtype)
         return torch.cat([values[:, :prefix], tokens], dim=1)
 
-    def _take_over(self, selection: Selection, sizes: Tensor) -> None:
+    def _take_over(self, passing: TowerPass) -> None:
         """Sizes, and signals that were read before, for the tokens that are left."""
+        merged, selection, sizes = passing.merged, passing.merged.selection, passing.merged.before
         counts = torch.stack([s.new_zeros(len(c)) for s, c in zip(sizes, selection.sources, strict=True)])
-        self._scratch["sizes"] = counts.scatter_add_(1, selection.owner, sizes)
+        merged.sizes = counts.scatter_add_(1, selection.owner, sizes)
         if self.strategy.proportional:
-            weights = self._scratch["sizes"].log()
-            self._scratch["key_weights"] = torch.nn.functional.pad(weights, (self.tower.prefix, 0))[:, None]
-        for key in [key for key in self._scratch if isinstance(key, tuple)]:
-            if key[0] in PER_PATCH:
-                self._scratch[key] = selection.merged(self._scratch[key], sizes)
-            elif key[0] in WITH_PREFIX:
-                self._scratch[key] = self._merged(self._scratch[key], selection, sizes)
-
-    def _sizes(self, hidden: Tensor) -> Tensor:
-        count = hidden.shape[1] - self.tower.prefix
-        self._scratch.setdefault("entered", count)
-        return self._scratch.setdefault("sizes", torch.ones(len(hidden), count, device=hidden.device))
-
-    def _signals(self, number: int, hidden: Tensor, sizes: Tensor) -> dict[str, Tensor | None]:
-        module = getattr(self.tower.blocks[number], self.tower.attention)
-        keys = self._scratch.pop("block_keys").unflatten(-1, (-1, module.head_dim)).float().mean(2)
-        cls = hidden[:, 0] if self.tower.prefix else None
-        return {"keys": keys[:, self.tower.prefix :], "sizes": sizes, "cls": cls}
+            weights = torch.nn.functional.pad(merged.sizes.log(), (self.tower.prefix, 0))
+            passing.key_weights = weights[:, None]
+        passing.maps = {key: selection.merged(value, sizes) for key, value in passing.maps.items()}
+        passing.outputs = {key: self._merged(value, selection, sizes) for key, value in passing.outputs.items()}
 
     @property
-    def _active(self) -> bool:
-        return self.pruned.call is not None and bool(self.pruned.call.batch)
+    def tower(self) -> Tower:
+        return self.session.adapter.tower
 
     @property
-    def _scratch(self) -> dict[Any, Any]:
-        return self.pruned.call.scratch
+    def _passing(self) -> TowerPass | None:
+        return None if self.session.call is None else self.session.call.tower
+
+    @property
+    def _selection(self) -> Selection | None:
+        """Of the block that is running; None where it merges nothing."""
+        passing = self._passing
+        return passing.merged.selection if passing is not None and passing.merged is not None else None

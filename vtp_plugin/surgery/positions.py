@@ -10,19 +10,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtp_plugin.errors import PruningError
+from vtp_plugin.facts.family import Family
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.surgery.session import Session
 from vtp_plugin.surgery.undo import Undo
-
-if TYPE_CHECKING:
-    from vtp_plugin.adapter import Adapter
-    from vtp_plugin.pruning import Pruned
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Choice:
     layers: Mapping[int, str]
 
     @classmethod
-    def of(cls, strategies: Sequence[PruningStrategy], adapter: Adapter) -> Choice:
+    def of(cls, strategies: Sequence[PruningStrategy], adapter: Family) -> Choice:
         """Raises PruningError where strategies that share one numbering want different ones."""
         early = [s for s in strategies if s.stage is not Stage.LLM]
         for strategy in early:
@@ -88,14 +86,14 @@ def looked_up(table: Tensor, counted: Tensor) -> Tensor:
 class OriginalPositions:
     """The look-up in front of the language model's rotary embedding."""
 
-    def __init__(self, pruned: Pruned) -> None:
-        self.pruned = pruned
+    def __init__(self, session: Session) -> None:
+        self.session = session
 
     def install(self, undo: Undo) -> None:
-        undo.before(self.pruned.adapter.language_model.rotary_emb, self._rotating)
+        undo.before(self.session.adapter.language_model.rotary_emb, self._rotating)
 
     def _rotating(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        call = self.pruned.call
+        call = self.session.call
         if call is None or call.positions is None:
             return None
         call.positions_used = True

@@ -26,7 +26,7 @@ from vtp_plugin.surgery.question import question_of
 from vtp_plugin.surgery.undo import Undo
 
 if TYPE_CHECKING:
-    from vtp_plugin.pruning import Pruned
+    from vtp_plugin.surgery.session import Session
 
 PER_TOKEN = {
     "token_type_ids": 0,
@@ -114,7 +114,7 @@ class Shortened:
 class PlaceholderCalls:
     """Wraps `generate` and `forward` of one model instance."""
 
-    def __init__(self, pruned: Pruned, family: PlaceholderModel) -> None:
+    def __init__(self, pruned: Session, family: PlaceholderModel) -> None:
         self.pruned, self.family, self.model = pruned, family, family.model
 
     def install(self, undo: Undo) -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vtp_plugin.errors import PruningError
+from vtp_plugin.facts.family import Family
 from vtp_plugin.stages import Stage
-
-if TYPE_CHECKING:
-    from vtp_plugin.adapter import Adapter
 
 TURNS = (  # the user's words in the conversation formats of the supported families, special tokens already gone
     re.compile(r"USER:(.*?)(?:ASSISTANT:|$)", re.DOTALL),
@@ -36,7 +33,7 @@ class EmbeddedQuestions:
 
     segments = False  # no question is too long for it
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: Family) -> None:
         if adapter.stages[Stage.LLM]:  # the reason why its language model holds no patches
             raise PruningError(
                 f"text_encoder=llm: the language model of {adapter.models} does not see the projected patches"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ class Reading:
 
     def last_row(self) -> Tensor:
         """Attention of the last real column, mean over heads, [B, L] fp32."""
+        return self._last_row
+
+    @cached_property
+    def _last_row(self) -> Tensor:
         length = self.hidden.shape[1]
         last = (self.valid * torch.arange(1, length + 1, device=self.valid.device)).argmax(1, keepdim=True)  # [B, 1]
         query = self._queries(slice(None), last)  # [B, H, 1, d]

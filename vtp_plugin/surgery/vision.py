@@ -1,317 +1,211 @@
-"""Cuts before, in and behind the vision tower: the pixels, vit and projector stages."""
+"""The cuts around one vision tower: what strategies need of it, and the parts that a layout puts together."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtp_plugin.adapter import Adapter, SharedSpace, Tower
+from vtp_plugin import signals
+from vtp_plugin.facts.family import Family
+from vtp_plugin.facts.tower import SharedSpace
+from vtp_plugin.signals import BlockView, RowsView, Signal, Tap
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.surgery import attention
-from vtp_plugin.surgery.call import ROW_SIGNALS, VIEW_SIGNALS, Call
-from vtp_plugin.surgery.merging import MASKABLE, MergingBlocks
-from vtp_plugin.surgery.pixels import Pixels, fingerprint, patches
+from vtp_plugin.surgery.call import Call
+from vtp_plugin.surgery.layout import Block, Layout
+from vtp_plugin.surgery.merging import MergingBlocks, unmergeable
+from vtp_plugin.surgery.passes import TowerPass
+from vtp_plugin.surgery.pixels import Pixels
 from vtp_plugin.surgery.question import EmbeddedQuestions
+from vtp_plugin.surgery.session import Session, at
 from vtp_plugin.surgery.undo import Undo
-from vtp_plugin.tokens import Selection
 
-if TYPE_CHECKING:
-    from vtp_plugin.pruning import Pruned
+Space = tuple[str, str | None, bool]
 
 
 class VisionCuts:
-    """The hooks on one vision tower and its projector. Images of one pass always have equal numbers of tokens."""
+    """The hooks on one vision tower and its projector."""
 
-    shared_budgets: Collection[Stage] = ()  # where several images of a prompt can share one budget
-
-    def __init__(self, pruned: Pruned, tower: Tower, projector: nn.Module) -> None:
-        self.pruned, self.tower, self.projector = pruned, tower, projector
+    def __init__(self, session: Session, layout: Layout) -> None:
+        self.session, self.family, self.layout = session, session.adapter, layout
+        self.tower = session.adapter.tower
         self.pixels: Pixels | None = None
-        self.spaces: dict[tuple[str, str | None, bool], SharedSpace] = {}
-        self.merging: list[PruningStrategy] = []  # those that cut inside blocks
+        self.spaces: dict[Space, SharedSpace] = {}
+        self.merging = [s for s in self.at(Stage.VIT) if self.inside(s)]
+        self.early, self.late = layout.early(self), layout.late(self)
 
     def prepare(self) -> None:
         """Load what the strategies need; raises before anything is attached."""
-        self.merging = [s for s in self._at(Stage.VIT) if s.cut_blocks(self._block(None) + 1)]
-        for strategy in self.pruned.strategies:
-            if strategy.budget == "total" and strategy.stage not in self.shared_budgets:
+        shared = {*self.early.shared_budgets, *self.late.shared_budgets}
+        for strategy in self.session.strategies:
+            if strategy.budget == "total" and strategy.stage not in shared:
                 raise strategy.error(f"budget=total is not possible at the {strategy.stage.value} stage of this model")
-        if self._needing("pixels") or self._needing("fingerprint"):
-            self.pixels = Pixels.of(self.pruned.adapter.image_processor)
-        for strategy in self._at(Stage.PROJECTOR):
+            if {Tap.PIXELS, Tap.CONTENT} & self.taps(strategy):
+                self.pixels = self.pixels or Pixels.of(self.family.image_processor)
+        for strategy in self.at(Stage.PROJECTOR):
             layer, blocks = strategy.tower_layer, len(self.tower.blocks)
             if layer is not None and not -blocks <= layer < blocks:
                 raise strategy.error(f"layer must be in {-blocks} ... {blocks - 1} for this model, got {layer}")
-        for strategy in self._needing("text"):
-            adapter, checkpoint = self.pruned.adapter, strategy.clip_checkpoint
-            llm = strategy.text_encoder == "llm"
-            space = EmbeddedQuestions(adapter) if llm else adapter.shared_space(checkpoint)
-            space.segments = strategy.segments
-            self.spaces[space_of(strategy)] = space
+        for strategy in self.tapping(Tap.SPACE):
+            self.spaces[space_of(strategy)] = self._space(strategy)
+        for strategy in self.at(Stage.PIXELS, Stage.VIT):
+            self.early.check(strategy)
 
     def install(self, undo: Undo) -> None:
-        if self._at(Stage.PIXELS) or self._at(Stage.VIT) or self._needing("fingerprint"):
-            undo.after(self.tower.embeddings, self._embedded)
-        if self._at(Stage.VIT):
-            undo.after(self.tower.patch_embedding, self._patches_embedded)
-        self._install_readers(undo)
+        self.early.install(undo)
+        for number, read in blocks_read(self.family, self.session.strategies).items():
+            undo.before(self.tower.attention_of(number), self._reader(number, read))
+        for number in self._kept_outputs():
+            undo.after(self.tower.blocks[number], self._keeper(number))
         for strategy in self.merging:
-            MergingBlocks(self.pruned, self.tower, strategy, self._block(None) + 1).install(undo)
-        if self._at(Stage.PROJECTOR):
-            undo.before(self.projector, self._projecting)
-
-    def _install_readers(self, undo: Undo) -> None:
-        for layer in self._read_blocks():
-            undo.before(getattr(self.tower.blocks[layer], self.tower.attention), self._row_reader(layer))
-        outputs = {
-            self._layer(s)
-            for s in self._at(Stage.PROJECTOR)
-            if "aligned" in s.needs and "aligned" not in behind_projector(s)
-        }
-        outputs |= {self._block(None) for s in self._at(Stage.PROJECTOR) if "cls" in s.needs}
-        for layer in outputs:
-            undo.after(self.tower.blocks[layer], self._output_reader(layer))
-
-    def _read_blocks(self) -> set[int]:
-        """The blocks whose attention is read."""
-        return {self._layer(s) for s in self._at(Stage.PROJECTOR) if set(s.needs) & set(ROW_SIGNALS)}
+            MergingBlocks(self.session, strategy, self.depth).install(undo)
+        self.late.install(undo)
 
     def lacking(self, strategy: PruningStrategy) -> str:
-        """Why this tower cannot give the strategy what it needs; "" if it can."""
-        adapter = self.pruned.adapter
-        asks = {"aligned", "text"} & set(strategy.needs) and strategy.text_encoder != "llm"
-        if asks and type(adapter).shared_space is Adapter.shared_space:
-            return (
-                f"{adapter.models} has no CLIP text encoder that matches its vision tower; text_encoder=llm compares "
-                f"with the language model's embeddings of the question instead"
-            )
-        if "class_query" in strategy.needs and not self.tower.prefix:
-            return f"it needs a class token, the vision tower of {adapter.models} has none"
-        return self._unmergeable(strategy) if strategy.cut_blocks(self._block(None) + 1) else ""
+        """Why this model cannot give the strategy what it needs; "" if it can."""
+        inside = self.inside(strategy)
+        for signal in signals.needed(strategy, inside=inside):
+            if reason := signal.refuse(self.family, strategy):
+                return reason
+        return unmergeable(self.family, strategy, arranged=self.late.arranged) if inside else ""
 
-    def _unmergeable(self, strategy: PruningStrategy) -> str:
-        """Why tokens cannot be merged inside the blocks; "" if they can."""
-        if self.tower.between is None:
-            return f"merging inside the blocks is not possible in the tower of {self.pruned.adapter.models}"
-        kernel = self.tower.module.config._attn_implementation
-        if strategy.proportional and kernel not in MASKABLE:
-            return (
-                f"proportional attention needs a tower with {' or '.join(MASKABLE)} attention, this one has {kernel}; "
-                f"say proportional=false"
-            )
-        return ""
+    # -- what strategies need -------------------------------------------------------------------------------------
 
-    # -- pixels and vit -------------------------------------------------------------------------------------------
+    def at(self, *stages: Stage) -> list[PruningStrategy]:
+        """The strategies of some stages."""
+        return at(self.session.strategies, *stages)
 
-    def _patches_embedded(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        if self._active:
-            self._call.scratch["embedded"] = output.flatten(2).transpose(1, 2)  # [B, N, D]
+    @property
+    def depth(self) -> int:
+        """Blocks that count: up to the one whose output is projected."""
+        return self.tower.number(None) + 1
 
-    def _embedded(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-        """Cut [B, prefix + N, D] on its way into the first block."""
-        if not self._active:
-            return None
-        values = args[0] if args else kwargs["pixel_values"]
-        images = self.pixels.images(values) if self.pixels else None
-        self._identify(images)
-        columns, made = self._every_patch(output), False
-        for strategy in self._at(Stage.PIXELS) + [s for s in self._at(Stage.VIT) if s not in self.merging]:
-            selection = self._cut_patches(strategy, columns, values, images, output)
-            if selection.places is not None:
-                values, output = self._remade(selection, values, output)
-                columns, made = self._every_patch(output), True
-            else:
-                columns = columns.gather(1, torch.stack(selection.sources))
-        if made and columns.shape[1] + self.tower.prefix == output.shape[1]:
-            return output
-        if columns.shape[1] + self.tower.prefix == output.shape[1]:
-            return None
-        return torch.cat([output[:, : self.tower.prefix], attention.take(output, columns + self.tower.prefix)], dim=1)
+    def inside(self, strategy: PruningStrategy) -> bool:
+        """Whether it cuts inside the blocks."""
+        return strategy.stage is Stage.VIT and bool(strategy.cut_blocks(self.depth))
 
-    def _cut_patches(
-        self, strategy: PruningStrategy, columns: Tensor, values: Tensor, images: Tensor | None, output: Tensor
-    ) -> Selection:
-        """What one more strategy leaves of the patches in `columns` [B, N]."""
-        with self.pruned.judging(strategy) as cut:
-            signals = {}
-            if strategy.stage is Stage.PIXELS:
-                signals["pixels"] = attention.take(patches(images, self.tower.patch_size), columns)
-                tokens = signals["pixels"].flatten(2)
-            else:
-                tokens = attention.take(self._call.scratch["embedded"], columns)
-                signals["centered"] = self._centered(values, columns) if "centered" in strategy.needs else None
-                signals["positioned"] = attention.take(output, columns + self.tower.prefix)
-            return cut.decide(tokens, self._call.batch, self.tower.grid, signals)
+    def taps(self, strategy: PruningStrategy) -> set[Tap]:
+        """What has to be kept for it."""
+        return signals.taps(strategy, inside=self.inside(strategy))
 
-    def _remade(self, selection: Selection, values: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixel values (one row of patches) and embeddings [B, prefix + K, D] of new patches at new places."""
-        size, embed = self.tower.patch_size, self.tower.patch_embedding
-        mean, std = self.pixels.mean.to(values.device), self.pixels.std.to(values.device)
-        tiles = torch.stack(selection.tokens).unflatten(2, (3, size, size)).permute(0, 2, 3, 1, 4).flatten(3)
-        row = ((tiles.float() / 255 - mean) / std).to(embed.weight.dtype)  # [B, 3, p, K p]
-        nothing = torch.zeros_like(values[:1], dtype=embed.weight.dtype)
-        blank = embed.forward(nothing).flatten(2).transpose(1, 2)  # a bias, if the family has one
-        table = (self.tower.embeddings.forward(nothing)[:, self.tower.prefix :] - blank)[0].float()
-        where = torch.stack([interpolated(table, self.tower.grid, places) for places in selection.places])
-        embedded = embed.forward(row).flatten(2).transpose(1, 2)
-        if "embedded" in self._call.scratch:
-            self._call.scratch["embedded"] = embedded
-        new = (embedded.float() + where).to(output.dtype)
-        return row, torch.cat([output[:, : self.tower.prefix], new], dim=1)
+    def tapping(self, tap: Tap) -> list[PruningStrategy]:
+        """The strategies for which something has to be kept."""
+        return [s for s in self.session.strategies if tap in self.taps(s)]
 
-    def _centered(self, values: Tensor, columns: Tensor) -> Tensor:
-        """Embeddings of the patches without their mean colour, [B, K, D]."""
-        size = self.tower.patch_size
-        mean = torch.nn.functional.avg_pool2d(values.float(), size)
-        flat = values.float() - mean.repeat_interleave(size, 2).repeat_interleave(size, 3)
-        embedded = self.tower.patch_embedding.forward(flat.to(self.tower.patch_embedding.weight.dtype))
-        return attention.take(embedded.flatten(2).transpose(1, 2), columns)
+    def found_in(self, strategy: PruningStrategy, view: signals.View) -> dict[str, Any]:
+        """The signals that a strategy needs and that are read from this view."""
+        return signals.found_in(strategy, view, inside=self.inside(strategy))
 
-    def _every_patch(self, output: Tensor) -> Tensor:
-        n = output.shape[1] - self.tower.prefix
-        return torch.arange(n, device=output.device).expand(len(output), n)
+    def signals_of(self, strategy: PruningStrategy, rows: RowsView, carried: Callable[[Signal, int], Any]) -> dict:
+        """Everything that a strategy of the projector stage needs; `carried` fetches what was read in a block."""
+        found = self.found_in(strategy, rows)
+        for signal in signals.needed(strategy):
+            if signal.view is BlockView:
+                found[signal.name] = carried(signal, block_of(self.family, signal, strategy))
+        return found
 
-    def _identify(self, images: Tensor | None) -> None:
-        if self._needing("fingerprint"):
-            for number, image in zip(self._call.batch, images, strict=True):
-                self._call.images[number].fingerprint = fingerprint(image)
+    def _space(self, strategy: PruningStrategy) -> SharedSpace:
+        llm = strategy.text_encoder == "llm"
+        space = EmbeddedQuestions(self.family) if llm else self.family.shared_space(strategy.clip_checkpoint)
+        space.segments = strategy.segments
+        return space
 
-    # -- projector ------------------------------------------------------------------------------------------------
+    # -- hooks on the blocks --------------------------------------------------------------------------------------
 
-    def _row_reader(self, layer: int) -> Any:
-        """Reads attention signals where block `layer` begins."""
+    def _kept_outputs(self) -> set[int]:
+        late = self.at(Stage.PROJECTOR)
+        outputs = {self.tower.number(s.tower_layer) for s in late if Tap.OUTPUT in self.taps(s)}
+        return outputs | {self.tower.number(None) for s in late if Tap.CLASS in self.taps(s)}
 
-        def read(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if not self._active:
+    def _reader(self, number: int, read: Sequence[Signal]) -> Callable[..., None]:
+        """Reads signals where a block begins."""
+
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            passing = self.passing
+            if passing is None:
                 return
-            hidden = args[0] if args else kwargs["hidden_states"]  # [B, 1 + N, D], normed
-            with torch.no_grad(), self.pruned.timed("selector"):
-                keys = attention.heads(module, "k_proj", hidden)  # [B, H, 1 + N, d]
-                if self.tower.prefix:
-                    query = attention.heads(module, "q_proj", hidden[:, :1])[:, :, 0]  # [B, H, d]
-                    bias = self._call.scratch.get("key_weights")
-                    weights = attention.row(query, keys, attention.scale(module), bias=bias)
-                else:  # no class token: the attention that a patch receives from all of them
-                    weights = attention.received(
-                        attention.heads(module, "q_proj", hidden), keys, attention.scale(module)
-                    )
-            self._call.scratch["cls_attention", layer] = weights[:, self.tower.prefix :]
-            self._call.scratch["keys", layer] = keys.float().mean(1)[:, self.tower.prefix :]
-            if self._needing("raw_keys"):
-                self._call.scratch["raw_keys", layer] = keys.transpose(1, 2).flatten(2).float()[:, self.tower.prefix :]
-            if self.tower.prefix:
-                self._call.scratch["class_query", layer] = query.flatten(1).float()
-                self._call.scratch["class_key", layer] = keys[:, :, 0].flatten(1).float()
+            with torch.no_grad(), self.session.timed("selector"):
+                view = self.layout.read(Block(number, module, self.tower.prefix, passing), args, kwargs)
+                for signal in read:
+                    kept = passing.maps if signal.per_token else passing.whole
+                    kept[signal.name, number] = signal.read(view)
 
-        return read
+        return begin
 
-    def _output_reader(self, layer: int) -> Any:
-        """Keeps the output of block `layer`."""
+    def _keeper(self, number: int) -> Callable[..., None]:
+        """Keeps the output of a block."""
 
-        def read(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if self._active:
-                self._call.scratch["output", layer] = output[0] if isinstance(output, tuple) else output
+        def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if self.passing is not None:
+                self.passing.outputs[number] = output[0] if isinstance(output, tuple) else output
 
-        return read
+        return keep
 
-    def _projecting(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], Any] | None:
-        """Cut [B, N, D] on its way into the projector."""
-        if not self._active:
-            return None
-        tokens, *rest = args
-        columns = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
-        for strategy in self._at(Stage.PROJECTOR):
-            selection = self._cut_features(strategy, tokens, columns)
-            if not selection.keeps_all:
-                tokens = torch.stack(selection.apply(tokens))
-                columns = columns.gather(1, torch.stack(selection.sources).clamp(min=0))
-        return (tokens, *rest), kwargs
-
-    def _cut_features(self, strategy: PruningStrategy, tokens: Tensor, columns: Tensor) -> Selection:
-        with self.pruned.judging(strategy) as cut:
-            behind = behind_projector(strategy)
-            wanted = [name for name in strategy.needs if name not in ("fingerprint", *behind)]
-            signals = {name: self._signal(name, strategy, columns) for name in wanted}
-            if behind:
-                with torch.no_grad():
-                    projected = self.projector.forward(tokens)  # without hooks: not yet the host's turn
-                signals |= dict.fromkeys(behind, projected)
-            return cut.decide(tokens, self._call.batch, self.tower.grid, signals)
-
-    def _signal(self, name: str, strategy: PruningStrategy, columns: Tensor) -> Tensor | None:
-        """One field of VisualTokens for the tokens that are left."""
-        layer, call = self._layer(strategy), self._call
-        if name in VIEW_SIGNALS:
-            return None
-        if name == "heads":
-            return self._heads(layer)
-        if name in ("class_query", "class_key"):
-            return call.scratch.get((name, layer))
-        if name in ROW_SIGNALS:
-            return attention.take(call.scratch[name, layer], columns)
-        if name == "cls":
-            if not self.tower.prefix:
-                return None
-            return call.scratch["output", self._block(None)][:, 0]
-        space = self.spaces[space_of(strategy)]
-        if name == "text":
-            return space.text([call.images[i].question for i in call.batch]).to(columns.device)
-        hidden = attention.take(call.scratch["output", layer], columns + self.tower.prefix)
-        return space.patches(self.tower.post_layernorm(hidden))
-
-    # -- small things ---------------------------------------------------------------------------------------------
+    # -- the call that is running ---------------------------------------------------------------------------------
 
     @property
-    def _call(self) -> Call:
-        return self.pruned.call
+    def call(self) -> Call | None:
+        return self.session.call
 
     @property
-    def _active(self) -> bool:
-        return self.pruned.call is not None and bool(self.pruned.call.batch)
+    def passing(self) -> TowerPass | None:
+        """The pass that is running; None outside of pruned calls and of the tower."""
+        return None if self.session.call is None else self.session.call.tower
 
-    def _at(self, stage: Stage) -> list[PruningStrategy]:
-        return [s for s in self.pruned.strategies if s.stage is stage]
+    def marks(self) -> tuple[int, ...]:
+        """The fingerprints of the images in the tower."""
+        return tuple(self.call.images[number].fingerprint for number in self.passing.batch)
 
-    def _needing(self, signal: str) -> Sequence[PruningStrategy]:
-        return [s for s in self.pruned.strategies if signal in s.needs]
-
-    def _heads(self, layer: int) -> int:
-        """Attention heads of a block."""
-        return getattr(self.tower.blocks[layer], self.tower.attention).num_heads
-
-    def _layer(self, strategy: PruningStrategy) -> int:
-        return self._block(strategy.tower_layer)
-
-    def _block(self, layer: int | None) -> int:
-        """A block number counted from the first."""
-        blocks = len(self.tower.blocks)
-        layer = self.tower.projected if layer is None else layer
-        return layer + blocks if layer < 0 else layer
+    def rows(self, features: Sequence[Tensor]) -> Any:
+        """What is left of the rows that the host made of the images in the tower."""
+        return self.late.rows(features)
 
 
-def space_of(strategy: PruningStrategy) -> tuple[str, str | None, bool]:
+def space_of(strategy: PruningStrategy) -> Space:
     """Which space a strategy compares patches and questions in, and what it does with long questions."""
     return strategy.text_encoder, strategy.clip_checkpoint, strategy.segments
 
 
-def behind_projector(strategy: PruningStrategy) -> list[str]:
-    """The signals of a strategy that are what the projector makes of the tokens."""
-    names = ("projected", *(["aligned"] if strategy.text_encoder == "llm" else []))
-    return [name for name in names if name in strategy.needs]
+def block_of(family: Family, signal: Signal, strategy: PruningStrategy) -> int:
+    """The block of the tower where a signal is read."""
+    return family.tower.number(strategy.tower_layer if signal.block is None else signal.block)
 
 
-def interpolated(table: Tensor, grid: tuple[int, int], places: Tensor) -> Tensor:
-    """Bilinear interpolation of position embeddings [N, D] at places [K, 2] (row, column) of the grid, [K, D]."""
-    sides = torch.tensor(grid, device=places.device)
-    places = places.clamp(min=0).minimum(sides - 1.0)
-    low = places.floor().long()
-    high, share = (low + 1).minimum(sides - 1), places - low
-    total = torch.zeros(len(places), table.shape[1], device=table.device)
-    for rows, down in ((low[:, 0], 1 - share[:, 0]), (high[:, 0], share[:, 0])):
-        for cols, across in ((low[:, 1], 1 - share[:, 1]), (high[:, 1], share[:, 1])):
-            total += (down * across)[:, None] * table[rows * grid[1] + cols]
-    return total
+def blocks_read(family: Family, strategies: Sequence[PruningStrategy]) -> dict[int, list[Signal]]:
+    """The signals that are read where each block of the tower begins."""
+    found: dict[int, list[Signal]] = {}
+    for number, signal in _read_in_blocks(family, strategies):
+        if signal not in found.setdefault(number, []):
+            found[number].append(signal)
+    return found
+
+
+def _read_in_blocks(family: Family, strategies: Sequence[PruningStrategy]) -> Iterator[tuple[int, Signal]]:
+    for strategy in at(strategies, Stage.PROJECTOR):
+        for signal in signals.needed(strategy):
+            if signal.view is BlockView and (family.several_views or not signal.several_views):
+                yield block_of(family, signal, strategy), signal
+
+
+class Cutting:
+    """What the parts of a layout have in common."""
+
+    shared_budgets: Sequence[Stage] = ()
+    arranged = False
+
+    def __init__(self, vision: VisionCuts) -> None:
+        self.vision, self.session, self.family, self.tower = vision, vision.session, vision.family, vision.tower
+
+    def check(self, strategy: PruningStrategy) -> None:
+        """Nothing is impossible."""
+
+    @property
+    def call(self) -> Call | None:
+        return self.session.call
+
+    @property
+    def passing(self) -> TowerPass | None:
+        return self.vision.passing

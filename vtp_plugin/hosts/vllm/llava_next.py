@@ -24,10 +24,9 @@ from vtp_plugin.hosts.vllm import llava
 from vtp_plugin.hosts.vllm.plan import Plan
 from vtp_plugin.hosts.vllm.processing import Decides
 from vtp_plugin.hosts.vllm.worker import AroundClip, ClipParts
-from vtp_plugin.pruning import Pruned as Handle
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
-from vtp_plugin.surgery.tiles import TileCuts
+from vtp_plugin.surgery.tiles import TILED
 from vtp_plugin.surgery.undo import Undo
 
 
@@ -63,12 +62,9 @@ class Processor(Decides, LlavaNextMultiModalProcessor):
 class Tiles(ClipParts):
     """Images of several tiles."""
 
+    layout = TILED
+    tiled = True
     tokenwise = True
-    cuts: TileCuts
-
-    def vision(self, pruned: Handle) -> TileCuts:
-        self.cuts = TileCuts(pruned, self)
-        return self.cuts
 
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         """The images of a call before vLLM packs their tiles, [T, 3, H, W] each."""
@@ -79,12 +75,13 @@ class Tiles(ClipParts):
     def encode(self, call: Call, encode: Callable[..., Any], inputs: Mapping[str, list[Tensor]]) -> Iterable[Tensor]:
         """Encode and pack all tiles as vLLM does, then take rows out."""
         tiles = inputs["pixel_values"]
-        call.scratch["owners"] = [number for number, image in zip(call.batch, tiles, strict=True) for _ in image]
+        call.tower.owners = [number for number, image in zip(call.batch, tiles, strict=True) for _ in image]
+        call.tower.inputs = inputs
         packed = encode(pixel_values=tiles, image_sizes=torch.stack(inputs["image_sizes"]))
         for number, rows in zip(call.batch, packed, strict=True):
             call.images[number].total = len(rows)
             call.images[number].index = torch.arange(len(rows), device=rows.device)
-        return [rows for rows, _ in self.cuts.rows(packed, "image", inputs)]
+        return [rows for rows, _ in self.pruned.vision.rows(packed)]
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> list[Tensor]:
         """Channels [T, N, C] through vLLM's packing, newlines nan."""

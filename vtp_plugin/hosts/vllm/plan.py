@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtp_plugin import config
+from vtp_plugin import config, signals
 from vtp_plugin.errors import PruningError
+from vtp_plugin.samples import sample
+from vtp_plugin.signals import Tap
+from vtp_plugin.signals.synthetic import Widths
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.pixels import patches
@@ -24,7 +27,7 @@ from vtp_plugin.tokens import VisualTokens
 from vtp_plugin.version import __version__
 
 KEY = "vtp_pruning"  # field of the model's configuration; in the hash of every image, too
-WIDTH = 8  # of the noise that counts are taken from
+NOISE = Widths(tower=8, llm=8, shared=8, head=8, patch=2)  # that counts are taken from
 TRIED, SMALL = ((4, 4), (5, 9), (16, 12)), 256  # grids of noise; more tokens than SMALL are not made up
 
 
@@ -68,12 +71,12 @@ class Plan:
 
     @property
     def reads_question(self) -> bool:
-        return any("text" in s.needs for s in self.strategies)
+        return any(Tap.QUESTION in signals.taps(s) for s in self.strategies)
 
     @property
     def whole_tower(self) -> bool:
         """Whether a strategy looks at blocks behind the projected one, which vLLM leaves out."""
-        return any(s.tower_layer is not None or "aligned" in s.needs for s in self.late)
+        return any(s.tower_layer is not None or Tap.OUTPUT in signals.taps(s) for s in self.late)
 
     @property
     def fingerprint(self) -> str:
@@ -113,6 +116,8 @@ class Plan:
                 "vLLM fixes its attention metadata and KV cache before the decoder layers run, so nothing can be "
                 "dropped between them: use a strategy of the pixels, vit or projector stage"
             )
+        if reason := signals.wrong(strategy, inside=bool(strategy.cut_blocks(self.blocks))):
+            raise strategy.error(reason)
         if strategy.stage is not Stage.PIXELS and not strategy.budgeted:
             raise strategy.error(
                 "vLLM reserves the prompt's columns before the vision tower runs, so the number must not depend on "
@@ -122,7 +127,7 @@ class Plan:
             raise strategy.error("merging inside the tower's blocks is not possible inside vLLM")
         if not self.any_positions and (strategy.positions or strategy.default_positions) == "original":
             raise strategy.error("vLLM counts positions by columns of the prompt: say positions=compact")
-        if strategy.text_encoder == "llm" and "text" in strategy.needs:
+        if strategy.text_encoder == "llm" and Tap.QUESTION in signals.taps(strategy):
             raise strategy.error("text_encoder=llm is not possible inside vLLM: say text_encoder=clip")
         if strategy.budget != "per_image":
             raise strategy.error(f"budget={strategy.budget} is not possible inside vLLM, which caches single images")
@@ -163,17 +168,5 @@ def kept(strategy: PruningStrategy, n: int, grid: tuple[int, int]) -> int:
 
 
 def _asked(strategy: PruningStrategy, n: int, grid: tuple[int, int], seed: int) -> int:
-    draw = torch.Generator().manual_seed(seed)
-    rows = {name: torch.rand(1, n, WIDTH, generator=draw) for name in ("projected", "keys", "raw_keys", "aligned")}
-    rows |= {name: torch.rand(1, n, WIDTH, generator=draw) for name in ("centered", "positioned")}
-    whole = {name: torch.rand(1, WIDTH, generator=draw) for name in ("cls", "class_query", "class_key", "text")}
-    pixels = torch.randint(0, 256, (1, n, 3, 2, 2), generator=draw, dtype=torch.uint8)
-    signals = {**rows, **whole, "cls_attention": torch.rand(1, n, generator=draw), "heads": 2, "pixels": pixels}
-    visual = VisualTokens(
-        tokens=torch.rand(1, n, WIDTH, generator=draw),
-        grid=grid,
-        index=torch.arange(n)[None],
-        fingerprint=(seed,),
-        **{name: value for name, value in signals.items() if name in strategy.needs},
-    )
-    return strategy.decide(visual).counts[0]
+    seen = sample(strategy, n, b=1, widths=NOISE, seed=seed)
+    return strategy.decide(replace(seen, grid=grid)).counts[0]

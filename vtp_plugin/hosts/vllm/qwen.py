@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,18 +21,32 @@ from vllm.multimodal.processing import PromptReplacement
 from vllm.platforms import current_platform
 from vllm.transformers_utils.processor import cached_image_processor_from_config
 
-from vtp_plugin.adapters.qwen import PackedCuts, QwenVL, packed_tower, received
+from vtp_plugin.adapters.qwen import QwenVL
 from vtp_plugin.adapters.qwen2_5_vl import Qwen25VL
 from vtp_plugin.adapters.qwen3_vl import Qwen3VL
+from vtp_plugin.adapters.qwen_tower import (
+    back_to_raster,
+    begin,
+    every_patch,
+    frames,
+    identify,
+    levels_of,
+    packed_tower,
+)
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.vllm.plan import KEY, Plan, planned
 from vtp_plugin.hosts.vllm.processing import CountsKept, Decides
 from vtp_plugin.hosts.vllm.worker import Parts, Served
 from vtp_plugin.hosts.wrapping import wrap
-from vtp_plugin.pruning import Pruned as Handle
+from vtp_plugin.signals import BlockView
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
+from vtp_plugin.surgery.layout import Block, Layout, sequences_view
+from vtp_plugin.surgery.passes import TowerPass
 from vtp_plugin.surgery.positions import Choice
+from vtp_plugin.surgery.rows import RowsLate
+from vtp_plugin.surgery.undo import Undo
+from vtp_plugin.surgery.vision import Cutting
 
 GRID = (24, 24)  # of an image, until one is seen
 CHANNELS, BASE = 4, 128  # row and column as digits, which bf16 holds exactly
@@ -118,48 +131,29 @@ class TextBehind:
 # -- the workers -------------------------------------------------------------------------------------------------------
 
 
-class Packed(PackedCuts):
-    """The cuts of vLLM's tower."""
+class WholeTower(Cutting):
+    """vLLM's tower runs on whole images; what is read in its blocks is put back into raster order."""
+
+    def install(self, undo: Undo) -> None:
+        self.forward = undo.override(self.tower.module, "forward", self._tower)
 
     def _tower(self, x: Tensor, grid_thw: Any, **kwargs: Any) -> Tensor:
-        if not self._active:
+        """The tower's `forward` on patches [S, C] of images [B, 3]."""
+        passing, unit = self.passing, self.tower.block**2
+        if passing is None:
             return self.forward(x, grid_thw, **kwargs)
-        self.grid = torch.as_tensor(grid_thw)
-        self.offsets = [0, *accumulate((self.grid.prod(-1) // self._unit).tolist())]
-        self._identify(self._levels(self._call.scratch["values"]) if self.pixels else None)
+        begin(passing, torch.as_tensor(grid_thw), unit)
+        identify(self, levels_of(self, passing.values), unit)
         output = self.forward(x, grid_thw, **kwargs)
-        self._back_to_raster(self.order().to(output.device))
+        back_to_raster(passing, self.family.order(passing).to(output.device), unit)
         return output
-
-    def order(self) -> Tensor:
-        """The units of the images in the tower [U], in the order in which its blocks see them."""
-        return torch.arange(self.offsets[-1])
-
-    def lengths(self, layer: int) -> list[int]:
-        """Of the sequences that attend to themselves in a block, in patches."""
-        return [rows * columns for frames, rows, columns in self.grid.tolist() for _ in range(frames)]
-
-    def _row_reader(self, layer: int) -> Callable[..., None]:
-        def read(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if not self._active:
-                return
-            with torch.no_grad(), self.pruned.timed("selector"):
-                tables = kwargs["rotary_pos_emb_cos"], kwargs["rotary_pos_emb_sin"]
-                key, query, turned = _heads(module, args[0], *tables)
-                rows = received(query, turned, self.lengths(layer), key.shape[-1] ** -0.5)
-            self._call.scratch["keys", layer] = key.float().mean(1)
-            self._call.scratch["cls_attention", layer] = rows
-
-        return read
 
 
 class PackedParts(Parts):
     """A Qwen-VL inside vLLM: where its parts are."""
 
     default_positions = "original"
-    tokenwise = False
-    packing: type[Packed] = Packed
-    cuts: Packed
+    tiled = True
     arrange, _image = QwenVL.arrange, QwenVL._image
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
@@ -167,10 +161,23 @@ class PackedParts(Parts):
         self.merge, self.tokens = visual.spatial_merge_size, {"image": model.config.image_token_id}
         tower = packed_tower(visual, visual.patch_size)
         super().__init__(model, tower, visual.merger, processor)
+        self.layout = Layout(WholeTower, RowsLate, self.read_block, every_patch, frames)
 
-    def vision(self, pruned: Handle) -> Packed:
-        self.cuts = self.packing(pruned, self)
-        return self.cuts
+    def read_block(self, block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockView:
+        """A block of vLLM's tower, called with normed hidden states [S, 1, D]."""
+        tables = kwargs["rotary_pos_emb_cos"], kwargs["rotary_pos_emb_sin"]
+        parts = _heads(block.attention, args[0], *tables)
+        key, query, turned = (part.transpose(0, 1) for part in parts)  # [H, S, d]
+        lengths = self.lengths(block.passing, block.number)
+        return sequences_view(query, turned, key, lengths, key.shape[-1] ** -0.5)
+
+    def order(self, passing: TowerPass) -> Tensor:
+        """The units of the images in the tower [U], in the order in which its blocks see them."""
+        return torch.arange(passing.offsets[-1])
+
+    def lengths(self, passing: TowerPass, number: int) -> list[int]:
+        """Of the sequences that attend to themselves in a block, in patches."""
+        return [rows * columns for frames, rows, columns in passing.grid.tolist() for _ in range(frames)]
 
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         grids = inputs["image_grid_thw"].tolist()
@@ -180,10 +187,11 @@ class PackedParts(Parts):
         """Encode and merge whole images as vLLM does, then take rows out; each with its place, [K, L + CHANNELS]."""
         values, grids = torch.cat(inputs["pixel_values"]), torch.stack(inputs["image_grid_thw"])
         raw = values.dtype is torch.uint8  # vLLM may leave scaling and normalising to the worker
-        call.scratch["values"] = values / 255 if raw else values
+        passing = call.tower
+        passing.inputs, passing.values = {"image_grid_thw": grids}, values / 255 if raw else values
         merged = encode(pixel_values=values, image_grid_thw=grids)
         width = self.model.config.vision_config.out_hidden_size  # deepstack lies behind
-        kept = self.cuts.rows([rows[:, :width] for rows in merged], "image", {"image_grid_thw": grids})
+        kept = self.pruned.vision.rows([rows[:, :width] for rows in merged])
         for (rows, left), whole, grid in zip(kept, merged, grids.tolist(), strict=True):
             deepstack = whole[left.source.clamp(min=0), width:]  # of a merged token, that of the one it is built on
             yield torch.cat([rows, deepstack, channels(left.source, grid[2] // self.merge).to(rows)], dim=1)

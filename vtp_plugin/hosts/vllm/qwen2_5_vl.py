@@ -16,6 +16,7 @@ from vllm.model_executor.models.qwen2_5_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vtp_plugin.hosts.vllm import qwen
+from vtp_plugin.surgery.passes import TowerPass
 
 plan_of = qwen.plan_of
 
@@ -32,28 +33,22 @@ class DummyInputs(qwen.TextBehind, Qwen2_5_VLDummyInputsBuilder):
     """What vLLM tries before it serves."""
 
 
-class Windowed(qwen.Packed):
-    """The cuts of a tower with windows."""
+class Parts(qwen.PackedParts):
+    """Where a Qwen2.5-VL has its parts; its tower has windows."""
 
-    def order(self) -> Tensor:
-        orders = [self._tables(grid)[2] for grid in self.grid.tolist()]
-        return torch.cat([units + start for units, start in zip(orders, self.offsets[:-1], strict=True)])
+    def order(self, passing: TowerPass) -> Tensor:
+        orders = [self._tables(grid)[2] for grid in passing.grid.tolist()]
+        return torch.cat([units + start for units, start in zip(orders, passing.offsets[:-1], strict=True)])
 
-    def lengths(self, layer: int) -> list[int]:
-        if layer in self.tower.module.fullatt_block_indexes:
-            return super().lengths(layer)
-        ends = [self._tables(grid)[3] for grid in self.grid.tolist()]
+    def lengths(self, passing: TowerPass, number: int) -> list[int]:
+        if number in self.tower.module.fullatt_block_indexes:
+            return super().lengths(passing, number)
+        ends = [self._tables(grid)[3] for grid in passing.grid.tolist()]
         return torch.cat([torch.nn.functional.pad(end, (1, 0)).diff() for end in ends]).tolist()
 
     def _tables(self, grid: Sequence[int]) -> tuple[Any, ...]:
         """Of one image: cosines, sines, order of the units, ends of the windows; vLLM remembers them."""
         return self.tower.module.get_rope_by_thw(*grid)
-
-
-class Parts(qwen.PackedParts):
-    """Where a Qwen2.5-VL has its parts."""
-
-    packing = Windowed
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=ProcessingInfo, dummy_inputs=DummyInputs)

@@ -17,8 +17,9 @@ from vllm.model_executor.models.clip import CLIPVisionModel
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.transformers_utils.processor import cached_image_processor_from_config
 
-from vtp_plugin.adapter import Adapter, SharedSpace, Tower
+from vtp_plugin.adapter import Adapter
 from vtp_plugin.adapters.clip import ClipSpace, checkpoint_of, clip_tower
+from vtp_plugin.facts.tower import SharedSpace, Tower
 from vtp_plugin.hosts.vllm.plan import Plan
 from vtp_plugin.hosts.vllm.processing import KEEP, QUESTION, as_text
 from vtp_plugin.pruning import Pruned
@@ -60,6 +61,7 @@ class Parts(Adapter):
 
     def install(self, pruned: Pruned, undo: Any) -> None:
         """Nothing to wrap: the model is a class of ours."""
+        self.pruned = pruned
 
     @abstractmethod
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:

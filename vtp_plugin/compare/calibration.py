@@ -22,10 +22,10 @@ FACTORS = (2, 0.5, 10, 0.1)  # by which other parameters are changed, to see whi
 
 
 @dataclass(kw_only=True)
-class Witness(PruningStrategy):
+class Recording(PruningStrategy):
     """Keeps everything and remembers what it saw behind every decoder layer but the last."""
 
-    name = "witness"
+    name = "recording"
     paper = "none"
     stage = Stage.LLM
     budgeted = False
@@ -41,16 +41,16 @@ class Witness(PruningStrategy):
         return Selection(torch.ones_like(visual.index, dtype=torch.bool))
 
 
-def witnessed(
+def recorded(
     model: nn.Module, processor: Any, needs: Collection[str], calls: Sequence[Callable[[], Any]]
 ) -> list[list[VisualTokens]]:
     """The signals behind every decoder layer but the last, per call of the model with one prompt with one image."""
     samples = []
     for call in calls:
-        witness = Witness(needs=tuple(needs))
-        with prune(model, witness, processor=processor), torch.no_grad():
+        recording = Recording(needs=tuple(needs))
+        with prune(model, recording, processor=processor), torch.no_grad():
             call()
-        samples.append(witness.seen)
+        samples.append(recording.seen)
     return samples
 
 

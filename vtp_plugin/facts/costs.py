@@ -9,13 +9,12 @@ tiles is counted per window, frame or tile. Norms, activations, biases, softmax 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from vtp_plugin.adapter import Adapter
+from vtp_plugin.facts.tower import Tower
 
 
 @dataclass(frozen=True)
@@ -70,13 +69,15 @@ class Costs:
     head: int  # MACs of the output layer for one token
 
     @classmethod
-    def of(cls, adapter: Adapter) -> Costs:
-        head = adapter.model.get_output_embeddings() if adapter.decoder_layers else None
+    def of(
+        cls, tower: Tower, projectors: Sequence[nn.Module], layers: Sequence[nn.Module], head: nn.Module | None
+    ) -> Costs:
+        """From the modules; `head` is the output layer of the language model, None where there is none."""
         return cls(
-            patch=matrices(adapter.tower.patch_embedding),
-            blocks=tuple(Layer.of(block, adapter.tower.attention) for block in adapter.tower.blocks),
-            projectors=tuple(matrices(projector) for projector in adapter.projectors),
-            layers=tuple(Layer.of(layer) for layer in adapter.decoder_layers),
+            patch=matrices(tower.patch_embedding),
+            blocks=tuple(Layer.of(block, tower.attention) for block in tower.blocks),
+            projectors=tuple(matrices(projector) for projector in projectors),
+            layers=tuple(Layer.of(layer) for layer in layers),
             head=0 if head is None else matrices(head),
         )
 

@@ -1,0 +1,229 @@
+"""The vision towers of the Qwen families, which take the patches of all images in one sequence. No family itself.
+
+A unit is a square of patches (2x2) that becomes one token; its patches lie side by side. Units are judged as a whole.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp_plugin.facts.tower import Tower
+from vtp_plugin.signals import BlockView, EmbeddingView, PatchesView, Tap
+from vtp_plugin.stages import Stage
+from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.surgery import attention
+from vtp_plugin.surgery.judging import Judgement
+from vtp_plugin.surgery.layout import Block, Layout, sequences_view
+from vtp_plugin.surgery.passes import TowerPass
+from vtp_plugin.surgery.pixels import fingerprint
+from vtp_plugin.surgery.rows import RowsLate
+from vtp_plugin.surgery.tiles import refuse_shared_number
+from vtp_plugin.surgery.undo import Undo
+from vtp_plugin.surgery.vision import Cutting
+
+
+def packed_tower(visual: nn.Module, patch_size: int) -> Tower:
+    """The parts of a Qwen-VL's vision tower, which merges blocks of patches."""
+    return Tower(
+        module=visual,
+        embeddings=visual.patch_embed,
+        patch_embedding=visual.patch_embed,
+        blocks=visual.blocks,
+        post_layernorm=None,
+        prefix=0,
+        grid=(1, 1),  # every image has its own
+        patch_size=patch_size,
+        projected=-1,
+        attention="attn",
+        block=visual.spatial_merge_size,
+    )
+
+
+def begin(passing: TowerPass, grid: Tensor, unit: int) -> None:
+    """The tower runs on images of these frames, rows and columns of patches [B, 3]; `unit` patches are one token."""
+    passing.grid = grid
+    passing.offsets = [0, *accumulate((grid.prod(-1) // unit).tolist())]
+
+
+def back_to_raster(passing: TowerPass, order: Tensor, unit: int) -> None:
+    """The signals that were read in the tower's own order of units [U], patch by patch in raster order."""
+    for read in (passing.maps, passing.outputs):
+        for key, signal in read.items():
+            read[key] = put(passing, signal.unflatten(0, (-1, unit)), order).flatten(0, 1)
+
+
+def put(passing: TowerPass, rows: Tensor, where: Tensor) -> Tensor:
+    """Rows [K, ...] of some units at their places among all units, [U, ...], zero elsewhere."""
+    return rows.new_zeros(passing.offsets[-1], *rows.shape[1:]).index_copy_(0, where, rows)
+
+
+def identify(early: Cutting, levels: Tensor | None, unit: int) -> None:
+    """Set the fingerprints of images from their patches [S, 3, t * p, p] uint8."""
+    passing = early.passing
+    if not early.vision.tapping(Tap.CONTENT):
+        return
+    patches = [(b - a) * unit for a, b in pairwise(passing.offsets)]
+    for number, own in zip(passing.batch, levels.split(patches), strict=True):
+        early.call.images[number].fingerprint = fingerprint(own.transpose(0, 1).flatten(2))
+
+
+def levels_of(early: Cutting, values: Tensor) -> Tensor | None:
+    """The uint8 patches behind pixel values [S, 3 * t * p * p] -> [S, 3, t * p, p]; None where nobody reads them."""
+    pixels = early.vision.pixels
+    return None if pixels is None else pixels.levels(values.unflatten(1, (3, -1, early.tower.patch_size)))
+
+
+class PackedEarly(Cutting):
+    """Cuts of the pixels and vit stages: the tower runs on the units that are left, of all images in one sequence."""
+
+    def check(self, strategy: PruningStrategy) -> None:
+        refuse_shared_number(strategy)
+
+    def install(self, undo: Undo) -> None:
+        self.forward = undo.override(self.tower.module, "forward", self._tower)
+
+    def _tower(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
+        """The tower's `forward` on patches [S, C] of images [B, 3]."""
+        passing = self.passing
+        if passing is None:
+            return self.forward(hidden_states, grid_thw=grid_thw, **kwargs)
+        begin(passing, grid_thw, self._unit)
+        levels = levels_of(self, passing.values)
+        identify(self, levels, self._unit)
+        units = self._decided(passing, levels)
+        passing.packed = [len(kept) * self._unit for kept in units]
+        kept = torch.cat([unit + start for unit, start in zip(units, passing.offsets[:-1], strict=True)])
+        order, arguments = self._shortened(passing, kept)
+        if len(kept) == passing.offsets[-1]:
+            output = self.forward(hidden_states, grid_thw=grid_thw, **kwargs)
+        else:
+            values = hidden_states.unflatten(0, (-1, self._unit))[kept].flatten(0, 1)
+            output = self._widened(passing, self.forward(values, grid_thw=grid_thw, **kwargs, **arguments), kept)
+        back_to_raster(passing, order, self._unit)
+        return output
+
+    def _shortened(self, passing: TowerPass, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The kept units [K] in the order in which the tower meets them, and its arguments for them."""
+        visual, grid, every = self.tower.module, passing.grid, torch.arange(self._unit, device=kept.device)
+        patches = (kept[:, None] * self._unit + every).flatten()
+        arguments = {name: value[patches] for name, value in self.family.kept_arguments(visual, grid).items()}
+        frames = grid[:, 1:].prod(-1).repeat_interleave(grid[:, 0])
+        there = torch.zeros(passing.offsets[-1], dtype=torch.bool, device=kept.device).index_fill_(0, kept, True)
+        arguments["cu_seqlens"] = _ends(there, frames.cumsum(0), self._unit)
+        windows = self.family.windows(visual, grid)
+        if windows is None:
+            return kept, arguments
+        order = windows[0].to(kept.device)
+        arguments["cu_window_seqlens"] = _ends(there[order], windows[1][1:], self._unit)
+        order = order[there[order]]
+        arguments["window_index"] = torch.searchsorted(kept, order)
+        return order, arguments
+
+    def _widened(self, passing: TowerPass, output: Any, kept: Tensor) -> Any:
+        """The tower's output with one merged row per unit, zero where it was dropped."""
+        alive = put(passing, torch.ones_like(kept, dtype=torch.bool), kept)
+        passing.alive = alive.repeat_interleave(self._unit)
+        output.pooler_output = put(passing, output.pooler_output, kept)
+        if getattr(output, "deepstack_features", None) is not None:
+            output.deepstack_features = [put(passing, rows, kept) for rows in output.deepstack_features]
+        return output
+
+    # -- deciding -------------------------------------------------------------------------------------------------
+
+    def _decided(self, passing: TowerPass, levels: Tensor | None) -> list[Tensor]:
+        """The units that are left of every image."""
+        starts, values = passing.offsets, passing.values
+        units = [torch.arange(b - a, device=values.device) for a, b in pairwise(starts)]
+        embedded = self._embedded(values) if self.vision.at(Stage.VIT) else None
+        seen = levels, embedded, cache(lambda: self._embedded(_without_colour(values)))
+        for strategy in self.vision.at(Stage.PIXELS, Stage.VIT):
+            with self.session.judging(strategy) as cut:
+                before = [len(kept) for kept in units]
+                for image in range(len(units)):
+                    units[image] = units[image][self._selected(cut, image, units[image], *seen)]
+                for number, count, kept in zip(passing.batch, before, units, strict=True):
+                    cut.note(number, count, kept)
+        return units
+
+    def _selected(
+        self, cut: Judgement, image: int, units: Tensor, levels: Any, embedded: Any, colourless: Callable[[], Tensor]
+    ) -> Tensor:
+        """The columns of the units [K] of an image that one more strategy leaves."""
+        passing, number = self.passing, self.passing.batch[image]
+        where, picture = units + passing.offsets[image], self.call.images[number]
+        if cut.strategy.stage is Stage.PIXELS:
+            video = bool(passing.grid[image, 0] > 1)
+            view = PatchesView(self._unit_pixels(levels, where, video)[None], (picture.fingerprint,))
+            tokens = view.pixels.flatten(2)
+        else:  # rotary positions are added to no embedding
+            tokens = embedded[where][None]
+            view = EmbeddingView(tokens, (picture.fingerprint,), lambda: colourless()[where][None])
+        found = self.vision.found_in(cut.strategy, view)
+        return cut.ask(tokens, units[None], picture.grid, found, [(number, 0)]).sources[0]
+
+    def _embedded(self, values: Tensor) -> Tensor:
+        """Patch embeddings, one unit a row: [S, C] -> [U, b * b * D]."""
+        return self.tower.patch_embedding(values).reshape(len(values) // self._unit, -1)
+
+    def _unit_pixels(self, levels: Tensor, where: Tensor, video: bool) -> Tensor:
+        """Some units [K] as larger patches: levels [S, 3, t * p, p] -> [K, 3, b * p, b * p]; video frames stacked."""
+        size, b = self.tower.patch_size, self.tower.block
+        chosen = levels.unflatten(0, (-1, self._unit))[where]  # [K, b * b, 3, t * p, p]
+        split = chosen.unflatten(1, (b, b)).unflatten(4, (-1, size))  # [K, b, b, 3, t, p, p]
+        split = split if video else split[:, :, :, :, :1]
+        return split.permute(0, 3, 4, 1, 5, 2, 6).flatten(5, 6).flatten(2, 4)
+
+    @property
+    def _unit(self) -> int:
+        return self.tower.block**2
+
+
+def _without_colour(values: Tensor) -> Tensor:
+    """Pixel values [S, 3 * ...] without the mean colour of every patch."""
+    channels = values.unflatten(1, (3, -1))
+    return (channels - channels.mean(-1, keepdim=True)).flatten(1)
+
+
+def _ends(there: Tensor, ends: Tensor, unit: int) -> Tensor:
+    """Cumulative lengths of sequences after a cut: units that are there [U], ends of the full ones in patches."""
+    counts = torch.nn.functional.pad(there.long().cumsum(0), (1, 0)) * unit
+    shortened = torch.nn.functional.pad(counts[ends.long().to(there.device) // unit], (1, 0))
+    return shortened.unique_consecutive().to(torch.int32)
+
+
+def function_of(module: nn.Module, name: str) -> Callable[..., Any]:
+    """A function that the module's own file uses."""
+    return getattr(sys.modules[type(module).__module__], name)
+
+
+# -- the layout -------------------------------------------------------------------------------------------------------
+
+
+def packed_block(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockView:
+    """A block that makes q, k and v at once, called with normed hidden states [S, D]."""
+    module = block.attention
+    hidden = args[0] if args else kwargs["hidden_states"]
+    query, key, _ = module.qkv(hidden).unflatten(-1, (3, module.num_heads, -1)).unbind(1)  # [S, H, d]
+    turned = function_of(module, "apply_rotary_pos_emb_vision")(query, key, *kwargs["position_embeddings"])
+    query, rotated, keys = (part.transpose(0, 1) for part in (*turned, key))  # [H, S, d]
+    return sequences_view(query, rotated, keys, kwargs["cu_seqlens"].diff().tolist(), attention.scale(module))
+
+
+def every_patch(tower: Tower, passing: TowerPass) -> tuple[int, ...]:
+    """Maps [S] of all patches in one sequence."""
+    return (passing.offsets[-1] * tower.block**2,)
+
+
+def frames(tower: Tower, passing: TowerPass) -> Tensor:
+    """The frame of every patch, [S]."""
+    return torch.cat([torch.arange(t).repeat_interleave(h * w) for t, h, w in passing.grid.tolist()]).float()
+
+
+PACKED = Layout(PackedEarly, RowsLate, packed_block, every_patch, frames)

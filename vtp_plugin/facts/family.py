@@ -1,0 +1,115 @@
+"""The facts of a model family that the machinery asks for, whichever family it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from vtp_plugin.errors import PruningError
+from vtp_plugin.facts.costs import Costs
+from vtp_plugin.facts.image import Image
+from vtp_plugin.facts.tower import SharedSpace, Tower
+from vtp_plugin.stages import Stage
+
+
+class Family:
+    """What the machinery knows of one model. Attributes are the model's own parts; methods are facts about the family.
+
+    `stages` maps every stage to "" if the family supports it, else to the reason why not.
+    """
+
+    family: ClassVar[str]
+    models: ClassVar[str]  # what users know it as
+    stages: ClassVar[Mapping[Stage, str]]
+    overview: ClassVar[int] = 0  # the tile that shows the whole picture, where an image has several; -1: the last
+
+    several_views: ClassVar[bool] = False  # whether it says how sub-images lie, `Image.views`, behind such a tile 0
+
+    tiled: ClassVar[bool] = False  # whether an image is several tiles for the tower, each with a class token of its own
+    tokenwise: bool = False  # where the host rearranges what the tower makes: the projector works token by token
+
+    tower: Tower
+    projector: nn.Module
+    language_model: nn.Module | None  # None: an encoder without a language model
+    decoder_layers: Sequence[nn.Module]
+    default_positions: str = "compact"  # of a shortened prompt, where neither the user nor the method says
+    fixed_positions: str = ""  # why the prompt has no positions to choose from
+    every_logit: bool = False  # whether its prefill computes the logits of all columns, not only of the last
+    first_cut: int = 1  # the first decoder layer that may see fewer tokens than the one before
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        self.model, self.processor = model, processor
+
+    def shared_space(self, checkpoint: str | None) -> SharedSpace:
+        """CLIP's joint space, from `checkpoint` or the tower's own; PruningError if the tower has none."""
+        raise PruningError(
+            f"{self.family} has no CLIP text encoder that matches its vision tower: text_encoder=llm compares with the "
+            f"language model's embeddings of the question instead"
+        )
+
+    # -- what FLOPs are counted from ------------------------------------------------------------------------------
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What the parts cost per token."""
+        head = self.model.get_output_embeddings() if self.decoder_layers else None
+        return Costs.of(self.tower, self.projectors, self.decoder_layers, head)
+
+    @property
+    def projectors(self) -> Sequence[nn.Module]:
+        """The modules that make prompt rows of the tower's tokens, row by row."""
+        return (self.projector,)
+
+    def sequences(self, image: Image) -> Sequence[Sequence[int]]:
+        """Per block of the tower, the lengths of the sequences that an unpruned image is for it."""
+        length = (image.patches or image.total) // image.tiles + self.tower.prefix
+        return [[length] * image.tiles] * len(self.tower.blocks)
+
+    def pooling_macs(self, tokens: int) -> int:
+        """MACs of what the tower does behind its blocks."""
+        return 0
+
+    def reading_macs(self, tokens: int) -> int:
+        """MACs of a projector that reads an image's tokens with queries of its own."""
+        return 0
+
+    # -- facts for the record and for signals ---------------------------------------------------------------------
+
+    @property
+    def cls_attention(self) -> str:
+        """What the signal of that name is in this family, for the record."""
+        return "of the class token" if self.tower.prefix else "received, mean over queries (there is no class token)"
+
+    @property
+    def image_processor(self) -> Any:
+        """What turns a picture into pixel values, or None."""
+        return getattr(self.processor, "image_processor", self.processor)
+
+    @property
+    def visual_processors(self) -> list[Any]:
+        """Whatever turns pictures and videos into pixel values."""
+        found = (self.image_processor, getattr(self.processor, "video_processor", None))
+        return [one for one in found if hasattr(one, "preprocess")]
+
+    @property
+    def tokenizer(self) -> Any:
+        """What turns prompt ids back into text, or None."""
+        return getattr(self.processor, "tokenizer", None)
+
+    def decode(self, ids: Tensor) -> str:
+        """The text of prompt ids without special tokens."""
+        if self.tokenizer is None:
+            raise PruningError("this strategy reads the question: pass the model's processor (processor=...)")
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def encode_text(self, text: str) -> list[int]:
+        """The token ids of a text without special tokens; at least one."""
+        if self.tokenizer is None:
+            raise PruningError("this strategy reads the question: pass the model's processor (processor=...)")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise PruningError("text_encoder=llm: the prompt has images but no question")
+        return ids

@@ -1,0 +1,108 @@
+"""What is decided between two decoder layers: per image, which columns of the prompt are left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtp_plugin.facts.image import Image
+from vtp_plugin.signals import LayerView, found_in
+from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.surgery.call import Call
+from vtp_plugin.surgery.cut import Cut, equalised
+from vtp_plugin.surgery.reading import Reading
+from vtp_plugin.surgery.session import Session
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What is there where layer `number` begins, in the first pass over a prompt."""
+
+    number: int
+    hidden: Tensor  # [B, L, D]
+    before: Cut  # the columns of the prompt that are still there
+    reading: Reading | None  # the attention of the layer before, where a signal reads it
+    read_behind: Callable[[Tensor, Cut], Reading]
+
+    @cached_property
+    def behind(self) -> Reading:
+        """The attention of this layer, as if nothing were cut."""
+        return self.read_behind(self.hidden, self.before)
+
+    def where(self, row: int, image: Image) -> Tensor:
+        """The columns of an image [N] among those that are still there in a row of the batch."""
+        return torch.searchsorted(self.before.columns[row].contiguous(), image.columns)
+
+
+def decide(session: Session, call: Call, strategies: Sequence[PruningStrategy], depth: int, seen: Seen) -> Cut:
+    """Ask the strategies of one layer, in a model of `depth` layers, about every image of the call."""
+    rows = len(seen.hidden) // len(call.valid)  # beams and returned sequences repeat a sample
+    keep, merged = seen.before.valid.clone(), []
+    text = _text(call, seen.before, rows)
+    for strategy in strategies:
+        cuts = strategy.cut_layers(depth)
+        for number, image in enumerate(call.images):
+            if image.columns is None or len(image.columns) == 0:
+                continue
+            row = image.sample * rows
+            image.columns = image.columns.to(seen.hidden.device)
+            where, first = seen.where(row, image), image.entering.setdefault(strategy.name, image.columns)
+            with session.judging(strategy, layer=seen.number) as cut:
+                view = _view(session, call, seen, image, row, where, text[row].nonzero().flatten(), first)
+                facts = {"cut": (cuts.index(seen.number), len(cuts)), "entered": len(first)}
+                grid = image.grid or session.adapter.tower.grid
+                selection = cut.decide(seen.hidden[row, where][None], [number], grid, _read(strategy, view), **facts)
+            columns = selection.sources[0]
+            if selection.tokens is not None:
+                merged.append((slice(row, row + rows), image.columns[columns], selection.tokens[0]))
+            keep[row : row + rows, where] = False
+            keep[row : row + rows, where[columns]] = True
+            image.columns = image.columns[columns]
+    return equalised(seen.before, keep, merged, compact=session.positions.layers[seen.number] == "compact")
+
+
+def _view(
+    session: Session, call: Call, seen: Seen, image: Image, row: int, where: Tensor, text: Tensor, first: Tensor
+) -> LayerView:
+    """What signals of an image at the columns `where` [N] are read from; `text` [T] are those of the question."""
+    device, entry = seen.hidden.device, call.prompt.entry
+    return LayerView(
+        before=seen.reading,
+        behind=lambda: seen.behind,
+        embeddings=None if entry is None else entry.to(device),
+        hidden=seen.hidden,
+        norm=session.adapter.language_model.norm.forward,
+        sample=row,
+        image=where,
+        text=text,
+        first=first.to(device),
+        words=seen.before.columns[row, text],
+        fingerprint=(image.fingerprint,),
+    )
+
+
+def _read(strategy: PruningStrategy, view: LayerView) -> dict[str, Any]:
+    """The signals of one image, with an axis in front."""
+    with torch.no_grad():
+        found = found_in(strategy, view)
+    return {name: value[None] if isinstance(value, Tensor) else value for name, value in found.items()}
+
+
+def _text(call: Call, before: Cut, rows: int) -> Tensor:
+    """The columns behind the first image that belong to no image, [B, L] bool; at least the last real one."""
+    text, column = before.valid.clone(), torch.arange(before.valid.shape[1], device=before.valid.device)
+    last = (before.valid * (column + 1)).argmax(1)
+    for image in call.images:
+        if image.columns is None or len(image.columns) == 0:
+            continue
+        sample = slice(image.sample * rows, (image.sample + 1) * rows)
+        where = torch.searchsorted(before.columns[sample.start].contiguous(), image.columns.to(text.device))
+        text[sample, where] = False
+        text[sample] &= column > where.min()
+    text[torch.arange(len(text), device=text.device), last] |= ~text.any(1)
+    return text
