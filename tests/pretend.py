@@ -59,6 +59,7 @@ INDEXING = (
 IDLE = ("empty", "new_empty", "detach", "lift", "_unsafe_view")  # reserve memory, or are views by another name
 MASKS = (torch.bool, torch.uint8)
 SCALARS = (aten.masked_fill.Tensor, aten.masked_fill_.Tensor, aten.fill_.Tensor)  # take a number of the host
+FUSED = (nn.functional.scaled_dot_product_attention, nn.functional.linear)  # torch takes them apart as it likes
 ROOTS = ("vtp_plugin", "llava", "transformers")
 
 
@@ -220,7 +221,7 @@ def place() -> str:
 
 
 class _Functions(TorchFunctionMode):
-    """`torch.tensor`, which reads tensors inside lists without asking an operator, and attention as one kernel."""
+    """`torch.tensor`, which reads tensors inside lists without asking an operator, and fused kernels."""
 
     def __init__(self, device: Device) -> None:
         super().__init__()
@@ -230,18 +231,18 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.tensor:
             return self._tensor(*args, **kwargs)
-        if func is nn.functional.scaled_dot_product_attention and isinstance(args[0], OnDevice):
-            return self._attention(*args, **kwargs)
+        if func in FUSED and isinstance(args[0], OnDevice):
+            return self._fused(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
-        """By torch's own formula, [B, H, L, D]; the choice of a fused kernel would ask a real device."""
+    def _fused(self, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As one kernel; attention by torch's own formula, because the choice of a kernel would ask a real device."""
         if any(isinstance(t, Tensor) and not isinstance(t, OnDevice) for t in (*args, *kwargs.values())):
-            raise RuntimeError(f"Expected all tensors to be on the same device (attention at {place()})")
+            raise RuntimeError(f"Expected all tensors to be on the same device ({func.__name__} at {place()})")
         self.device.counts.kernels += 1
         inner = {name: _inner(value) for name, value in kwargs.items()}
         with sdpa_kernel(SDPBackend.MATH):
-            return self.device.hold(nn.functional.scaled_dot_product_attention(*map(_inner, args), **inner))
+            return self.device.hold(func(*map(_inner, args), **inner))
 
     def _tensor(self, data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
         """Numbers, and tensors of numbers, whose values are read one by one; then one copy to the device."""

@@ -40,6 +40,7 @@ class Host:
         self.tiny = models.FAMILIES[name]("sdpa") if name in models.FAMILIES else None
         self.processor = self.tiny.processor if self.tiny else Speaking()
         self.model, other = self._build(), self._build()
+        self.model.requires_grad_(False)  # as on the device: torch picks matrix products by it
         with Device() as self.device:
             self.there = self.device.move(other)
 
