@@ -1,0 +1,105 @@
+"""Every family on the pretend device: a model, its prompts, and one generation with everything that was counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import families
+import models
+import torch
+from pretend import Counts, Device
+from test_text_encoder import Speaking
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import vtp_plugin as vtp
+from vtp_plugin import PruningStrategy
+from vtp_plugin.errors import PruningError
+
+DTYPES = (torch.float32, torch.bfloat16)
+LAYOUTS = ("single", "batch")  # one prompt; two of unequal length with three pictures, padded on the left
+STAGES = {name: family.stages for name, family in families.FAMILIES.items()}
+STAGES |= dict.fromkeys(models.FAMILIES, families.STAGES)
+
+
+@dataclass
+class Answer:
+    """One generation: new logits [steps, B, V] and, per cut and image, what was kept."""
+
+    logits: Tensor
+    kept: list[list[int]]
+
+
+class Host:
+    """One model of a family on the CPU, and the same on the pretend device."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name, self.dtype = name, dtype
+        self.tiny = models.FAMILIES[name]("sdpa") if name in models.FAMILIES else None
+        self.processor = self.tiny.processor if self.tiny else Speaking()
+        self.model, other = self._build(), self._build()
+        self.model.requires_grad_(False)  # as on the device: torch picks matrix products by it
+        with Device() as self.device:
+            self.there = self.device.move(other)
+
+    def _build(self) -> nn.Module:
+        if self.name in models.FAMILIES:
+            return models.FAMILIES[self.name]("sdpa").model.to(self.dtype)
+        return families.FAMILIES[self.name].build("sdpa").to(self.dtype)
+
+    @cache  # noqa: B019 - as many as there are layouts
+    def inputs(self, layout: str) -> dict[str, Any]:
+        if self.tiny:
+            made = self.tiny.inputs(models.prompts(layout))
+        else:
+            family = families.FAMILIES[self.name]
+            prompts = [family.sample(0, 1)] if layout == "single" else [family.sample(0, 2), family.sample(1, 1)]
+            made = family.batch(prompts)
+        return {n: v.to(self.dtype) if v.is_floating_point() else v for n, v in made.items()}
+
+    def strategy(self, name: str, **fields: Any) -> PruningStrategy:
+        """With the text tower of the tests' CLIP where the family has one, else with the language model's words."""
+        cls = vtp.get_strategy(name)
+        if "text_encoder" in cls.fields():
+            fields |= {"clip": str(self.tiny.clip)} if self.tiny else {"text_encoder": "llm"}
+        return cls(**fields)
+
+    def lacks(self, strategy: PruningStrategy) -> bool:
+        """Whether the family cannot give the strategy what it needs."""
+        try:
+            vtp.prune(self.model, strategy, processor=self.processor).detach()
+        except PruningError:
+            return True
+        return False
+
+    def here(self, strategy: PruningStrategy | None, layout: str, new: int = 2) -> Answer:
+        """On the CPU, with the attention formula that the pretend device computes."""
+        with sdpa_kernel(SDPBackend.MATH):
+            return self._generated(self.model, self.inputs(layout), strategy, new)[0]
+
+    def pretended(self, strategy: PruningStrategy | None, layout: str, new: int = 2) -> tuple[Answer, Counts]:
+        """On the pretend device; counted from the call of `generate` to its end, attaching left out."""
+        with self.device as device:
+            answer, counts = self._generated(self.there, device.put(self.inputs(layout)), strategy, new)
+            return Answer(answer.logits.cpu(), answer.kept), counts
+
+    def _generated(
+        self, model: nn.Module, inputs: dict[str, Any], strategy: PruningStrategy | None, new: int
+    ) -> tuple[Answer, Counts]:
+        settings = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "max_new_tokens": new}
+        if strategy is None:
+            with self.device.counting() as counts:
+                output = model.generate(**inputs, **settings)
+            return Answer(torch.stack(output.logits), []), counts
+        with vtp.prune(model, strategy, processor=self.processor) as pruned:
+            with self.device.counting() as counts:
+                output = model.generate(**inputs, **settings)
+            kept = [rows.tolist() for event in pruned.events for rows in event.kept]
+        return Answer(torch.stack(output.logits), kept), counts
+
+
+@cache
+def host(name: str, dtype: torch.dtype = torch.float32) -> Host:
+    return Host(name, dtype)
