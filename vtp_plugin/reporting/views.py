@@ -24,6 +24,7 @@ class View:
     question: str
     answer: str
     look: Look
+    summary: str = ""  # what was cut and saved
     right: bool | None = None  # whether the answer is; None: nobody said what is right
 
 
@@ -43,7 +44,7 @@ def view(
         pruned.finished.append(lambda call: looks.extend(looking.looks(call)))
         said = answer(model, processor, picture, question)
     right = None if target is None else statistics.normal(said) == statistics.normal(target)
-    return View(label, question, said, _whole(pruned, looks), right)
+    return View(label, question, said, _whole(pruned, looks), pruned.summary(), right)
 
 
 def _whole(pruned: Pruned, looks: Sequence[Look | None]) -> Look:
