@@ -60,4 +60,4 @@ def requests(session: Any) -> set[str]:
     """Addresses that were asked for, data of the page itself and the browser's own first page left out."""
     events = (json.loads(entry["message"])["message"] for entry in session.get_log("performance"))
     asked = (e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent")
-    return {address for address in asked if not address.startswith(("data:", "chrome:"))}
+    return {address for address in asked if not address.startswith(("data:", "chrome:", "chrome-untrusted:"))}

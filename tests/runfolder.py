@@ -19,11 +19,15 @@ def write(
     targets: Sequence[str],
     *,
     kept: Mapping[str, int] | None = None,
+    record: Mapping[str, Mapping[str, Any]] | None = None,
     task: str = TASK,
     model: str = "llava",
     checkpoint: str = "vtp-tiny",
 ) -> Path:
-    """A folder whose cells gave these answers to one task; ids are `NAME`, `NAME-KEEP` or `NAME-KEEP-seedS`."""
+    """A folder whose cells gave these answers to one task; ids are `NAME`, `NAME-KEEP` or `NAME-KEEP-seedS`.
+
+    `record`: entries of a cell's record that are not as usual.
+    """
     (folder / "cells").mkdir(parents=True)
     entries = [entry(id) for id in cells]
     (folder / "sweep.yaml").write_text(yaml.safe_dump({"model": model, "tasks": [task], "cells": entries}))
@@ -33,7 +37,9 @@ def write(
         after = (kept or {}).get(said["id"], int(144 * (said["keep"] or 1)))
         lines = [line(i, a, t, after) for i, (a, t) in enumerate(zip(answers, targets, strict=True))]
         (into / f"samples_{task}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
-        (into / "results.json").write_text(json.dumps(results(lines, after, task, model, checkpoint)))
+        made = results(lines, after, task, model, checkpoint)
+        made["pruning"] |= (record or {}).get(said["id"], {})
+        (into / "results.json").write_text(json.dumps(made))
         ended = {"schema": 1, **said, "status": "done", "error": None, "command": ["lmms-eval"]}
         (into / "cell.json").write_text(json.dumps(ended))
     return folder

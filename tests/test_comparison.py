@@ -82,6 +82,13 @@ def test_who_does_not_beat_a_control_is_named(run: runs.Run) -> None:
     assert said in comparison.table(run).caption
 
 
+def test_the_mean_and_the_time_to_first_token(run: runs.Run) -> None:
+    row = comparison.summary(run)["rows"]["atp-0.25"]
+    assert row["mean_interval"]["low"] < row["mean"] == row["mean_interval"]["value"] < row["mean_interval"]["high"]
+    assert row["ttft_ratio"] == pytest.approx(1.0)
+    assert row["command"] == ["lmms-eval"]
+
+
 def test_a_larger_budget_is_held_against_the_nearest_control(tmp_path: Path) -> None:
     cells = {"none": answers(0), "l2-0.75": answers(5), "random-0.5": answers(5), "random-0.25": answers(20)}
     (said,) = comparison.warnings(runs.load(runfolder.write(tmp_path / "run", cells, TARGETS)))

@@ -18,7 +18,7 @@ from PIL import Image
 
 from vtp_plugin import get_strategy, prune
 from vtp_plugin.errors import PruningError
-from vtp_plugin.reporting import gallery
+from vtp_plugin.reporting import gallery, overlays
 from vtp_plugin.reporting.figures import kept_figure
 from vtp_plugin.reporting.gallery import Recorder
 from vtp_plugin.reporting.looks import Look, Looking, view_of
@@ -217,3 +217,18 @@ def test_the_real_host_writes_a_gallery(tmp_path: Path) -> None:
         assert read.picture(images[0].picture)
     pictures = {images[0].picture for images in read.documents.values()}
     assert len(list((tmp_path / "gallery" / "pictures").iterdir())) == len(pictures) == 2  # tasks share scenes
+
+
+def test_dropped_patches_are_veiled_and_answers_marked(tiny: tuple[Any, Any], scene: Image.Image) -> None:
+    strategies = [get_strategy("l2")()]
+    panels = [view(*tiny, scene, "is there a circle", strategies, "l2", target=said) for said in ("yes", "no")]
+    figure = kept_figure([panels])
+    right, wrong = (axis.get_xlabel() for axis in figure.axes)
+    assert {right.split("\n")[1][0], wrong.split("\n")[1][0]} == {"\u2713", "\u2717"}
+    picture, veil = (image.get_array() for image in figure.axes[0].images)
+    assert np.abs(np.asarray(picture) * 255 - panels[0].look.pixels.permute(1, 2, 0).numpy()).max() < 1  # not darkened
+    dropped = np.ones(144, dtype=bool)
+    dropped[panels[0].look.kept] = False
+    colours = np.asarray(veil).reshape(144, 4)
+    assert (colours[dropped] == overlays.VEIL).all()
+    assert (colours[~dropped, 3] == 0).all()

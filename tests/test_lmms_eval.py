@@ -337,6 +337,17 @@ def test_a_list_of_runs_in_one_process(mixed: Session) -> None:
 
 
 @pytest.mark.slow
+def test_every_run_ends_with_what_was_cut_and_where_the_record_is(mixed: Session) -> None:
+    lines = [line for line in mixed.process.stdout.splitlines() if "visual tokens per image" in line]
+    for name in ("named", "file", "folded", "none"):
+        record = mixed.files(name)["pruning"]
+        (line,) = [line for line in lines if line.endswith(f"; record: {name}/")]
+        assert f"{record['visual_tokens']['mean_after']:.0f} visual tokens per image" in line
+        pruned = f"{record['samples']['pruned']} of {record['samples']['with_images']} samples pruned"
+        assert (pruned in line) == bool(record["strategies"])
+
+
+@pytest.mark.slow
 def test_the_host_reports_time_to_first_token_with_the_plugin(mixed: Session) -> None:
     for name in ("named", "file", "folded", "none"):
         throughput, record = mixed.files(name)["throughput"], mixed.files(name)["pruning"]

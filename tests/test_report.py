@@ -94,7 +94,7 @@ def visible(session: Any) -> list[int]:
 def _fresh(request: pytest.FixtureRequest) -> None:
     if "session" in request.fixturenames:
         opened = request.getfixturevalue("session")
-        opened.execute_script("localStorage.clear()")
+        opened.execute_script("localStorage.clear(); history.replaceState(null, '', location.pathname)")
         opened.refresh()
 
 
@@ -206,6 +206,91 @@ def test_every_control_has_a_name_and_every_picture_a_text(session: Any) -> None
     assert len(ids) == len(set(ids))
 
 
+def big(session: Any) -> str | None:
+    """What the enlarged picture is of; None while there is none."""
+    script = """
+    const d = document.getElementById('big');
+    return d.open ? `${d.querySelector('h2').textContent} / ${d.querySelector('.name b').textContent}` : null;
+    """
+    return session.execute_script(script)
+
+
+def press(session: Any, key: str) -> None:
+    session.switch_to.active_element.send_keys(key)
+
+
+def test_a_picture_has_an_address(session: Any, page: Path) -> None:
+    session.get("about:blank")
+    session.get(f"{page.as_uri()}#{runfolder.TASK}-3/l2-0.25")
+    assert big(session) == "question 3 / l2-0.25"
+    link = session.find_element("id", "big-link").get_attribute("href")
+    assert link == f"{page.as_uri()}#{runfolder.TASK}-3/l2-0.25"
+    assert session.execute_script("return document.querySelectorAll('#big-tile .pic').length") == 1
+
+
+def test_a_question_behind_a_filter_is_found_by_its_address(session: Any) -> None:
+    choose(session, "flips", "lost")
+    session.execute_script(f"location.hash = '{runfolder.TASK}-3'")
+    script = "setTimeout(() => arguments[0](document.activeElement.closest('.card')?.id), 300)"
+    assert session.execute_async_script(script) == f"{runfolder.TASK}-3"
+    assert 3 in visible(session)
+
+
+def test_keys_walk_through_the_gallery(session: Any) -> None:
+    session.execute_script("document.activeElement.blur()")
+    press(session, "j")
+    press(session, "j")
+    card = "return document.activeElement.closest('.card').querySelector('h3 span').textContent"
+    assert session.execute_script(card) == "question 1"
+    press(session, "\ue014")  # right
+    press(session, "\n")
+    assert big(session) == "question 1 / atp-0.5"
+    press(session, "\ue014")
+    assert big(session) == "question 1 / l2-0.25"
+    press(session, "\ue015")  # down
+    assert big(session) == "question 2 / l2-0.25"
+    press(session, "o")
+    assert session.execute_script("return document.getElementById('layer').value") == "scores"
+    press(session, "\ue00c")  # escape
+    assert big(session) is None
+    assert session.execute_script("return location.hash") == ""
+
+
+def test_words_in_the_search_are_no_keys(session: Any) -> None:
+    session.find_element("id", "search").send_keys("jok")
+    assert session.execute_script("return document.getElementById('search').value") == "jok"
+    assert session.execute_script("return document.getElementById('layer').value") == "kept"
+
+
+def test_the_colour_scale_shows_with_the_scores(session: Any) -> None:
+    shown = "return document.querySelector('.bar .key.scores').checkVisibility()"
+    assert not session.execute_script(shown)
+    choose(session, "layer", "scores")
+    assert session.execute_script(shown)
+    gradient = "return getComputedStyle(document.querySelector('.ramp')).backgroundImage"
+    assert session.execute_script(gradient).startswith("linear-gradient(to right, rgb")
+
+
+@pytest.mark.parametrize("pixels", [1400, 420])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_complaint_and_readable_text(session: Any, page: Path, pixels: int, scheme: str) -> None:
+    browser.width(session, pixels)
+    browser.prefer(session, scheme)
+    session.get("about:blank")
+    session.get(f"{page.as_uri()}#{runfolder.TASK}-1/atp-0.5")
+    assert session.execute_script("return document.documentElement.scrollWidth") <= pixels
+    assert browser.complaints(session) == []
+    inside = (
+        "const b = document.getElementById('big').getBoundingClientRect(); return [b.left, b.right, b.top, b.bottom]"
+    )
+    left, right, top, bottom = session.execute_script(inside)
+    assert left >= 0 <= top
+    assert right <= pixels
+    assert bottom <= 900
+    browser.width(session, 1280)
+    browser.prefer(session, "light")
+
+
 # -- without a browser ------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +354,77 @@ def test_bad_folders_are_refused_and_nothing_is_overwritten(tmp_path: Path, harm
     assert (made / "report.html").read_text() == "the old one"
 
 
+SEEDS = {
+    "none": ["yes"] * 6,
+    "atp-0.5": ["yes", "no", "yes", "yes", "yes", "yes"],
+    "random-0.5-seed0": ["yes", "no", "no", "yes", "yes", "yes"],
+    "random-0.5-seed1": ["no", "no", "yes", "yes", "yes", "yes"],
+}
+
+
+def timed(load: float = 2.0, p50: float = 0.1, spread: float = 0.04) -> dict[str, Any]:
+    machine = {"cores": 2, "threads": 2, "load": [load, load, load]}
+    return {"machine": machine, "latency": {"ttft": {"p50": p50}, "ttft_spread": spread}}
+
+
+def written(folder: Path, cells: dict[str, list[str]], **records: dict[str, Any]) -> str:
+    """The page of a run whose records of the machine are these, calm where nothing is said."""
+    record = {id: records.get(id.replace("-", "_").replace(".", ""), timed()) for id in cells}
+    return report.page(runs.load(runfolder.write(folder / "run", cells, TARGETS, record=record)))
+
+
+def test_seeds_are_one_row_and_one_tile(tmp_path: Path) -> None:
+    made = runfolder.write(tmp_path / "run", SEEDS, TARGETS)
+    for cell in SEEDS:
+        looks(made / "cells" / cell, "none" if cell == "none" else "atp-0.5", made / "pictures")
+    text = report.page(runs.load(made))
+    first = text[text.index('id="vtp_scenes_presence-0"') :].split("</li>")[0]
+    tile = first[first.index('data-cell="random-0.5"') :].split("</figure>")[0]
+    assert first.count("<figure") == 3
+    assert "yes \u00d71, no \u00d71" in tile
+    assert "part: " in tile
+    assert tile.count('class="pic ') == 2
+    assert tile.count(" other") == 1
+    assert text.count('type="checkbox"') == 2
+
+
+def test_cache_and_the_control_are_columns(tmp_path: Path) -> None:
+    text = written(tmp_path, SEEDS)
+    heads = re.findall(r"<th scope=.col.><button[^>]*>([^<]*)<", text)
+    assert heads[:8] == ["configuration", "mean", "change", "over random", "tokens", "KV", "FLOPs", "TTFT"]
+    row = text[text.index("atp-0.5</th>") :].split("</tr>")[0]
+    cells = re.findall(r"<td[^>]*>([^<]*)(?:<small>([^<]*)</small>)?</td>", row)
+    assert cells[0][1]  # the mean has an interval
+    assert cells[2][0] == "+16.7"  # 5 of 6 right, random 4 of 6 with both seeds
+    assert cells[4][0] == "0.64x"  # (56 + 72) / 200
+    assert cells[6] == ("1.00x", "\u00b12 %, load 2.0")
+
+
+@pytest.mark.parametrize(
+    ("records", "reason"),
+    [
+        ({"atp_05": timed(load=5.3)}, "load average up to 5.3 on 2 cores during 1 of 4 runs"),
+        ({"atp_05": timed(spread=0.6)}, "times to first token spread by up to 60 % of their median"),
+        ({"atp_05": {}}, "the load of the machine was not recorded with 1 of 4 runs"),
+    ],
+)
+def test_times_that_say_nothing_are_named(tmp_path: Path, records: dict[str, Any], reason: str) -> None:
+    text = written(tmp_path, SEEDS, **records)
+    assert reason in text[: text.index("<table")]
+
+
+def test_less_work_that_took_longer_is_named(tmp_path: Path) -> None:
+    cells = {"none": ["yes"] * 6, "fastv-0.5": ["yes"] * 6, "fastv-0.25": ["yes"] * 6}
+    text = written(tmp_path, cells, fastv_05=timed(p50=0.057), fastv_025=timed(p50=0.076))
+    assert "fastv-0.25 took 0.76x of the time for 0.33x of the FLOPs, though fastv-0.5 took 0.57x" in text
+
+
+def test_a_calm_machine_needs_no_note(tmp_path: Path) -> None:
+    text = written(tmp_path, SEEDS)
+    assert "may not be comparable" not in text
+    assert "2 cores, 2 threads, load average 2.0 to 2.0, spread of TTFT 4 to 4 %" in text
+
+
 # -- pieces -----------------------------------------------------------------------------------------------------------
 
 
@@ -306,3 +462,20 @@ def test_an_overlay_reads_back_from_its_png(tmp_path: Path, kind: str) -> None:
     seen, wanted = np.array(Image.open(tmp_path / "overlay.png").convert("RGBA")), overlays.rgba(made)
     assert (seen[..., 3] == wanted[..., 3]).all()
     assert (seen[wanted[..., 3] > 0] == wanted[wanted[..., 3] > 0]).all()
+
+
+def heights(svg: str) -> list[float]:
+    """Numbers on the axis of accuracies, as they are drawn."""
+    axis = svg[svg.index('id="x-matplotlib.axis_2"') :]
+    return [float(number) for number in re.findall(r"<text [^>]*>(\d+)</text>", axis)]
+
+
+def test_no_axis_goes_beyond_a_hundred() -> None:
+    points = [Point("a", 0, 0.5, 98, 92, 104), Point("b", 1, 0.3, 60, 50, 70)]
+    svg = charts.scatter(points, Point("unpruned", 0, 1, 99), "FLOPs", "x")
+    assert max(heights(svg)) == 100
+
+
+def test_every_method_of_the_page_has_a_mark_of_its_own() -> None:
+    marks = {charts.marker(group) for group in range(report.COLOURS)}
+    assert len(marks) == report.COLOURS

@@ -13,10 +13,11 @@ from torch import nn
 from vtp_plugin import plugins, signals
 from vtp_plugin.adapter import Adapter, find_adapter
 from vtp_plugin.clock import clock
-from vtp_plugin.config import Spec, resolve
+from vtp_plugin.config import Spec, describe, resolve
 from vtp_plugin.errors import NothingPruned, PruningError
 from vtp_plugin.hookspecs import hookimpl
 from vtp_plugin.metrics import counting, latency
+from vtp_plugin.metrics.totals import Totals
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.call import Call, PruningEvent
@@ -60,7 +61,8 @@ class Pruned:
         self.model, self.adapter, self.strategies = model, adapter, list(strategies)
         self.call: Call | None = None
         self.events: deque[PruningEvent] = deque(maxlen=EVENTS_KEPT)
-        self.finished: list[Callable[[Call], None]] = []  # called with every call that ended well
+        self._totals = Totals(self)
+        self.finished: list[Callable[[Call], None]] = [self._totals.add]  # called with every call that ended well
         self.failure: BaseException | None = None  # the first exception inside a call, even if the host swallowed it
         self._processed = 0.0  # seconds of image processing since the last call
         self._called = False
@@ -135,6 +137,12 @@ class Pruned:
     def detach(self) -> None:
         """Give the model back as it was, hooks and all; harmless when repeated."""
         self._undo.close()
+
+    def summary(self) -> str:
+        """What all calls so far came to, in one line."""
+        from vtp_plugin.reporting import summary
+
+        return summary.line(describe(self.strategies), self._totals.entry())
 
     def on_detach(self, callback: Callable[[], None]) -> None:
         """Call this when the model is given back."""

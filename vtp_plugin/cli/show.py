@@ -20,6 +20,7 @@ def command(
     pruning_args: Annotated[str, typer.Option(help="key=value,... for a single strategy.")] = "",
     output: Annotated[Path, typer.Option("-o", "--output", help="The PNG to write.")] = Path("kept.png"),
     model: Annotated[str, typer.Option(help="vtp-tiny, or a checkpoint in transformers' format.")] = "vtp-tiny",
+    target: Annotated[str | None, typer.Option(help="The right answer: marks the answers as right or wrong.")] = None,
     scores: Annotated[bool, typer.Option("--scores", help="Add a row of what the strategies ranked by.")] = False,
 ) -> None:
     files.check_output(output, kinds=(".png", ".pdf", ".svg", ".jpg", ".jpeg"))
@@ -32,8 +33,8 @@ def command(
     from vtp_plugin.tiny.inference import load
 
     loaded = load(model)
-    views = [view(*loaded, picture, question, chosen, label) for label, chosen in strategies.items()]
+    views = [view(*loaded, picture, question, s, label, target=target) for label, s in strategies.items()]
     files.write(output, drawn(kept_figure([views], scores=scores), output.suffix))
     for seen in views:
-        console().print(f"{seen.label}: {seen.look.left} of {seen.look.total} visual tokens, answer: {seen.answer}")
+        console().print(f"{seen.summary}; answer: {seen.answer}")
     console().print(f"written: {output}")

@@ -19,6 +19,7 @@ from vtp_plugin.surgery.undo import Undo
 
 PARTS = ("image_processing", "tower", "selector", "projector", "prefill", "decode")
 PERCENTILES = (50, 90, 99)
+QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 
 
 def begin(call: Call, part: str, device: torch.device) -> None:
@@ -94,3 +95,11 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     numbers = torch.tensor(values, dtype=torch.float64)
     marks = torch.quantile(numbers, torch.tensor(PERCENTILES, dtype=torch.float64) / 100).tolist()
     return {"mean": numbers.mean().item(), **{f"p{p}": mark for p, mark in zip(PERCENTILES, marks, strict=True)}}
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Half of the values lie in a range of this width, as a share of their median; None for no values."""
+    if not values:
+        return None
+    low, middle, high = torch.quantile(torch.tensor(values, dtype=torch.float64), QUARTILES).tolist()
+    return (high - low) / middle if middle else None

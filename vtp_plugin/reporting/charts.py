@@ -10,13 +10,16 @@ from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIZE = (4.4, 3.3)  # inches; the page scales it
 INK, MUTED, GRID = "#010101", "#020202", "#030303"  # stand for the page's variables --ink, --muted, --line
 GROUP = "#0405{:02x}"  # stands for --g0, --g1, ...
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPXph<>d"  # one per colour of the page; the star is the unpruned model
+WHOLE = 100.0  # %, where the accuracy axis ends
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,29 @@ def scatter(points: Sequence[Point], unpruned: Point, cost: str, name: str) -> s
     titles = {}
     for group, members in groupby(sorted(points, key=lambda p: (p.group, p.x)), key=lambda p: p.group):
         _group(axes, group, list(members), titles)
+    _end_at_whole(axes, [*points, unpruned])
     axes.axhline(unpruned.y, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
-    mark = axes.plot(unpruned.x, unpruned.y, marker="*", markersize=12, color=INK, linestyle="none", zorder=5)[0]
+    mark = axes.plot(
+        unpruned.x, unpruned.y, marker="*", markersize=12, color=INK, linestyle="none", zorder=5, clip_on=False
+    )[0]
     mark.set_gid("point-unpruned")
     titles["point-unpruned"] = _title(unpruned)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _embedded(buffer.getvalue(), titles, name, f"Accuracy against {cost}")
+
+
+def marker(group: int) -> str:
+    """The mark of a method alone, as an SVG to stand in the legend."""
+    from matplotlib.markers import MarkerStyle
+
+    style = MarkerStyle(MARKERS[group % len(MARKERS)])
+    path = style.get_path().transformed(style.get_transform())
+    corners = path.to_polygons()[0]
+    scale = 4.6 / np.abs(corners).max()
+    points = " ".join(f"{scale * x + 6:.1f},{6 - scale * y:.1f}" for x, y in corners)
+    return f'<svg class="mark" viewBox="0 0 12 12" aria-hidden="true"><polygon points="{points}"/></svg>'
 
 
 def _frame(axes: Axes, cost: str) -> None:
@@ -73,6 +91,13 @@ def _frame(axes: Axes, cost: str) -> None:
     axes.margins(x=0.06, y=0.1)
 
 
+def _end_at_whole(axes: Axes, points: Sequence[Point]) -> None:
+    """No accuracy is above 100 % or below 0: neither is the axis. Some room above and below where there is some."""
+    ends = [end for p in points for end in (p.y, p.low, p.high) if end is not None]
+    room = max(2.0, 0.08 * (max(ends) - min(ends)))
+    axes.set_ylim(max(0.0, min(ends) - room), min(WHOLE, max(ends) + room))
+
+
 def _front(axes: Axes, best: Sequence[Point]) -> None:
     line = axes.step([p.x for p in best], [p.y for p in best], where="post", color=INK, linewidth=1.1, alpha=0.55)[0]
     line.set_zorder(2)
@@ -84,9 +109,11 @@ def _group(axes: Axes, group: int, members: Sequence[Point], titles: dict[str, s
     axes.plot([p.x for p in members], [p.y for p in members], color=colour, linewidth=1, alpha=0.45, zorder=3)
     for number, point in enumerate(members):
         if point.low is not None and point.high is not None:
-            axes.plot([point.x] * 2, [point.low, point.high], color=colour, linewidth=1.4, alpha=0.35, zorder=3)
+            ends = np.clip([point.low, point.high], 0, WHOLE)
+            axes.plot([point.x] * 2, ends, color=colour, linewidth=1.4, alpha=0.35, zorder=3)
         marker = MARKERS[group % len(MARKERS)]
-        drawn = axes.plot(point.x, point.y, marker=marker, markersize=7, color=colour, linestyle="none", zorder=4)[0]
+        style = {"marker": marker, "markersize": 7, "linestyle": "none", "clip_on": False}
+        drawn = axes.plot(point.x, point.y, color=colour, zorder=4, **style)[0]
         drawn.set_markeredgewidth(0)
         drawn.set_gid(f"point-{group}-{number}")
         titles[f"point-{group}-{number}"] = _title(point)

@@ -23,9 +23,12 @@ from vtp_plugin.reporting.tables import Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from vtp_plugin.reporting.views import View
+
 CONTROLS = ("random", "stride")  # what a method has to beat
 SCHEMA = 1
 SCENES = 3
+BEFORE_FIRST_TOKEN = ("image_processing", "tower", "selector", "projector", "prefill")
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,25 @@ class Row:
         seconds = [record["seconds"]["prefill"] / max(1, record["samples"]["total"]) for record in timed]
         return float(np.mean(seconds)) if seconds else None
 
+    @property
+    def first_token(self) -> float | None:
+        """Median seconds until the first token, everything included; None where nothing was timed (vLLM)."""
+        found = [seconds for cell in self.cells if (seconds := _first_token(cell.record)) is not None]
+        return float(np.mean(found)) if found else None
+
     def answers(self, cell: Cell, task: str) -> list[str]:
         return [cell.answers(task)[number].answer for number in self.values[task]]
 
     def targets(self, task: str) -> list[str]:
         return [self.cells[0].answers(task)[number].target for number in self.values[task]]
+
+
+def _first_token(record: Mapping[str, Any]) -> float | None:
+    """Of one run; a record without medians (schema 1) has the mean of all parts before the first token."""
+    if record.get("latency", {}).get("ttft"):
+        return record["latency"]["ttft"]["p50"]
+    parts = [record["seconds"].get(part, 0.0) for part in BEFORE_FIRST_TOKEN] if "seconds" in record else []
+    return sum(parts) / max(1, record["samples"]["total"]) if parts else None
 
 
 def rows(run: Run) -> list[Row]:
@@ -156,11 +173,14 @@ def _summarised(row: Row, unpruned: Row, over: Mapping[str, Any]) -> dict[str, A
         "kv_ratio": row.cache,
         "flops_ratio": row.flops,
         "prefill_ratio": _ratio(row.prefill, unpruned.prefill),
+        "ttft_ratio": _ratio(row.first_token, unpruned.first_token),
         "mean": row.mean,
+        "mean_interval": asdict(statistics.difference([list(values.values()) for values in row.values.values()])),
         "difference": asdict(difference(row, unpruned)),
         "over": over,
         **_changes(row, unpruned, row.tasks),
         "tasks": {task: _task(row, unpruned, task) for task in row.tasks},
+        "command": list(cell.command),
         "record": cell.record,
     }
 
@@ -347,7 +367,7 @@ def write(run: Run, title: str = "") -> Table:
 
 
 def kept_picture(specs: Sequence[Spec]) -> Figure:
-    """What every configuration keeps of the first test scenes."""
+    """What every configuration keeps of the first test scenes, and whether the answers are right."""
     from vtp_plugin import config
     from vtp_plugin.reporting.figures import kept_figure
     from vtp_plugin.reporting.views import view
@@ -355,12 +375,9 @@ def kept_picture(specs: Sequence[Spec]) -> Figure:
     from vtp_plugin.tiny.inference import load
 
     model, processor = load()
-    return kept_figure(
-        [
-            [
-                view(model, processor, picture, question, config.resolve(spec.pruning, spec.pruning_args), spec.pruning)
-                for spec in specs
-            ]
-            for picture, question in examples(SCENES)
-        ]
-    )
+
+    def seen(spec: Spec, picture: Any, question: str, target: str) -> View:
+        chosen = config.resolve(spec.pruning, spec.pruning_args)
+        return view(model, processor, picture, question, chosen, spec.pruning, target=target)
+
+    return kept_figure([[seen(spec, *scene) for spec in specs] for scene in examples(SCENES)])

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LABEL = 44  # characters under a panel
-FADED = 0.18  # how much of a dropped patch is still visible
+LABEL = 40  # characters of a line under a panel
+MARKS = {True: ("\u2713", "#1a7f43"), False: ("\u2717", "#b3261e"), None: ("", "black")}  # right, wrong, not known
 
 
 def kept_figure(rows: Sequence[Sequence[View]], *, scores: bool = False) -> Figure:
-    """One row per picture, one panel per strategy. Dropped patches are faded out, lines lead to where tokens merged.
+    """One row per picture, one panel per strategy. Dropped patches are veiled, lines lead to where tokens merged.
 
     `scores`: below every row, what the strategies ranked by; bright is high.
     """
@@ -49,10 +49,13 @@ def drawn(figure: Figure, suffix: str, dpi: int = 150) -> bytes:
 
 def _draw_kept(axis: Axes, seen: View) -> None:
     pixels = _pixels(seen)
-    axis.imshow(pixels * _mask(seen, pixels.shape[:2]))
+    axis.imshow(pixels)
+    _overlay(axis, overlays.veil(_kept(seen)))
     _frame(axis, f"{seen.label}: {seen.look.left}/{seen.look.total}")
-    said = ": ".join(filter(None, [seen.question, seen.answer]))
-    axis.set_xlabel(shorten(said, LABEL, placeholder=" ..."), fontsize=7, parse_math=False)
+    mark, colour = MARKS[seen.right]
+    said = filter(None, [seen.question, " ".join(filter(None, [mark, seen.answer]))])
+    label = "\n".join(shorten(line, LABEL, placeholder=" ...") for line in said)
+    axis.set_xlabel(label, fontsize=7, color=colour, parse_math=False)
     if seen.look.into:
         _draw_merged(axis, seen, pixels.shape[:2])
 
@@ -62,8 +65,7 @@ def _draw_scores(axis: Axes, seen: View) -> None:
     _frame(axis, f"scores of {seen.look.scored_by}" if seen.look.scored_by else "not ranked by one score")
     axis.imshow(pixels)
     if seen.look.scores is not None:
-        heat = overlays.rgba(overlays.heat(seen.look.scores.numpy().reshape(seen.look.grid)))
-        axis.imshow(heat, extent=axis.images[0].get_extent(), interpolation="nearest")
+        _overlay(axis, overlays.heat(seen.look.scores.numpy().reshape(seen.look.grid)))
 
 
 def _draw_merged(axis: Axes, seen: View, shape: tuple[int, int]) -> None:
@@ -98,11 +100,13 @@ def _pixels(seen: View) -> np.ndarray:
     return seen.look.pixels.permute(1, 2, 0).numpy().astype(np.float32) / 255
 
 
-def _mask(seen: View, shape: tuple[int, int]) -> np.ndarray:
-    """1 over kept patches, FADED over the others, [H, W, 1]."""
-    grid = seen.look.grid
-    flat = np.full(grid[0] * grid[1], FADED, dtype=np.float32)
-    flat[seen.look.kept] = 1
-    rows = np.arange(shape[0]) * grid[0] // shape[0]
-    columns = np.arange(shape[1]) * grid[1] // shape[1]
-    return flat.reshape(grid)[rows][:, columns, None]
+def _kept(seen: View) -> np.ndarray:
+    """Which patches are left, [rows, columns] bool."""
+    kept = np.zeros(seen.look.grid[0] * seen.look.grid[1], dtype=bool)
+    kept[seen.look.kept] = True
+    return kept.reshape(seen.look.grid)
+
+
+def _overlay(axis: Axes, overlay: tuple[np.ndarray, np.ndarray]) -> None:
+    """One pixel per patch over the picture that the axis shows, as on the report's page."""
+    axis.imshow(overlays.rgba(overlay), extent=axis.images[0].get_extent(), interpolation="nearest")

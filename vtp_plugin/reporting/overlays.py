@@ -6,6 +6,7 @@ A browser or matplotlib enlarges the pixels to patches, so an overlay is a few h
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -33,6 +34,17 @@ def heat(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     colours = np.round(colormaps[HEAT](np.linspace(0, 1, LEVELS)) * 255)
     colours[:, 3] = HEAT_ALPHA
     return levels, np.vstack([NOTHING, colours]).astype(np.uint8)
+
+
+def css(colour: Sequence[int]) -> str:
+    """RGBA in 0 ... 255 as a page writes it."""
+    return f"rgb({colour[0]} {colour[1]} {colour[2]} / {colour[3] / 255:.2f})"
+
+
+def scale() -> str:
+    """The colours of `heat` from the lowest to the highest score, as a page's gradient."""
+    _, colours = heat(np.linspace(0, 1, LEVELS)[None])
+    return f"linear-gradient(to right, {', '.join(css(colour) for colour in colours[1:].tolist())})"
 
 
 def clusters(into: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

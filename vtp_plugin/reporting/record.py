@@ -5,6 +5,7 @@ The schema is documented in docs/record.md; `SCHEMA` counts its versions.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -79,7 +80,16 @@ def record(pruned: Pruned, samples: Sequence[Mapping[str, Any]]) -> dict[str, An
         "flops": _by_part([s["flops"] for s in samples if "flops" in s]),
         "kv_cache_bytes": _ratio([s["kv_cache_bytes"] for s in samples if "kv_cache_bytes" in s]),
         "peak_bytes": peak_bytes(pruned.device),
+        "machine": machine(),
     }
+
+
+def machine() -> dict[str, Any]:
+    """How busy the machine is: cores that this process may use, its threads, load average over 1, 5, 15 minutes."""
+    usable = getattr(os, "sched_getaffinity", None)
+    load = [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
+    cores = len(usable(0)) if usable else os.cpu_count()
+    return {"cores": cores, "threads": torch.get_num_threads(), "load": load}
 
 
 def summary(
@@ -167,9 +177,11 @@ def _latencies(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for part in latency.PARTS
         if part != "decode"
     }
+    first = [s["latency"]["ttft"] for s in warm]
     return {
         "samples": len(warm),
-        "ttft": latency.percentiles([s["latency"]["ttft"] for s in warm]),
+        "ttft": latency.percentiles(first),
+        "ttft_spread": latency.spread(first),
         "ttft_parts": parts,
         "decode_per_token": latency.percentiles(decode),
         "new_tokens": sum(s["latency"]["new_tokens"] for s in samples),

@@ -7,21 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from vtp_plugin.reporting import charts, comparison
+from vtp_plugin.reporting import charts, comparison, overlays, timing
 from vtp_plugin.reporting.cards import Cards
-from vtp_plugin.reporting.comparison import Row
 from vtp_plugin.reporting.runs import BASELINE, Run
 from vtp_plugin.version import __version__
 
 TEMPLATES = Path(__file__).parent / "templates"
 COLOURS = 12  # that the page has for methods
 CAPTION = (
-    "Accuracy in %, with 95 % intervals. Change: of the mean, paired by question, in points. Tokens: visual tokens per "
-    "image that the last decoder layer sees, of all. FLOPs: the whole prefill, vision tower included. TTFT: time to "
-    "first token, vision tower and prefill. Both are relative to the unpruned model. Flips: answers that pruning made "
-    "wrong / right, with McNemar's p. Same: answers equal to the unpruned ones."
+    "Accuracy in %, with 95 % intervals; mean: over the tasks. Change: of the mean, paired by question, in points.",
+    "Over random: the same against random tokens (all seeds) at the same or the next smaller budget, down to half.",
+    "Tokens: visual tokens per image that the last decoder layer sees, of all. KV: bytes of the KV cache.",
+    "FLOPs: the whole prefill, vision tower included. TTFT: median time to first token, selection included, with the "
+    "spread within the run (the middle half, of the median) and the machine's load average.",
+    "KV, FLOPs and TTFT are relative to the unpruned model. Flips: answers that pruning made wrong / right, with "
+    "McNemar's p. Same: answers equal to the unpruned ones.",
 )
 
 
@@ -44,22 +44,25 @@ def page(run: Run, samples: int | None = None) -> str:
     """The page; `samples`: documents per task in its gallery, None for all that were recorded."""
     from jinja2 import Environment, FileSystemLoader
 
-    lines, groups, images = _lines(run), methods(run), Images()
+    found, groups, images = comparison.summary(run)["rows"], methods(run), Images()
+    lines = list(found.values())
     cards = Cards(run, images.name).cards(samples)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
     return environment.get_template("report.html.j2").render(
         version=__version__,
         title=f"Visual token pruning on {run.baseline.model[1]}",
         lead=_lead(run),
-        warnings=_warnings(run),
-        caption=CAPTION,
-        columns=_columns(run),
+        warnings=[*_warnings(run), *timing.notes(run, lines)],
+        caption=" ".join(text for text in CAPTION if _held(lines) or not text.startswith("Over random")),
+        columns=_columns(run, lines),
         rows=_rows(lines, groups),
         charts=_charts(lines, groups),
-        methods=[{"name": name, "group": group} for name, group in groups.items()],
+        methods=[{"name": n, "group": g, "mark": charts.marker(g)} for n, g in groups.items()],
+        scale=overlays.scale(),
+        veil=overlays.css(overlays.VEIL),
         cards=cards,
         tiled=any(image["tiled"] for card in cards for tile in card["tiles"] for image in tile["images"]),
-        shown=[{"id": c.id, "label": c.label, "group": groups[c.pruning]} for c in run if c.pruning != BASELINE],
+        shown=[{"id": i, "label": v["label"], "group": groups[v["pruning"]]} for i, v in list(found.items())[1:]],
         tasks=run.tasks,
         images=images.data,
         facts=_facts(run),
@@ -72,22 +75,9 @@ def methods(run: Run) -> dict[str, int]:
     return {name: number % COLOURS for number, name in enumerate(names)}
 
 
-def _lines(run: Run) -> list[dict[str, Any]]:
-    """The statistics of every configuration, the unpruned model first, with its time to first token."""
-    rows = comparison.rows(run)
-    said = comparison.summary(run)["rows"]
-    return [said[row.id] | {"first_token": _ratio(first_token(row), first_token(rows[0]))} for row in rows]
-
-
-def first_token(row: Row) -> float | None:
-    """Seconds per sample until the first token, tower and decoder layers; None where nothing was timed (vLLM)."""
-    records = [cell.record for cell in row.cells if "seconds" in cell.record]
-    spent = [(r["seconds"]["tower"] + r["seconds"]["prefill"]) / max(1, r["samples"]["total"]) for r in records]
-    return float(np.mean(spent)) if spent else None
-
-
-def _ratio(part: float | None, whole: float | None) -> float | None:
-    return part / whole if part and whole else None
+def _held(lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether there is a control to hold methods against."""
+    return any(comparison.CONTROLS[0] in line["over"] for line in lines)
 
 
 # -- the head and the foot --------------------------------------------------------------------------------------------
@@ -95,7 +85,7 @@ def _ratio(part: float | None, whole: float | None) -> float | None:
 
 def _lead(run: Run) -> str:
     questions = sum(len(run.baseline.answers(task)) for task in run.tasks)
-    compared = len([cell for cell in run if cell.pruning != BASELINE])
+    compared = len(comparison.rows(run)) - 1
     return (
         f"{compared} configurations of {len(methods(run))} methods against the unpruned model, "
         f"on {questions} questions of {len(run.tasks)} tasks."
@@ -104,9 +94,13 @@ def _lead(run: Run) -> str:
 
 def _warnings(run: Run) -> list[str]:
     """Whatever keeps a reader from trusting the numbers."""
-    said = [text.replace("WARNING: not", "Not", 1) for text in comparison.warnings(run)]
+    said = [_sentence(text.removeprefix("WARNING: ")) for text in comparison.warnings(run)]
     said += [f"{cell.label} failed: {cell.error}" for cell in run.failed]
     return said + ([f"Not finished yet: {', '.join(run.unfinished)}."] if run.unfinished else [])
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
@@ -116,6 +110,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("Evaluation", _joined({"tasks": " ".join(settings.get("tasks") or []), **said})),
         ("Model", _joined(record.get("model", {}))),
         ("Versions", _joined(record.get("versions", {}))),
+        ("Machine", timing.facts(run)),
         ("FLOPs", record.get("prefill_flops", {}).get("convention", "not counted")),
     ]
 
@@ -127,9 +122,10 @@ def _joined(values: Mapping[str, Any]) -> str:
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
-def _columns(run: Run) -> list[dict[str, str]]:
+def _columns(run: Run, lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     names = {"configuration": "", "mean": "mean accuracy over the tasks", "change": "of the mean, in points"}
-    names |= {"tokens": "", "FLOPs": "", "TTFT": "time to first token"}
+    names |= {"over random": "of the mean from random tokens, in points"} if _held(lines) else {}
+    names |= {"tokens": "", "KV": "bytes of the KV cache", "FLOPs": "", "TTFT": "time to first token"}
     names |= {"flips": "answers that became wrong / right", "same": "answers equal to the unpruned model's"}
     names |= {short: f"accuracy on {task}" for short, task in zip(comparison.short(run.tasks), run.tasks, strict=True)}
     return [{"name": name, "title": title or name} for name, title in names.items()]
@@ -143,7 +139,8 @@ def _rows(lines: Sequence[Mapping[str, Any]], groups: Mapping[str, int]) -> list
             "group": groups.get(line["pruning"], 0),
             "unpruned": number == 0,
             "cells": [_accuracy(line, None, best if number else {})]
-            + (_compared(line) if number else [_cell(None, "")])
+            + [_points(line["difference"] if number else None)]
+            + ([_points(line["over"].get(comparison.CONTROLS[0]))] if _held(lines) else [])
             + _costs(line)
             + (_changed(line) if number else [_cell(None, "")] * 2)
             + [_accuracy(line, task, best if number else {}) for task in line["tasks"]],
@@ -158,24 +155,35 @@ def _of(line: Mapping[str, Any], task: str | None) -> float:
 
 
 def _accuracy(line: Mapping[str, Any], task: str | None, best: Mapping[str | None, float]) -> dict[str, Any]:
-    value, small = _of(line, task), ""
-    if task is not None:
-        interval = line["tasks"][task]["accuracy"]
-        small = f"{100 * interval['low']:.0f}\u2013{100 * interval['high']:.0f}"
+    value = _of(line, task)
+    interval = line["mean_interval"] if task is None else line["tasks"][task]["accuracy"]
+    small = f"{100 * interval['low']:.0f}\u2013{100 * interval['high']:.0f}"
     return _cell(value, f"{100 * value:.1f}", small, best=best.get(task) == value)
 
 
-def _compared(line: Mapping[str, Any]) -> list[dict[str, Any]]:
-    value, low, high = (100 * line["difference"][name] for name in ("value", "low", "high"))
-    return [_cell(value, f"{value:+.1f}", f"{low:+.1f} \u2026 {high:+.1f}")]
+def _points(estimate: Mapping[str, float] | None) -> dict[str, Any]:
+    """A difference with its interval; nothing where there is none."""
+    if estimate is None:
+        return _cell(None, "")
+    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
+    return _cell(value, f"{value:+.1f}", f"{low:+.1f} \u2026 {high:+.1f}")
 
 
 def _costs(line: Mapping[str, Any]) -> list[dict[str, Any]]:
     before, after = line["tokens"]["before"], line["tokens"]["after"]
-    ratios = [line["flops_ratio"], line["first_token"]]
-    return [_cell(after, f"{after:.0f}", f"of {before:.0f}")] + [
-        _cell(ratio, "-" if ratio is None else f"{ratio:.2f}x") for ratio in ratios
+    spread, load = timing.spread(line["record"]), timing.load(line["record"])
+    small = [f"\u00b1{50 * spread:.0f} %"] if spread is not None else []
+    small += [f"load {load:.1f}"] if load is not None else []
+    return [
+        _cell(after, f"{after:.0f}", f"of {before:.0f}"),
+        _times(line["kv_ratio"]),
+        _times(line["flops_ratio"]),
+        _times(line["ttft_ratio"], ", ".join(small)),
     ]
+
+
+def _times(ratio: float | None, small: str = "") -> dict[str, Any]:
+    return _cell(ratio, "-" if ratio is None else f"{ratio:.2f}x", small)
 
 
 def _changed(line: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -192,10 +200,14 @@ def _cell(value: float | None, text: str, small: str = "", *, best: bool = False
 # -- the charts -------------------------------------------------------------------------------------------------------
 
 COSTS = {  # title: name on the axis, and the cost relative to the unpruned model
-    "Visual tokens": ("visual tokens", lambda line: _ratio(line["tokens"]["after"], line["tokens"]["before"])),
+    "Visual tokens": ("visual tokens", lambda line: _share(line["tokens"]["after"], line["tokens"]["before"])),
     "FLOPs": ("prefill FLOPs", lambda line: line["flops_ratio"]),
-    "Time to first token": ("time to first token", lambda line: line["first_token"]),
+    "Time to first token": ("time to first token", lambda line: line["ttft_ratio"]),
 }
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
 
 
 def _charts(lines: Sequence[Mapping[str, Any]], groups: Mapping[str, int]) -> list[dict[str, str]]:

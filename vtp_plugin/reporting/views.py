@@ -10,6 +10,7 @@ from torch import nn
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.pruning import Pruned, prune
+from vtp_plugin.reporting import statistics
 from vtp_plugin.reporting.looks import Look, Looking
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.tiny.inference import answer
@@ -23,6 +24,8 @@ class View:
     question: str
     answer: str
     look: Look
+    summary: str = ""  # what was cut and saved
+    right: bool | None = None  # whether the answer is; None: nobody said what is right
 
 
 def view(
@@ -32,13 +35,16 @@ def view(
     question: str,
     strategies: Sequence[PruningStrategy],
     label: str,
+    *,
+    target: str | None = None,
 ) -> View:
-    """Ask the pruned model about the picture. PruningError if its tokens have no place in the picture."""
+    """Ask the pruned model about the picture; `target`: the right answer. PruningError if tokens have no place."""
     with prune(model, list(strategies), processor=processor) as pruned:
         looking, looks = Looking(pruned), []
         pruned.finished.append(lambda call: looks.extend(looking.looks(call)))
         said = answer(model, processor, picture, question)
-    return View(label, question, said, _whole(pruned, looks))
+    right = None if target is None else statistics.normal(said) == statistics.normal(target)
+    return View(label, question, said, _whole(pruned, looks), pruned.summary(), right)
 
 
 def _whole(pruned: Pruned, looks: Sequence[Look | None]) -> Look:

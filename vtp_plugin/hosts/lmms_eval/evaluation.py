@@ -27,7 +27,7 @@ from vtp_plugin.hosts.lmms_eval.requests import REQUESTS, by_task
 from vtp_plugin.hosts.lmms_eval.settings import KEY
 from vtp_plugin.hosts.wrapping import wrap
 from vtp_plugin.pruning import Pruned
-from vtp_plugin.reporting import gallery
+from vtp_plugin.reporting import gallery, summary
 from vtp_plugin.reporting.gallery import Recorder
 from vtp_plugin.reporting.record import record, samples_of
 from vtp_plugin.strategy import PruningStrategy
@@ -83,6 +83,7 @@ class Run:
         check(self.strategies, samples, everyone, cached=cache is not None)
         if results is not None:
             self._add(results, samples)
+            summary.show(results[KEY], kwargs.get("cli_args"))
         return results
 
     def _add(self, results: dict[str, Any], samples: list[dict[str, Any]]) -> None:

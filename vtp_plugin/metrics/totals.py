@@ -1,0 +1,61 @@
+"""What all calls of a pruned model came to: tokens, FLOPs and cache, with and without pruning."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from vtp_plugin.metrics import counting
+
+if TYPE_CHECKING:
+    from vtp_plugin.pruning import Pruned
+    from vtp_plugin.surgery.call import Call
+
+
+class Totals:
+    """Listens to finished calls and keeps sums only."""
+
+    def __init__(self, pruned: Pruned) -> None:
+        self.pruned = pruned
+        self.sums: Counter[str] = Counter()
+        self.selector = 0.0  # seconds
+
+    def add(self, call: Call) -> None:
+        """One call that ended well."""
+        rows = max([call.rows, *(image.sample + 1 for image in call.images)])
+        for row in range(rows if call.valid is None else len(call.valid)):
+            self._sample(call, row)
+        self.selector += call.seconds.get("selector", 0.0)
+
+    def _sample(self, call: Call, row: int) -> None:
+        numbers = [n for n, image in enumerate(call.images) if image.sample == row and image.counted]
+        counts = [(call.images[n].total, counting.kept(call, n)) for n in numbers]
+        before, after = counting.accounts(self.pruned, call, row)
+        self.sums += Counter(
+            {
+                "samples": 1,
+                "with_images": bool(numbers),
+                "pruned": any(left < total for total, left in counts),
+                "images": len(numbers),
+                "tokens_before": sum(total for total, _ in counts),
+                "tokens_after": sum(left for _, left in counts),
+                "flops_before": before.first_token,
+                "flops_after": after.first_token,
+                "cache_before": before.cache_bytes,
+                "cache_after": after.cache_bytes,
+            }
+        )
+
+    def entry(self) -> dict[str, Any]:
+        """The sums in the words of a run's record (docs/record.md)."""
+        s, images = self.sums, max(1, self.sums["images"])
+        return {
+            "visual_tokens": {
+                "mean_before": s["tokens_before"] / images,
+                "mean_after": s["tokens_after"] / images,
+            },
+            "samples": {"total": s["samples"], "with_images": s["with_images"], "pruned": s["pruned"]},
+            "seconds": {"selector": self.selector},
+            "prefill_flops": {"before": 2 * s["flops_before"], "after": 2 * s["flops_after"]},
+            "kv_cache_bytes": {"before": s["cache_before"], "after": s["cache_after"]},
+        }
