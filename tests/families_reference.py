@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -69,13 +70,17 @@ class Reference:
     def _assemble(self) -> None:
         name = "get_video_features" if self.video else "get_image_features"
         names = ("pixel_values", "pixel_values_videos", "image_sizes", "image_grid_thw", "video_grid_thw")
+        given = {k: self.inputs[k] for k in names if k in self.inputs}
+        if self.video and "pixel_values" in signature(getattr(self.core, name)).parameters:  # transformers 5.17
+            given["pixel_values"] = given.pop("pixel_values_videos")
         with self._poisoned():
-            output = getattr(self.core, name)(
-                **{k: self.inputs[k] for k in names if k in self.inputs}, return_dict=True
-            )
+            output = getattr(self.core, name)(**given, return_dict=True)
         rows = self._flat(output.pooler_output)
+        newline = hasattr(self.core, "image_newline")
+        if newline and len(rows) < sum(self.totals):  # a video of transformers 5.17 gets its newline later
+            rows = torch.cat([rows, self.core.image_newline[None]])
         fixed = torch.zeros(len(rows), dtype=torch.bool)
-        if hasattr(self.core, "image_newline"):
+        if newline:
             fixed = (rows == self.core.image_newline).all(-1)
         present = ~rows.isnan().any(-1)
         if self.kept.shifted:

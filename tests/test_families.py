@@ -251,6 +251,29 @@ def test_beams_of_a_batch_equal_beams_of_its_samples(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
+def test_beams_under_none_score_as_the_host_does(name: str) -> None:
+    """Every returned sequence against a plain forward of the unpruned host: each beam saw its own sample's images."""
+    family, model, prompts = FAMILIES[name], model_of(name, "sdpa"), prompts_of(name, "batch")
+    with vtp.prune(model, "none"):
+        found = generated(model, batched(family, prompts), num_beams=2, num_return_sequences=2)
+    for number, (answer, score) in enumerate(zip(found.sequences[:, -NEW:], found.sequences_scores, strict=True)):
+        inputs = batched(family, (prompts[number // 2],))
+        for key, padding in {
+            "input_ids": None,
+            "attention_mask": 1,
+            "mm_token_type_ids": 0,
+            "token_type_ids": 0,
+        }.items():
+            if key in inputs:
+                more = answer[None] if padding is None else torch.full_like(answer[None], padding)
+                inputs[key] = torch.cat([inputs[key], more], 1)
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -NEW - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, answer[:, None]).mean()
+        torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
 def test_mismatch_is_one_sentence(name: str) -> None:
     family, model = FAMILIES[name], model_of(name, "sdpa")
     inputs = batched(family, prompts_of(name, "single"))

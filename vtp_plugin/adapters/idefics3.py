@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.rows import RowsAdapter, flat_tower, runs
 from vtp_plugin.errors import PruningError
 from vtp_plugin.stages import Stage
@@ -66,3 +67,6 @@ class Idefics3(RowsAdapter):
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         rows = self.tower.grid[0] * self.tower.grid[1] // self.scale**2
         return torch.cat(list(output.pooler_output)).split(rows)
+
+    def pack(self, rows: Sequence[Tensor], kind: str) -> Any:
+        return torch.cat(list(rows))[:, None] if v5_17.is_host() else list(rows)  # blocks of one row

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.rows import RowsAdapter, flat_tower
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
@@ -73,10 +74,15 @@ class LlavaOnevision(RowsAdapter):
         return list(torch.nn.functional.pad(rows, (0, 0, 0, 1), value=float("nan")))
 
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        if kind == "video" and v5_17.is_host():  # which appends the newline later
+            return [torch.cat([rows, self.core.image_newline[None].to(rows)]) for rows in output.pooler_output]
         return list(output.pooler_output)
 
     def pack(self, rows: Sequence[Tensor], kind: str) -> Any:
-        return torch.cat(list(rows))[None] if kind == "video" else list(rows)
+        if kind == "image":
+            return list(rows)
+        videos = torch.cat(list(rows))[None]
+        return videos[:, :-1] if v5_17.is_host() else videos
 
     def _packed(self, maps: Tensor, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         """Channels [T, N, C] through the host's packing, newline rows nan."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.qwen import QwenVL
 from vtp_plugin.adapters.qwen_tower import function_of
 from vtp_plugin.surgery.prompt import Rows
@@ -42,9 +43,11 @@ class Qwen3VL(QwenVL):
         return super().kept_arguments(visual, grid) | dict(zip(("interp_indices", "interp_weights"), taps, strict=True))
 
     def join(self, output: Any, kind: str, rows: Sequence[Tensor], left: Sequence[Rows]) -> Any:
+        levels = output.deepstack_features
+        if v5_17.is_host():  # the rows of all images in one tensor
+            levels = [level.split([len(image) for image in output.pooler_output]) for level in levels]
         output = super().join(output, kind, rows, left)
         output.deepstack_features = [
-            [image[kept.source.clamp(min=0)] for image, kept in zip(level, left, strict=True)]
-            for level in output.deepstack_features
+            [image[kept.source.clamp(min=0)] for image, kept in zip(level, left, strict=True)] for level in levels
         ]
         return output

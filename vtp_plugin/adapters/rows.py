@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtp_plugin.adapter import Adapter, Tower
+from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.clip import clip_tower
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.prompt import PlaceholderCalls, Rows
@@ -76,7 +76,7 @@ class RowsAdapter(Adapter):
                 continue
             numbers = [number for number, image in enumerate(call.images) if image.kind == kind]
             function = getattr(self.core, f"get_{kind}_features")
-            chosen = {k: inputs[k] for k in inspect.signature(function).parameters if inputs.get(k) is not None}
+            chosen = v5_17.arguments(function, kind, inputs)
             owners = [number for number in numbers for _ in range(call.images[number].tiles)]
             lengths = [call.images[number].patches or call.images[number].total for number in numbers]
             facts = {"owners": owners, "lengths": lengths, "values": inputs[name], "kind": kind, "inputs": inputs}
@@ -94,11 +94,13 @@ class RowsAdapter(Adapter):
         with Undo() as undo:
             for kind, output in (features or {}).items():
                 undo.override(self.core, f"get_{kind}_features", _answering(output))
-            if features and hasattr(self.model, "_expand_multimodal_outputs"):
+            if features and v5_17.is_host():
+                v5_17.repeat_features(self.core, self.model, undo, lambda times: self._expanded(None, features, times))
+            elif features:
                 undo.override(self.model, "_expand_multimodal_outputs", self._expanded)
             yield
 
-    def _expanded(self, input_ids: Tensor, outputs: Any, expand_size: int = 1, **kwargs: Any) -> Any:
+    def _expanded(self, input_ids: Tensor | None, outputs: Any, expand_size: int = 1, **kwargs: Any) -> Any:
         """Features for beams and returned sequences: the images of a sample, as often as the sample is repeated.
 
         The host cannot tell samples apart where images keep unequal numbers of rows.
@@ -117,7 +119,7 @@ class RowsAdapter(Adapter):
 
 
 def _answering(output: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: output
+    return lambda *args, **kwargs: v5_17.handed_over(output)
 
 
 def runs(ids: Tensor, token: int) -> list[int]:

@@ -137,4 +137,6 @@ def rotary_tables(model: nn.Module, layer: int, hidden: Tensor, positions: Tenso
     rotary = model.rotary_emb
     of_type = "layer_type" in inspect.signature(type(rotary).forward).parameters
     kind = {"layer_type": model.config.layer_types[layer]} if of_type else {}
+    if hasattr(rotary, "mrope_section"):  # the same number on all axes
+        positions = positions.expand(3, -1, -1)
     return rotary.forward(hidden, positions, **kind)

@@ -1,0 +1,63 @@
+"""What transformers 5.17 does otherwise than 5.18 and later with the features of images; no family itself.
+
+Up to 5.17 a host repeats the pixels for beams and returned sequences and encodes them again; later it repeats the
+features. Families hand their features over in other forms, too: each asks `is_host()` where its own differ.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from copy import copy
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import nn
+
+from vtp_plugin.surgery.undo import Undo
+
+FIRST_WITH_FEATURES = Version("5.18")
+BESIDE_PIXELS = ("second_per_grid_ts",)  # per video, but no argument of `get_video_features`
+
+
+@cache
+def is_host() -> bool:
+    """Whether the installed transformers is that old."""
+    return Version(Version(version("transformers")).base_version) < FIRST_WITH_FEATURES
+
+
+def arguments(function: Callable[..., Any], kind: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `get_image_features` or `get_video_features`, whose pixels OneVision names alike in 5.17."""
+    names = {name: name for name in inspect.signature(function).parameters}
+    if kind == "video" and "pixel_values" in names:
+        names["pixel_values"] = "pixel_values_videos"
+    return {name: inputs[given] for name, given in names.items() if inputs.get(given) is not None}
+
+
+def handed_over(output: Any) -> Any:
+    """A features object as the host takes it: 5.17 wants the deepstack rows of all images in one tensor."""
+    levels = getattr(output, "deepstack_features", None)
+    if levels is None or not is_host():
+        return output
+    output = copy(output)
+    output.deepstack_features = [torch.cat(list(level)) for level in levels]
+    return output
+
+
+def repeat_features(core: nn.Module, model: nn.Module, undo: Undo, repeat: Callable[[int], None]) -> None:
+    """Let `generate` of 5.17 leave pixels as they are where it repeats prompts; `repeat(times)` has the features."""
+    functions = [getattr(core, f"get_{kind}_features", None) for kind in ("image", "video")]
+    visual = {name for function in functions if function for name in inspect.signature(function).parameters}
+    visual |= {"pixel_values_videos", *BESIDE_PIXELS}
+
+    def expanded(expand_size: int = 1, input_ids: Any = None, **kwargs: Any) -> Any:
+        aside = {name: kwargs.pop(name) for name in visual & kwargs.keys()}
+        input_ids, kwargs = original(expand_size=expand_size, input_ids=input_ids, **kwargs)
+        if expand_size > 1:
+            repeat(expand_size)
+        return input_ids, kwargs | aside
+
+    original = undo.override(model, "_expand_inputs_for_generation", expanded)
