@@ -379,16 +379,35 @@ def test_two_processes_make_one_record(tmp_path: Path) -> None:
     assert results["pruning"]["visual_tokens"]["after"] == sum(kept)
 
 
-def test_model_arguments_as_keywords() -> None:
-    """A class from the host's registry, built by hand, takes what its own class takes, and ours."""
+def test_the_registry_hands_out_the_hosts_own_classes() -> None:
+    """Whatever was pruned before in this process; only what `create_from_arg_string` is told concerns us."""
+    import importlib
+
+    from lmms_eval.models import MODEL_REGISTRY_V2, get_model
+
+    scenes("llava_hf", "pruning=none")
+    for name in LAYOUTS:
+        module, _, cls = MODEL_REGISTRY_V2.resolve(name).class_path.rpartition(".")
+        assert get_model(name) is getattr(importlib.import_module(module), cls)
+    lm = get_model("llava_hf").create_from_arg_string(folder_arguments("llava_hf"), {"batch_size": 1, "device": None})
+    assert type(lm) is get_model("llava_hf")
+    assert not [name for name in vars(lm.model) if "vtp" in name or name in ("generate", "forward")]
+
+
+def test_a_class_from_the_registry_takes_our_arguments_in_its_argument_string() -> None:
     from lmms_eval.models import get_model
 
-    folder = str(resolve("vtp-tiny", "hf"))
-    lm = get_model("llava_hf")(folder, device="cpu", device_map="cpu", pruning="stride", **{"pruning.keep_tokens": 9})
-    results = hosts.evaluate(lm, "", limit=2)
-    assert results["pruning"]["visual_tokens"]["max_after"] == 9
-    with pytest.raises(AssertionError, match="Unexpected kwargs"):
-        get_model("llava_hf")(pretrained=folder, device="cpu", device_map="cpu", prunning="stride")
+    make = get_model("llava_hf").create_from_arg_string
+    lm = make(f"{folder_arguments('llava_hf')},pruning=stride,pruning.keep_tokens=9")
+    assert hosts.evaluate(lm, "", limit=2)["pruning"]["visual_tokens"]["max_after"] == 9
+
+
+@pytest.mark.parametrize("argument", ["prunning=stride", "Pruning=stride", "prunning.keep_ratio=1", "pruning_args=x"])
+def test_a_misspelt_model_argument_is_refused(argument: str) -> None:
+    """Some model classes would swallow it."""
+    name = argument.partition("=")[0]
+    with pytest.raises(PruningError, match=f"unknown model argument '{name}'. Did you mean 'pruning"):
+        hosts.evaluate("internvl_hf", f"pretrained=/nowhere,{argument}", limit=1)
 
 
 def test_two_pruned_models_side_by_side() -> None:
@@ -425,6 +444,26 @@ REFUSED = {
     "file twice": ({"pruning": "doubled.yaml"}, "twice"),
     "file beside": ({"pruning": "beside.yaml"}, "beside.yaml: "),
     "file text": ({"pruning": "broken.yaml"}, "broken.yaml: not valid YAML"),
+    "empty": ({"pruning": ""}, "pruning is empty"),
+    "empty arguments": ({"pruning": "l2", "pruning_args": " "}, "pruning_args is empty"),
+    "empty in the carrier": ({"model_args": f"{TINY},pruning="}, "pruning is empty"),
+    "commas": ({"pruning": "atp,fastv"}, "'atp,fastv': use + to compose (atp+fastv); vtp compare takes commas"),
+    "commas inside": ({"model_args": f"{TINY},pruning=atp,fastv"}, "use + to compose (atp+fastv)"),
+    "two values": ({"pruning": "l2", "pruning_args": "keep_ratio=0.5,keep_ratio=0.2"}, "keep_ratio=0.5 and keep_ratio"),
+    "two spellings": (
+        {"pruning": "l2", "pruning_args": "keep-ratio=0.5,keep_ratio=0.2"},
+        "keep-ratio=0.5 and keep_rat",
+    ),
+    "two in the carrier": ({"model_args": f"{TINY},pruning=l2,pruning=atp"}, "pruning=l2 and pruning=atp"),
+    "two fields in the carrier": (
+        {"model_args": f"{TINY},pruning=l2,pruning.keep-ratio=0.5,pruning.keep_ratio=0.2"},
+        "pruning.keep-ratio=0.5 and pruning.keep_ratio=0.2",
+    ),
+    "flag and carrier": (
+        {"pruning": "l2", "pruning_args": "keep_ratio=0.5", "model_args": f"{TINY},pruning.keep_ratio=0.2"},
+        "'keep_ratio' is said twice: in --pruning_args and as pruning.keep_ratio in --model_args",
+    ),
+    "unreadable": ({"model_args": f"{TINY},pruning=l2,pruning.keep_ratio=]"}, "cannot read pruning.keep_ratio=]"),
 }
 FILES = {
     "misspelt.yaml": "strategy: atp\nalhpa: 0.5",
@@ -468,8 +507,73 @@ def test_mistakes_are_one_sentence_before_anything_is_loaded(
     assert not (files / "out").exists()
 
 
+WRITTEN = {  # in a --config file
+    "no value": ("pruning:", "runs.yaml: pruning is empty"),
+    "no arguments": ("pruning: l2\n  pruning_args:", "runs.yaml: pruning_args is empty"),
+    "a key twice": ("pruning: l2\n  pruning: atp", "'pruning' stands twice, in lines 4 and 5"),
+    "a field twice": ("pruning: l2\n  pruning_args: {keep_ratio: 0.5, keep_ratio: 0.2}", "'keep_ratio' stands twice"),
+    "two spellings": ("pruning: l2\n  pruning_args: {keep-ratio: 0.5, keep_ratio: 0.2}", "is said twice"),
+    "a list": ("pruning: [l2, fastv]", "pruning must be NAME[+NAME...] or FILE.yaml, got ['l2', 'fastv']"),
+    "a number": ("pruning: 7", "pruning must be NAME[+NAME...] or FILE.yaml, got 7"),
+    "arguments that are none": ("pruning: l2\n  pruning_args: [1]", "pruning_args must be KEY=VALUE,... or a mapping"),
+}
+
+
+def refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command line says before it loads anything."""
+    import lmms_eval.models
+    from lmms_eval.__main__ import cli_evaluate
+
+    monkeypatch.setattr(sys, "argv", ["lmms-eval", *arguments])
+    monkeypatch.setattr(lmms_eval.models, "get_model", lambda *given: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as stopped:
+        cli_evaluate()
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1
+    return said
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_mistakes_in_a_config_file_are_one_sentence(
+    case: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, sentence = WRITTEN[case]
+    entry = f"- model: llava_hf\n  model_args: {TINY}\n  tasks: {hosts.SCENES}\n  {text}\n"
+    (workplace / "runs.yaml").write_text(entry)
+    assert sentence in refused(["--config", "runs.yaml"], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("tasks", [[], ["--tasks", ""]])
+def test_pruning_without_tasks_is_refused(
+    tasks: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", "llava_hf", "--model_args", TINY, "--pruning", "l2", *tasks]
+    assert "pruning needs --tasks" in refused(arguments, monkeypatch, capsys)
+
+
+def test_a_pair_that_cannot_work_is_refused_before_a_model_is_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With filelock 4 lmms-eval fails behind the building of the model; the sentence says what mends it."""
+    from vtp_plugin.hosts import compatibility
+
+    monkeypatch.setattr(compatibility, "_installed", {"filelock": "4.3.1", "lmms-eval": "0.7.3"}.get)
+    arguments = ["--model", "llava_hf", "--model_args", TINY, "--tasks", hosts.SCENES, "--pruning", "l2"]
+    said = refused(arguments, monkeypatch, capsys)
+    assert "filelock 4.3.1 and lmms-eval 0.7.3: " in said
+    assert 'pip install "filelock>=3.12,<4"' in said
+
+
 def test_flags_do_not_leak_into_other_parsers() -> None:
+    """Nor does anything else of the command line last longer than its call."""
     import argparse
+
+    import lmms_eval.__main__ as host
+
+    assert host.argparse is argparse
+    assert host.cli_evaluate_single.__module__ == "lmms_eval.__main__"
+    assert not hasattr(host.cli_evaluate_single, "__wrapped__")
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--model_args")

@@ -33,8 +33,9 @@ class Once(yaml.SafeLoader):
         seen: dict[Any, int] = {}
         for key, _ in node.value:
             name, line = str(key.value), key.start_mark.line + 1
-            if seen.setdefault(name, line) != line:
+            if name in seen:
                 raise PruningError(f"'{name}' stands twice, in lines {seen[name]} and {line}")
+            seen[name] = line
         return super().construct_mapping(node, deep)
 
 
@@ -105,14 +106,15 @@ def _pairs(pruning_args: Any) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in given.items()}
 
 
-def once(pairs: Iterable[tuple[str, str]]) -> None:
-    """PruningError if a key has two values, in whatever spelling."""
+def once(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The values by key, in one spelling. PruningError if a key has two, in whatever spelling."""
     seen: dict[str, tuple[str, str]] = {}
     for key, value in pairs:
-        said, before = (key.strip(), value.strip()), key.strip().replace("-", "_")
-        if seen.setdefault(before, said)[1] != said[1]:
-            first = "=".join(seen[before])
-            raise PruningError(f"'{before}' is said twice with different values: {first} and {'='.join(said)}")
+        said, name = (key.strip(), value.strip()), key.strip().replace("-", "_")
+        if seen.setdefault(name, said)[1] != said[1]:
+            first = "=".join(seen[name])
+            raise PruningError(f"'{name}' is said twice with different values: {first} and {'='.join(said)}")
+    return {name: value for name, (_, value) in seen.items()}
 
 
 def _names(pruning: Any) -> str:
@@ -149,9 +151,8 @@ def said_in(model_args: Any) -> dict[str, str]:
             _names(f"{found[-1][1]},{key}")
         before = key if equals else before
         if is_ours(key) and equals:
-            found.append((key.replace("-", "_"), value))
-    once(found)
-    return dict(found)
+            found.append((key, value))
+    return once(found)
 
 
 def is_ours(name: str) -> bool:
