@@ -76,7 +76,10 @@ def test_the_table_says_what_was_measured(run: runs.Run) -> None:
 
 def test_who_does_not_beat_a_control_is_named(run: runs.Run) -> None:
     (said,) = comparison.warnings(run)
-    assert said.startswith("WARNING: not better than random at the same or a smaller budget: l2 at 0.25.")
+    assert said.startswith("WARNING: not shown to be better than random at the same or a smaller budget")
+    gain = dict((row[0], row[4]) for row in comparison.table(run).rows)["l2-0.25"]
+    assert said.endswith(f"n = {N} questions): l2 at 0.25 ({gain}).")
+    assert comparison.findings(run) == [f"not shown to be better than random: l2 at 0.25, {gain}, n = {N}"]
     assert "atp" not in said
     assert "vprune" not in said
     assert said in comparison.table(run).caption
@@ -89,10 +92,19 @@ def test_the_mean_and_the_time_to_first_token(run: runs.Run) -> None:
     assert row["command"] == ["lmms-eval"]
 
 
+def test_without_a_control_nothing_is_said_of_one(tmp_path: Path) -> None:
+    cells = {"none": answers(0), "l2-0.25": answers(14)}
+    table = comparison.table(runs.load(runfolder.write(tmp_path / "run", cells, TARGETS)))
+    assert "over random" not in table.columns
+    assert "andom" not in table.markdown()
+    assert not table.findings
+    assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
 def test_a_larger_budget_is_held_against_the_nearest_control(tmp_path: Path) -> None:
     cells = {"none": answers(0), "l2-0.75": answers(5), "random-0.5": answers(5), "random-0.25": answers(20)}
     (said,) = comparison.warnings(runs.load(runfolder.write(tmp_path / "run", cells, TARGETS)))
-    assert said.endswith("at the same or a smaller budget: l2 at 0.75.")
+    assert "questions): l2 at 0.75 (" in said
 
 
 def test_a_far_smaller_control_says_nothing(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ import csv
 import io
 import re
 
+import pytest
+from rich.console import Console
+
 from vtp_plugin.reporting.tables import Table
 
 AWKWARD = r"a_b & 50% of {x} #1 $2 \ ~ ^ → ± < >"
@@ -43,3 +46,42 @@ def test_no_special_letter_of_latex_is_left_bare() -> None:
 
 def test_csv_reads_back() -> None:
     assert list(csv.reader(io.StringIO(table().csv()))) == [["strategy", "accuracy_1"], [AWKWARD, "61.5"]]
+
+
+def printed(made: Table, width: int) -> str:
+    text = io.StringIO()
+    made.show(Console(file=text, width=width, markup=True))
+    return text.getvalue()
+
+
+WIDE = Table(
+    ["name", *(f"column{number}" for number in range(12)), "link"], title="[bold]a title", findings=["[/red] odd"]
+)
+WIDE.add(
+    "atp [/x]",
+    *(f"{number}.5 [-{number}, +{number}]" for number in range(12)),
+    "see https://example.org/a/page :smile:",
+)
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_a_terminal_of_any_width_shows_every_cell_whole(width: int) -> None:
+    shown = printed(WIDE, width)
+    assert all(len(line) <= width for line in shown.splitlines())
+    for cell in [
+        *WIDE.columns,
+        *WIDE.rows[0][:-1],
+        "https://example.org/a/page",
+        ":smile:",
+        WIDE.title,
+        *WIDE.findings,
+    ]:
+        assert cell in shown
+    assert shown.count("atp [/x]") == len(WIDE.fitted(width))
+    assert len(WIDE.fitted(width)) > 1
+
+
+def test_a_short_table_is_one_table() -> None:
+    made = table()
+    assert made.fitted(80) == [[0, 1]]
+    assert "read 100%" not in printed(made, 80)  # what columns mean is for files

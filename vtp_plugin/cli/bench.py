@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import sys
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import track
 
-from vtp_plugin import config, plugins
+from vtp_plugin import config, files, plugins
 from vtp_plugin.errors import PruningError, unknown
+from vtp_plugin.reporting.terminal import console
 
 DTYPES = ("float32", "bfloat16", "float16")
 KERNELS = ("eager", "sdpa", "flash_attention_2")
@@ -43,18 +42,19 @@ def command(
     batches = _numbers(batch or ("1,16" if selectors else "1"), int, "--batch")
     bench.check(sizes, layers, batches, repeats)
     where, precision = _place(device, dtype, attention)
-    if output is not None and not output.parent.is_dir():
-        raise PruningError(f"folder not found: {output.parent}")
+    if output is not None:
+        files.check_output(output, kinds=(".json",))
+        files.check_output(output.with_suffix(".md"))
     if selectors:
         rows, table = _selectors(chosen, layers, batches, repeats, where, precision)
     else:
         bench.refuse(chosen, sizes)
         rows, table = _timings(shape, chosen, layers, batches, repeats, where, precision, attention)
-    Console(highlight=False).print(table.rich())
+    table.show(console())
     if output is not None:
         facts = {"shape": shape, "layers": layers, "attention": attention, "dtype": precision}
-        output.write_text(json.dumps(_record(rows, facts, where), indent=1) + "\n")
-        output.with_suffix(".md").write_text(table.markdown() + "\n")
+        files.write_json(output, _record(rows, facts, where))
+        files.write(output.with_suffix(".md"), table.markdown() + "\n")
 
 
 def _timings(
@@ -92,7 +92,7 @@ def _selectors(
         chosen, batches=batches, layers=timed, repeats=repeats, device=where, dtype=getattr(torch, dtype)
     )
     title = f"selection beside the prefill of a LLaVA-1.5-7B ({timed} of 32 decoder layers timed, scaled)"
-    table = Table(("strategy", "stage", "tokens", "batch", "kept", "seconds", "of the prefill"), title=title)
+    table = Table(("strategy", "stage", "tokens", "batch", "kept", "seconds", "of the prefill"), title=title, keys=4)
     for c in found:
         table.add(c.strategy, c.stage, c.tokens, c.batch, f"{c.kept:.0f}", f"{c.seconds:.4f}", f"{c.share:.2%}")
     return found, table
@@ -130,12 +130,19 @@ def _strategies(names: list[str], ratios: list[float], arguments: dict[str, Any]
         if not dot or name not in fields:
             raise PruningError(f"--pruning-args: '{key}' must be STRATEGY.FIELD, with one of {', '.join(names)}")
         fields[name][field] = value
-    budgets = {name: ratios if plugins.get_strategy(name).budgeted else [None] for name in names}
     return [
-        config.build(name, {**({} if ratio is None else {"keep_ratio": ratio}), **fields[name]})
+        config.resolve(name, {**({} if ratio is None else {"keep_ratio": ratio}), **fields[name]})[0]
         for name in names
-        for ratio in budgets[name]
+        for ratio in (ratios if _free(name) else [None])
     ]
+
+
+def _free(spec: str) -> bool:
+    """Whether a budget is to be given. PruningError for what is not one strategy."""
+    strategies = config.resolve(spec)
+    if len(strategies) != 1:
+        raise PruningError(f"bench times one strategy at a time, '{spec}' is {len(strategies)}")
+    return strategies[0].budgeted and not config.is_setting(spec)
 
 
 def _numbers(text: str, kind: type, option: str) -> list[Any]:
@@ -152,7 +159,7 @@ def _table(timings: list[Any], title: str) -> Any:
     from vtp_plugin.reporting.tables import Table
 
     columns = ("strategy", "keep", "batch", "tokens", "FLOPs", "TTFT", "prefill", "realised", "of ideal", "selector")
-    table = Table((*columns, "break-even", "KV bytes", "peak bytes", "decode", "attach"), title=title)
+    table = Table((*columns, "break-even", "KV bytes", "peak bytes", "decode", "attach"), title=title, keys=3)
     for t in timings:
         table.add(
             *_first_columns(t),
@@ -174,7 +181,7 @@ def _encoder_table(timings: list[Any], title: str) -> Any:
     from vtp_plugin.reporting.tables import Table
 
     columns = ("strategy", "keep", "batch", "tokens", "FLOPs", "images/s", "unpruned", "speed", "realised", "of ideal")
-    table = Table(columns, title=title)
+    table = Table(columns, title=title, keys=3)
     for t in timings:
         rates = (f"{t.images_per_second[side]:.1f}" for side in ("pruned", "unpruned"))
         shares = (f"{1 / t.ttft_ratio:.2f}x", _share(t.realised), f"{t.over_ideal:.3f}x")

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+
+from vtp_plugin import files
+from vtp_plugin.reporting.terminal import console
 
 
 def command(
@@ -43,14 +45,15 @@ def command(
     cells, host = sweepfile.planned(said)
     if versus is not None and versus not in (names := {cell.pruning for cell in cells if cell.keep is not None}):
         raise unknown("method with a budget in this run", versus, names)
-    console = Console(highlight=False)
-    run = sweep.run(output, cells, **host, console=console)
-    comparison.write(run).show(console)
+    comparison.check(files.check_folder(output))
+    out = console()
+    run = sweep.run(output, cells, **host, console=out)
+    comparison.write(run).show(out)
     if versus is not None:
         table = comparison.versus(run, versus)
-        (output / f"versus-{versus}.md").write_text(table.markdown() + "\n")
-        table.show(console)
-    console.print(f"{output}: table.md, table.csv, table.tex, summary.json; pictures: vtp report {output}")
+        files.write(output / f"versus-{versus}.md", table.markdown() + "\n")
+        table.show(out)
+    out.print(f"{output}: table.md, table.csv, table.tex, summary.json; pictures: vtp report {output}")
     if run.failed:
         raise typer.Exit(1)
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from vtp_plugin import files
 from vtp_plugin.errors import PruningError
+from vtp_plugin.reporting.terminal import console
 
 STRATEGIES = "atp,vprune,l2,fastv,visionzip,random"
 
@@ -25,16 +26,20 @@ def command(
         raise PruningError(f"--keep-ratio must be in (0, 1], got {keep_ratio}")
     from vtp_plugin.compare import sweep
     from vtp_plugin.reporting import comparison
+    from vtp_plugin.reporting.figures import drawn
 
-    console = Console(highlight=False)
+    out = console()
+    comparison.check(files.check_folder(output))
+    if output.is_dir():
+        files.check_output(output / "kept.png")
     specs = sweep.cells([spec.strip() for spec in pruning.split(",")], [keep_ratio])
     host = {"model": "llava", "model_args": "pretrained=vtp-tiny", "tasks": "vtp_scenes"}
-    run = sweep.run(output, specs, **host, limit=limit, console=console)
+    run = sweep.run(output, specs, **host, limit=limit, console=out)
     table = comparison.write(run, f"vtp-tiny, {_questions(limit)}, asked: keep_ratio={keep_ratio}")
-    comparison.kept_picture(specs).savefig(output / "kept.png", dpi=130)
-    table.show(console)
-    console.print(f"table and record: {output / 'table.md'}, {output / 'summary.json'}")
-    console.print(f"what each strategy kept of three scenes: {output / 'kept.png'}")
+    files.write(output / "kept.png", drawn(comparison.kept_picture(specs), ".png", 130))
+    table.show(out)
+    out.print(f"table and record: {output / 'table.md'}, {output / 'summary.json'}")
+    out.print(f"what each strategy kept of three scenes: {output / 'kept.png'}")
     if run.failed:
         raise typer.Exit(1)
 

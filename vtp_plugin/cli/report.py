@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from vtp_plugin import files
 from vtp_plugin.errors import PruningError
+from vtp_plugin.reporting.terminal import console
 
 
 def command(
@@ -25,8 +26,8 @@ def command(
     if samples < -1:
         raise PruningError(f"--samples must be -1 or a whole number >= 0, got {samples}")
     target = output or run_dir / "report.html"
-    if not target.resolve().parent.is_dir():
-        raise PruningError(f"no such folder: {target.parent}")
-    made = page(runs.load(run_dir), None if samples == -1 else samples)
-    target.write_text(made, encoding="utf-8")
-    Console(highlight=False, soft_wrap=True).print(f"written: {target} ({len(made.encode()) / 1e6:.1f} MB)")
+    run = runs.load(run_dir)
+    files.check_output(target)
+    made = page(run, None if samples == -1 else samples)
+    files.write(target, made)
+    console().print(f"written: {target} ({len(made.encode()) / 1e6:.1f} MB)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -12,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from vtp_plugin import files
 from vtp_plugin.errors import PruningError
+from vtp_plugin.reporting.terminal import console
 
 
 def command(
@@ -38,18 +38,31 @@ def command(
     runs += [{"strategy": name, "keep_ratio": ratio} for name in names for ratio in ratios]
     for settings in filter(None, runs):
         strategies_of(settings)
+    _check(load)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        files.check_output(output)
     path, extra = _served(model)
-    console, lines = Console(highlight=False), []
+    out, lines = console(), []
     with tempfile.TemporaryDirectory() as folder:
         for number, settings in enumerate(runs):
-            console.print(f"serving {model} with {settings or 'no pruning'}")
+            out.print(f"serving {model} with {settings or 'no pruning'}")
             log = Path(folder) / f"{number}.log"
             lines += measure(path, settings, [*extra, *shlex.split(options)], load, log)
-    console.print(_table(lines).rich())
+    _table(lines).show(out)
     if output is not None:
-        output.write_text(json.dumps(_record(model, options, load, lines), indent=2) + "\n")
+        files.write_json(output, _record(model, options, load, lines))
+
+
+def _check(load: Any) -> None:
+    """Refuse numbers that measure nothing."""
+    for option, value in {
+        "--concurrency": min(load.concurrencies),
+        "--requests": load.requests,
+        "--tokens": load.tokens,
+        "--side": load.side,
+    }.items():
+        if value < 1:
+            raise PruningError(f"{option} must be at least 1, got {value}")
 
 
 def _served(model: str) -> tuple[str, list[str]]:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
-from rich.console import Console
+
+from vtp_plugin import files
+from vtp_plugin.reporting.terminal import console
 
 
 def command(
@@ -31,7 +32,7 @@ def command(
         key, equals, value = pair.partition("=")
         if not equals:
             raise PruningError(f"--set needs key=value, got '{pair}'")
-        said[key] = yaml.safe_load(value)
-    console = Console(highlight=False)
-    record = conduct(name, said, output or Path("studies") / name, console, jobs)
-    console.print(f"record, tables and figures: {record.parent}")
+        said[key] = files.parse_yaml(value)
+    folder = files.check_folder(output or Path("studies") / name)
+    record = conduct(name, said, folder, console(), jobs)
+    console().print(f"record, tables and figures: {record.parent}")

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from vtp_plugin import files
 from vtp_plugin.errors import PruningError
+from vtp_plugin.reporting.terminal import console
 
 
 def command(
@@ -29,14 +30,15 @@ def command(
 
     drop, grid = _share(max_drop), tuning.grid(step)
     host = {"model": model, "model_args": model_args, "tasks": sweepfile.names(tasks), "limit": limit, "launch": launch}
-    console = Console(highlight=False)
+    out = console()
     specs = sweepfile.names(pruning)
     for spec in specs:
         tuning.check(spec)
-    found = [tuning.tune(output, spec, grid, drop, console=console, **host) for spec in specs]
-    comparison.write(sweep.run(output, [sweep.UNPRUNED], **host)).show(console)
+    comparison.check(files.check_folder(output))
+    found = [tuning.tune(output, spec, grid, drop, console=out, **host) for spec in specs]
+    comparison.write(sweep.run(output, [sweep.UNPRUNED], **host)).show(out)
     for tuned in found:
-        console.print(tuned.sentence(), soft_wrap=True)
+        out.print(tuned.sentence())
     if not all(tuned.keep for tuned in found):
         raise typer.Exit(1)
 

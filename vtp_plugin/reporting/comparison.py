@@ -10,10 +10,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vtp_plugin import files
 from vtp_plugin.errors import unknown
 from vtp_plugin.reporting import statistics
 from vtp_plugin.reporting.runs import BASELINE, Cell, Run, Spec
@@ -224,19 +226,30 @@ def _ratio(part: float | None, whole: float | None) -> float | None:
 def table(run: Run, title: str = "") -> Table:
     """Accuracy per task, difference from the unpruned model, flips, tokens, FLOPs and prefill time."""
     everything = rows(run)
-    names = short(run.tasks)
-    changes = ["difference", "over random", "lost/won", "p", "same"]
+    names, controlled = short(run.tasks), _controlled(run)
+    changes = ["difference", *(["over random"] if controlled else []), "lost/won", "p", "same"]
     result = Table(["strategy", *names, "mean", *changes, "tokens", "KV", "FLOPs", "prefill"], title=title)
     for row in everything:
-        result.add(row.label, *_accuracies(row), *_compared(row, everything), *_costs(row, everything[0]))
-    result.caption = " ".join([*CAPTION, *_left_out(run), *warnings(run)])
+        changed = _compared(row, everything, controlled)
+        result.add(row.label, *_accuracies(row), *changed, *_costs(row, everything[0]))
+    caption = [said for said in CAPTION if controlled or said != OVER_RANDOM]
+    result.caption = " ".join([*caption, *_left_out(run), *warnings(run)])
+    result.findings = [*_left_out(run), *findings(run)]
     return result
 
 
+def _controlled(run: Run) -> bool:
+    """Whether there is a random control to hold methods against."""
+    return any(cell.pruning == CONTROLS[0] for cell in run)
+
+
+OVER_RANDOM = (
+    "Over random: of the mean from random (all seeds) at the same or the next smaller budget, down to half, likewise."
+)
 CAPTION = (
     "Accuracy in %; mean: over the tasks.",
     "Difference: of the mean from the unpruned model, in points, with its 95 % paired bootstrap interval.",
-    "Over random: of the mean from random (all seeds) at the same or the next smaller budget, down to half, likewise.",
+    OVER_RANDOM,
     "Lost/won: answers that turned from right to wrong / from wrong to right; p: McNemar's exact test of these;",
     "same: answers equal to the unpruned ones, in %.",
     "Tokens: visual tokens per image, kept (by the last layer) / all.",
@@ -251,15 +264,15 @@ def _accuracies(row: Row) -> list[str]:
     return [f"{100 * mean:.1f}" for mean in (*means, np.mean(means))]
 
 
-def _compared(row: Row, everything: Sequence[Row]) -> list[str]:
+def _compared(row: Row, everything: Sequence[Row], controlled: bool) -> list[str]:
     unpruned = everything[0]
     if row.id == unpruned.id:
-        return ["-"] * 5
+        return ["-"] * (4 + controlled)
     changes, chance = _changes(row, unpruned, row.tasks), over(row, everything, CONTROLS[0])
     p = changes["mcnemar_p"]
     return [
         points(difference(row, unpruned)),
-        "-" if chance is None else points(chance),
+        *(["-" if chance is None else points(chance)] if controlled else []),
         f"{changes['lost']:.0f}/{changes['won']:.0f}",
         "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}",
         f"{100 * changes['agreement']:.1f}",
@@ -295,24 +308,42 @@ def _left_out(run: Run) -> list[str]:
 
 
 def warnings(run: Run) -> list[str]:
-    """One sentence per control that methods of the same or a larger budget do not beat."""
-    everything = rows(run)
+    """One sentence per control that methods of the same or a larger budget are not shown to beat."""
     said = []
-    for control in CONTROLS:
-        found = [(row, over(row, everything, control)) for row in everything]
-        behind = [row for row, gain in found if gain is not None and gain.low <= 0]
-        if behind:
-            said.append(f"WARNING: not better than {control} at the same or a smaller budget: {_named(behind)}.")
+    for control, behind in _behind(run).items():
+        named = "; ".join(f"{_named(row)} ({points(gain)})" for row, gain in behind)
+        said.append(
+            f"WARNING: not shown to be better than {control} at the same or a smaller budget "
+            f"(mean difference with its 95 % interval, n = {_questions(run)} questions): {named}."
+        )
     return said
 
 
-def _named(rows: Sequence[Row]) -> str:
-    """atp-0.5, atp-0.25 and vprune as: atp at 0.5, 0.25; vprune."""
-    budgets: dict[str, list[str]] = {}
-    for row in rows:
-        keep = row.cells[0].keep
-        budgets.setdefault(_method(row), []).extend([f"{keep:g}"] if keep is not None else [])
-    return "; ".join(f"{name} at {', '.join(keeps)}" if keeps else name for name, keeps in budgets.items())
+def findings(run: Run) -> list[str]:
+    """The same, one short line per method and budget."""
+    return [
+        f"not shown to be better than {control}: {_named(row)}, {points(gain)}, n = {_questions(run)}"
+        for control, behind in _behind(run).items()
+        for row, gain in behind
+    ]
+
+
+def _behind(run: Run) -> dict[str, list[tuple[Row, Estimate]]]:
+    """Control -> the rows whose interval over it reaches zero or lies below, if there are any."""
+    everything = rows(run)
+    found = {c: [(row, over(row, everything, c)) for row in everything] for c in CONTROLS}
+    behind = {c: [(row, gain) for row, gain in each if gain is not None and gain.low <= 0] for c, each in found.items()}
+    return {control: each for control, each in behind.items() if each}
+
+
+def _questions(run: Run) -> int:
+    return sum(len(run.baseline.answers(task)) for task in run.tasks)
+
+
+def _named(row: Row) -> str:
+    """`atp at 0.25`, `vprune`."""
+    keep = row.cells[0].keep
+    return _method(row) + ("" if keep is None else f" at {keep:g}")
 
 
 def _method(row: Row) -> str:
@@ -356,13 +387,21 @@ def over(row: Row, everything: Sequence[Row], control: str) -> Estimate | None:
     return difference(row, max(within, key=lambda r: r.budget)) if within else None
 
 
+FILES = ("table.md", "table.csv", "table.tex", "summary.json")
+
+
+def check(folder: Path) -> None:
+    """Refuse a run folder whose results cannot be written, before they are made."""
+    for name in FILES if folder.is_dir() else ():
+        files.check_output(folder / name)
+
+
 def write(run: Run, title: str = "") -> Table:
     """table.md, table.csv, table.tex and summary.json in the run folder; the table."""
     made = table(run, title)
-    texts = {"table.md": made.markdown() + "\n", "table.csv": made.csv(), "table.tex": made.latex()}
-    texts["summary.json"] = json.dumps(summary(run), indent=1) + "\n"
-    for name, text in texts.items():
-        (run.folder / name).write_text(text)
+    texts = (made.markdown() + "\n", made.csv(), made.latex(), json.dumps(summary(run), indent=1) + "\n")
+    for name, text in zip(FILES, texts, strict=True):
+        files.write(run.folder / name, text)
     return made
 
 

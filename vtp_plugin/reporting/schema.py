@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from vtp_plugin.errors import PruningError, one_line
 
 PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=:@-]{0,199}")  # what a cell's folder may be called
+KIND = re.compile(r"^(?:str|int|float|bool)$|\[")  # how pydantic names the alternatives of a field
 SHOWN = 60  # letters of a value in a message
 
 
@@ -182,9 +183,7 @@ def _first(error: ValidationError) -> str:
 
 def _place(parts: Iterable[Any], last: Any = None) -> str:
     """configs.TASK.metric_list.0, without the names of alternatives that pydantic adds."""
-    return ".".join(
-        str(part) for part in parts if part == last or not re.search(r"^(?:str|int|float|bool)$|\[", str(part))
-    )
+    return ".".join(str(part) for part in parts if part == last or not KIND.search(str(part)))
 
 
 WORDS = {

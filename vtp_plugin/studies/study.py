@@ -120,7 +120,7 @@ def publish(study: Study, results: Mapping[str, Any]) -> None:
     tables = study.tables(results)
     write(study.folder / "table.md", "\n\n".join(table.markdown() for table in tables) + "\n")
     for table in tables:
-        study.console.print(table.rich())
+        table.show(study.console)
     for name, figure in study.figures(results).items():
         figure.savefig(study.folder / f"{name}.png", dpi=110)
 
