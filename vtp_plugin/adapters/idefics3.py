@@ -43,16 +43,14 @@ class Idefics3(RowsAdapter):
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         values, patches = inputs["pixel_values"], self.tower.grid[0] * self.tower.grid[1]
         rows = patches // self.scale**2
-        tiles = sum(self._tiles(inputs))
-        totals = runs(inputs["input_ids"], self.image_token)
-        if totals != [rows] * tiles:
-            raise PruningError(
-                f"the prompt has {sum(totals)} image placeholders, its images make {tiles * rows} tokens"
-            )
+        tiles, found = sum(self._tiles(inputs)), runs(inputs["input_ids"], self.image_token)
+        if sum(found) != rows * tiles or any(run % rows for run in found):
+            raise PruningError(f"the prompt has {sum(found)} image placeholders, its images make {tiles * rows} tokens")
         side = self.tower.grid[1] // self.scale
         index = torch.arange(rows, device=values.device)
         return [
-            Image(total=rows, index=index.clone(), patches=patches, projectable=rows, grid=(side, side)) for _ in totals
+            Image(total=rows, index=index.clone(), patches=patches, projectable=rows, grid=(side, side))
+            for _ in range(tiles)  # also where no text stands between two of them
         ]
 
     def _tiles(self, inputs: Mapping[str, Any]) -> list[int]:
