@@ -357,6 +357,48 @@ def test_positions_are_the_hosts(name: str, layout: str) -> None:
         assert torch.equal(seen[1][-3:, row, 0], table[:, row].amax() + 1 + torch.zeros(3, dtype=torch.long))
 
 
+def shapes(features: Any) -> Any:
+    """Containers and shapes of features, whatever holds them."""
+    if isinstance(features, Tensor):
+        return tuple(features.shape)
+    return type(features), [shapes(part) for part in features]
+
+
+def rows_of(features: Any) -> int:
+    if isinstance(features, Tensor):
+        return features.shape[:-1].numel()
+    return sum(map(rows_of, features))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_features_are_given_out_as_the_host_does(name: str, layout: str) -> None:
+    """In the same containers; in the same shapes where nothing was dropped, else the rows that are left."""
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    if layout == "video" and family.video is None:
+        layout = "batch"
+    prompts, field = prompts_of(name, layout), "video_outputs" if layout == "video" else "image_outputs"
+    if layout == "batch":
+        connected = name in ("idefics3", "smolvlm")  # whose pixels have a row for every sample
+        silent = family.sample(5, 0) if connected else Prompt(families.words(9, 5))
+        prompts = (prompts[0], silent, prompts[1])
+    with torch.no_grad():
+        host = model(**batched(family, prompts))[field]
+        for spec, fields in (("none", {}), ("stride", {"keep_ratio": 1.0}), ("stride", {"keep_ratio": 0.5})):
+            with vtp.prune(model, spec, **fields) as pruned:
+                ours = model(**batched(family, prompts))[field]
+            kept = sum(count for event in pruned.events for count in event.after)
+            for key in ("pooler_output", "deepstack_features"):
+                theirs, given = host.get(key), ours.get(key)
+                if fields.get("keep_ratio") == 0.5:
+                    assert type(theirs) is type(given)
+                    levels = len(given or ()) if key == "deepstack_features" else 1
+                    assert given is None or rows_of(given) <= kept * levels + rows_of(theirs) / 4  # newlines stay
+                    assert given is None or rows_of(given) >= kept * levels
+                else:
+                    assert theirs is given is None or shapes(theirs) == shapes(given)
+
+
 # -- encoders ---------------------------------------------------------------------------------------------------------
 
 
@@ -544,7 +586,7 @@ def blip2() -> nn.Module:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     vision = Blip2VisionConfig(**families.VISION, patch_size=4, image_size=16)
     former = Blip2QFormerConfig(
-        **sizes, vocab_size=50, intermediate_size=48, encoder_hidden_size=32, cross_attention_frequency=1
+        **sizes, vocab_size=50, intermediate_size=48, encoder_hidden_size=32, cross_attention_frequency=2
     )
     text = OPTConfig(
         **sizes, vocab_size=200, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64, pad_token_id=0

@@ -9,6 +9,7 @@ token's. Positions are renumbered after a cut.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -60,6 +61,14 @@ class Idefics3(RowsAdapter):
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         rows = self.projector.pixel_shuffle(maps, self.scale)
         return list(rows.unflatten(-1, (-1, maps.shape[-1])).mean(-2))
+
+    def pack(self, rows: Sequence[Tensor], kind: str, host: Sequence[Tensor]) -> list[Tensor]:
+        """The rows of all tiles of a sample together, [K, D] each."""
+        tiles, left = self.served[kind][1], iter(rows)
+        copies = len(rows) // max(1, len(tiles))
+        samples = range(max([len(host), *(sample + 1 for sample in tiles)]))
+        counts = [tiles.count(sample) for sample in samples for _ in range(copies)]
+        return [torch.cat([rows[0][:0], *islice(left, count)]) for count in counts]
 
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         rows = self.tower.grid[0] * self.tower.grid[1] // self.scale**2

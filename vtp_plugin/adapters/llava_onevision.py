@@ -75,8 +75,11 @@ class LlavaOnevision(RowsAdapter):
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         return list(output.pooler_output)
 
-    def pack(self, rows: Sequence[Tensor], kind: str) -> Any:
-        return torch.cat(list(rows))[None] if kind == "video" else list(rows)
+    def pack(self, rows: Sequence[Tensor], kind: str, host: Any) -> Any:
+        if kind == "image":
+            return list(rows)
+        even = len({len(video) for video in rows}) == 1
+        return torch.stack(list(rows)) if even else torch.cat(list(rows))[None]
 
     def _packed(self, maps: Tensor, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         """Channels [T, N, C] through the host's packing, newline rows nan."""

@@ -43,7 +43,7 @@ class Qwen3VL(QwenVL):
     def join(self, output: Any, kind: str, rows: Sequence[Tensor], left: Sequence[Rows]) -> Any:
         output = super().join(output, kind, rows, left)
         output.deepstack_features = [
-            [image[kept.source.clamp(min=0)] for image, kept in zip(level, left, strict=True)]
+            type(level)(image[kept.source.clamp(min=0)] for image, kept in zip(level, left, strict=True))
             for level in output.deepstack_features
         ]
         return output

@@ -57,12 +57,12 @@ class RowsAdapter(Adapter):
 
     def join(self, output: Any, kind: str, rows: Sequence[Tensor], left: Sequence[Rows]) -> Any:
         """The host's features object with these rows instead."""
-        output.pooler_output = self.pack(rows, kind)
+        output.pooler_output = self.pack(rows, kind, output.pooler_output)
         return output
 
-    def pack(self, rows: Sequence[Tensor], kind: str) -> Any:
-        """Rows of images as the host wants them."""
-        return list(rows)
+    def pack(self, rows: Sequence[Tensor], kind: str, host: Any) -> Any:
+        """Rows of images in the container that the host has them in."""
+        return type(host)(rows)
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         """Channels of the tower's tokens as the host arranges features; see `surgery.tiles.Arranging`."""
@@ -113,10 +113,11 @@ class RowsAdapter(Adapter):
                 for sample in dict.fromkeys(samples)
                 for image in [n for n, s in enumerate(samples) if s == sample] * expand_size
             ]
-            outputs[kind].pooler_output = self.pack([rows[image] for image in order], kind)
+            host = outputs[kind].pooler_output
+            outputs[kind].pooler_output = self.pack([rows[image] for image in order], kind, host)
             levels = getattr(outputs[kind], "deepstack_features", None)
             if levels is not None:
-                outputs[kind].deepstack_features = [[level[image] for image in order] for level in levels]
+                outputs[kind].deepstack_features = [type(level)(level[image] for image in order) for level in levels]
         return outputs
 
 
