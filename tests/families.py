@@ -1,4 +1,9 @@
-"""Tiny random checkpoints of every family, made from configuration classes, and prompts that fit them."""
+"""Tiny random checkpoints of every family, made from configuration classes, and prompts that fit them.
+
+Only the sizes are small. What else shapes a computation is that of a published configuration, named at each family:
+which layers slide, where norms and biases are, how many query heads share a key, which blocks have windows, how rotary
+angles are divided, at how many depths visual features are added. VARIANTS are structures that others publish.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +62,7 @@ class Family:
     stages: tuple[str, ...] = STAGES
     video_stages: tuple[str, ...] = STAGES
     mrope: bool = False
+    late: int = 2  # a decoder layer that may be cut
     video: Callable[[int], Prompt] | None = None
 
 
@@ -67,6 +73,12 @@ def pixels(*shape: int, seed: int) -> Tensor:
     coarse[..., : coarse.shape[-2] // 2, :] = coarse[..., :1, :1]  # the upper half repeats itself
     levels = coarse.repeat_interleave(4, -1).repeat_interleave(4, -2)
     return (levels / 255 - 0.5) / 0.25
+
+
+def text(heads: int, keys: int, **more: Any) -> dict[str, Any]:
+    """A language model's sizes: query heads, key heads; heads of width 8 unless said otherwise."""
+    shape = {"num_attention_heads": heads, "num_key_value_heads": keys, "hidden_size": 8 * heads}
+    return TEXT | shape | more
 
 
 def words(n: int, seed: int) -> list[int]:
@@ -116,11 +128,25 @@ PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 
 
 def _llava_next(attention: str) -> nn.Module:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+    """llava-v1.6-mistral-7b: four query heads share a key, no sliding window."""
+    from transformers import MistralConfig
+
+    return _next(attention, MistralConfig(**text(4, 1), sliding_window=None))
+
+
+def _llava_next_vicuna(attention: str) -> nn.Module:
+    """llava-v1.6-vicuna-7b: every query head has its own key."""
+    from transformers import LlamaConfig
+
+    return _next(attention, LlamaConfig(**text(4, 4)))
+
+
+def _next(attention: str, language: Any) -> nn.Module:
+    from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
     vision = CLIPVisionConfig(**VISION, patch_size=4, image_size=16, projection_dim=16)
     config = LlavaNextConfig(
-        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, image_grid_pinpoints=PINPOINTS
+        vision_config=vision, text_config=language, image_token_id=IMAGE, image_grid_pinpoints=PINPOINTS
     )
     return _model(LlavaNextForConditionalGeneration, config, attention)
 
@@ -156,45 +182,60 @@ def anyres_rows(size: tuple[int, int], pinpoints: list[list[int]], side: int, gr
 
 QWEN_GRIDS = [(1, 8, 12), (1, 12, 4), (1, 4, 4)]
 QWEN_VISION = {"depth": 3, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
-SECTIONS = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+QWEN2_TEXT = text(7, 1, hidden_size=112) | {  # the 7B: 28 / 4 heads of 128, angles in parts of 16, 24 and 24 of 64
+    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1000000.0},
+    "use_sliding_window": False,
+}
+QWEN3_TEXT = text(4, 1, hidden_size=32, head_dim=32, num_hidden_layers=12) | {  # the 8B: 32 / 8 heads, 24, 20, 20 of 64
+    "rope_parameters": {
+        "rope_type": "default",
+        "mrope_interleaved": True,
+        "mrope_section": [6, 5, 5],
+        "rope_theta": 5000000.0,
+    },
+}
 
 
 def _qwen2_vl(attention: str) -> nn.Module:
+    """Qwen2-VL-7B."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    vision = QWEN_VISION | {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2, "in_channels": 3}
-    return _qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, vision, attention)
+    vision = QWEN_VISION | {"embed_dim": 32, "hidden_size": 112, "mlp_ratio": 2, "in_channels": 3}
+    return _qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, vision, QWEN2_TEXT, attention)
 
 
 def _qwen2_5_vl(attention: str) -> nn.Module:
+    """Qwen2.5-VL-7B: windows but for every so-many-th block, the last among them."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     vision = QWEN_VISION | {
+        "depth": 4,
         "hidden_size": 32,
         "intermediate_size": 48,
-        "out_hidden_size": 32,
+        "out_hidden_size": 112,
         "window_size": 16,
-        "fullatt_block_indexes": [1],
+        "fullatt_block_indexes": [1, 3],
     }
-    return _qwen(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, vision, attention)
+    return _qwen(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, vision, QWEN2_TEXT, attention)
 
 
 def _qwen3_vl(attention: str) -> nn.Module:
+    """Qwen3-VL-8B: features of three depths, none of them the last, are added in the first three decoder layers."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     vision = QWEN_VISION | {
+        "depth": 4,
         "hidden_size": 32,
         "intermediate_size": 48,
         "out_hidden_size": 32,
         "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0, 1],
+        "deepstack_visual_indexes": [0, 1, 2],
     }
-    return _qwen(Qwen3VLConfig, Qwen3VLForConditionalGeneration, vision, attention, head_dim=8)
+    return _qwen(Qwen3VLConfig, Qwen3VLForConditionalGeneration, vision, QWEN3_TEXT, attention)
 
 
-def _qwen(config: type, model: type, vision: dict[str, Any], attention: str, **text: Any) -> nn.Module:
-    text = TEXT | {"rope_parameters": dict(SECTIONS), **text}
-    built = config(vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=VIDEO)
+def _qwen(config: type, model: type, vision: dict[str, Any], language: dict[str, Any], attention: str) -> nn.Module:
+    built = config(vision_config=vision, text_config=dict(language), image_token_id=IMAGE, video_token_id=VIDEO)
     return _model(model, built, attention)
 
 
@@ -237,6 +278,7 @@ def _qwen_batch(prompts: list[Prompt]) -> dict[str, Any]:
 
 
 def _llava_onevision(attention: str) -> nn.Module:
+    """llava-onevision-qwen2-7b-ov: 28 / 4 heads with biases; the whole output of a tower without a class token."""
     from transformers import (
         LlavaOnevisionConfig,
         LlavaOnevisionForConditionalGeneration,
@@ -246,7 +288,7 @@ def _llava_onevision(attention: str) -> nn.Module:
 
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**VISION, patch_size=4, image_size=16, vision_use_head=False),
-        text_config=Qwen2Config(**TEXT),
+        text_config=Qwen2Config(**text(7, 1)),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         image_grid_pinpoints=PINPOINTS,
@@ -264,11 +306,33 @@ def _onevision_video(seed: int) -> Prompt:
 
 
 def _internvl(attention: str) -> nn.Module:
-    from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config
+    """InternVL3-8B-hf: biases in the tower, Qwen2 with 28 / 4 heads."""
+    from transformers import Qwen2Config
+
+    return _intern(attention, Qwen2Config(**text(7, 1)), attention_bias=True)
+
+
+def _internvl3_5(attention: str) -> nn.Module:
+    """InternVL3_5-8B-HF: Qwen3, whose heads have norms and a width of their own."""
+    from transformers import Qwen3Config
+
+    return _intern(attention, Qwen3Config(**text(4, 1, hidden_size=32, head_dim=16)), attention_bias=True)
+
+
+def _internvl_6b(attention: str) -> nn.Module:
+    """InternVL3-78B-hf: the large tower has RMS norms, also of queries and keys over all heads, and no biases."""
+    from transformers import Qwen2Config
+
+    large = {"use_qk_norm": True, "norm_type": "rms_norm", "attention_bias": False}
+    return _intern(attention, Qwen2Config(**text(8, 1)), **large)
+
+
+def _intern(attention: str, language: Any, **tower: Any) -> nn.Module:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
     from transformers.models.internvl import InternVLVisionConfig
 
-    vision = InternVLVisionConfig(**VISION, patch_size=[4, 4], image_size=[24, 24])
-    config = InternVLConfig(vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_id=IMAGE)
+    vision = InternVLVisionConfig(**VISION, patch_size=[4, 4], image_size=[24, 24], **tower)
+    config = InternVLConfig(vision_config=vision, text_config=language, image_token_id=IMAGE)
     return _model(InternVLForConditionalGeneration, config, attention)
 
 
@@ -278,17 +342,25 @@ def _internvl_sample(seed: int, images: int) -> Prompt:
     return Prompt(_text([[IMAGE] * (9 * n) for n in tiles], seed), {"pixel_values": values}, [9 * n for n in tiles])
 
 
+GEMMA_LAYERS = ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(8)]
+GEMMA_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+}
+
+
 def _gemma3(attention: str) -> nn.Module:
+    """gemma-3-4b-it: five sliding layers, a full one, and so on, with two rotary tables; windows of a few images."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
     config = Gemma3Config(
         vision_config=SiglipVisionConfig(**VISION, patch_size=4, image_size=32, vision_use_head=False),
         text_config=Gemma3TextConfig(
-            **TEXT,
-            head_dim=8,
-            sliding_window=256,
-            query_pre_attn_scalar=8,
-            layer_types=["sliding_attention", "full_attention"] * 2,
+            **text(4, 2, num_hidden_layers=len(GEMMA_LAYERS), head_dim=12),
+            sliding_window=24,
+            query_pre_attn_scalar=12,
+            layer_types=GEMMA_LAYERS,
+            rope_parameters=GEMMA_ROPE,
         ),
         mm_tokens_per_image=16,
         image_token_id=IMAGE,
@@ -311,11 +383,12 @@ BREAK = 192
 
 
 def _mistral3(attention: str) -> nn.Module:
+    """Mistral-Small-3.1-24B: 32 / 8 heads of a width of their own, no sliding window."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
 
     config = Mistral3Config(
         vision_config=PixtralVisionConfig(**VISION, head_dim=8, patch_size=4, image_size=32),
-        text_config=MistralConfig(**TEXT, head_dim=8, sliding_window=None),
+        text_config=MistralConfig(**text(4, 1, head_dim=12), sliding_window=None),
         image_token_index=IMAGE,
         spatial_merge_size=2,
         vision_feature_layer=-1,
@@ -334,29 +407,42 @@ def _mistral3_sample(seed: int, images: int) -> Prompt:
 
 
 def _idefics3(attention: str) -> nn.Module:
+    """Idefics3-8B-Llama3: 32 / 8 heads, squares of 2 x 2."""
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig
 
-    vision = VISION | {"patch_size": 4, "image_size": 16}
+    vision = VISION | {"patch_size": 4, "image_size": 24}
+    language = LlamaConfig(**text(4, 1))
     config = Idefics3Config(
-        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD
+        vision_config=vision, text_config=language, image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD
     )
     return _model(Idefics3ForConditionalGeneration, config, attention)
 
 
 def _smolvlm(attention: str) -> nn.Module:
+    """SmolVLM2-2.2B: every query head has its own key, squares of 3 x 3."""
     from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
 
-    vision = VISION | {"patch_size": 4, "image_size": 16}
+    vision = VISION | {"patch_size": 4, "image_size": 24}
+    language = LlamaConfig(**text(4, 4))
     config = SmolVLMConfig(
-        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD
+        vision_config=vision, text_config=language, image_token_id=IMAGE, scale_factor=3, pad_token_id=PAD
     )
     return _model(SmolVLMForConditionalGeneration, config, attention)
 
 
 def _idefics3_sample(seed: int, images: int) -> Prompt:
-    values = torch.zeros(1, 3, 3, 16, 16)  # up to three tiles, the rest is padding
-    values[0, :images] = pixels(images, 3, 16, 16, seed=seed)
-    return Prompt(_text([[IMAGE] * 4] * images, seed), {"pixel_values": values}, [4] * images)
+    return _connected(seed, images, 9)
+
+
+def _smolvlm_sample(seed: int, images: int) -> Prompt:
+    return _connected(seed, images, 4)
+
+
+def _connected(seed: int, images: int, rows: int) -> Prompt:
+    """Tiles of so many rows each."""
+    values = torch.zeros(1, 3, 3, 24, 24)  # up to three tiles, the rest is padding
+    values[0, :images] = pixels(images, 3, 24, 24, seed=seed)
+    return Prompt(_text([[IMAGE] * rows] * images, seed), {"pixel_values": values}, [rows] * images)
 
 
 FAMILIES = {
@@ -368,11 +454,19 @@ FAMILIES = {
         ),
         Family("qwen2_vl", _qwen2_vl, _qwen_sample, _qwen_batch, video=_qwen_video, mrope=True),
         Family("qwen2_5_vl", _qwen2_5_vl, _qwen_sample, _qwen_batch, video=_qwen_video, mrope=True),
-        Family("qwen3_vl", _qwen3_vl, _qwen_sample, _qwen_batch, video=_qwen3_video, mrope=True),
+        Family("qwen3_vl", _qwen3_vl, _qwen_sample, _qwen_batch, video=_qwen3_video, mrope=True, late=3),
         Family("internvl", _internvl, _internvl_sample, stacked),
         Family("gemma3", _gemma3, _gemma3_sample, _gemma3_batch),
         Family("mistral3", _mistral3, _mistral3_sample, stacked, stages=STAGES[2:]),
         Family("idefics3", _idefics3, _idefics3_sample, stacked, stages=STAGES[2:]),
-        Family("smolvlm", _smolvlm, _idefics3_sample, stacked, stages=STAGES[2:]),
+        Family("smolvlm", _smolvlm, _smolvlm_sample, stacked, stages=STAGES[2:]),
+    )
+}
+VARIANTS = {
+    family.name: family
+    for family in (
+        Family("llava_next_vicuna", _llava_next_vicuna, _next_sample, stacked),
+        Family("internvl3_5", _internvl3_5, _internvl_sample, stacked),
+        Family("internvl_6b", _internvl_6b, _internvl_sample, stacked),
     )
 }

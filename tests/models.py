@@ -31,7 +31,7 @@ VISION |= {"patch_size": PATCH, "image_size": SIDE, "projection_dim": 24}
 TEXT = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT |= {"vocab_size": 514, "eos_token_id": 513, "bos_token_id": 512, "pad_token_id": 513, "projection_dim": 24}
 LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 100, "pad_token_id": 0}
-LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": None, "bos_token_id": 1}
+LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 4, "eos_token_id": None, "bos_token_id": 1}
 
 KEPT = TemporaryDirectory(prefix="vtp-clip-")  # removed when the interpreter ends
 

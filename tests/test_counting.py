@@ -35,9 +35,15 @@ def model_of(name: str) -> nn.Module:
     return FAMILIES[name].build("sdpa")
 
 
+def late_of(model: nn.Module) -> int:
+    """A decoder layer that may be cut: behind the last that takes up visual features."""
+    return max(2, len(getattr(model.config.vision_config, "deepstack_visual_indexes", None) or ()))
+
+
 def measured(model: nn.Module, inputs: dict[str, Any], stage: str, new: int = NEW) -> tuple[int, dict[str, Any], Any]:
     """One generation: torch's FLOPs, the sample's report, what `generate` returned."""
     spec, fields = SPECS[stage]
+    fields = {**fields, **({"layer": late_of(model)} if stage == "llm" else {})}
     calls: list[Any] = []
     model.requires_grad_(False)  # the counter looks for gradients
     with prune(model, spec, processor=Processor(), measure=True, **fields) as pruned:
@@ -132,11 +138,11 @@ def test_a_batch_costs_what_its_samples_cost(name: str) -> None:
 
 
 def test_windows_are_counted_as_windows() -> None:
-    """An 8 x 12 image in windows of 4 x 4 patches: 16^2 pairs in each of six, all 96^2 in the one full block."""
+    """An 8 x 12 image in windows of 4 x 4 patches: 16^2 pairs in each of six, all 96^2 in the two full blocks."""
     model = model_of("qwen2_5_vl")
     with prune(model, "none") as pruned:
         (image, *_) = pruned.adapter.images(single(FAMILIES["qwen2_5_vl"]))
-        assert list(map(list, pruned.adapter.sequences(image))) == [[16] * 6, [96], [16] * 6]
+        assert list(map(list, pruned.adapter.sequences(image))) == [[16] * 6, [96], [16] * 6, [96]]
 
 
 def test_reading_the_class_tokens_attention_is_counted() -> None:

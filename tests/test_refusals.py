@@ -99,7 +99,12 @@ def test_a_stage_that_a_family_lacks(name: str, model: nn.Module, stage: Stage, 
 BY_STAGE = {"pixels": "vprune", "vit": "l2", "projector": "stride", "llm": "fastv"}
 
 
-def test_an_attachment_that_fails_at_its_last_step(model: nn.Module, monkeypatch: Any) -> None:
+def late(name: str, chosen: str) -> dict[str, int]:
+    """A decoder layer that the family lets be cut."""
+    return {"fastv.layer": FAMILIES[name].late} if name in FAMILIES and "fastv" in chosen else {}
+
+
+def test_an_attachment_that_fails_at_its_last_step(name: str, model: nn.Module, monkeypatch: Any) -> None:
     """Everything is in place by then, and is taken back."""
 
     def fail(pruned: Any, undo: Any) -> None:
@@ -112,7 +117,7 @@ def test_an_attachment_that_fails_at_its_last_step(model: nn.Module, monkeypatch
     monkeypatch.setattr(pruning.latency, "watch", fail)
     with refused(model, "the last step") as processor:
         chosen = "+".join(BY_STAGE[s.value] for s in Stage if not stages[s])
-        vtp.prune(model, chosen, processor=processor, measure=True)
+        vtp.prune(model, chosen, processor=processor, measure=True, **late(name, chosen))
 
 
 # -- in a call --------------------------------------------------------------------------------------------------------
@@ -155,7 +160,7 @@ def test_a_call_that_cannot_be_pruned(name: str, bad: str, call: str) -> None:
     plain, broken = logits_of(model, inputs()), spoil(model, inputs())
     generated(model, inputs())
     before, chosen = state(model), "+".join(BY_STAGE[stage] for stage in family.stages if stage != "pixels")
-    with vtp.prune(model, chosen) as pruned:
+    with vtp.prune(model, chosen, **late(name, chosen)) as pruned:
         right = logits_of(model, inputs())
         attached, events = state(model), len(pruned.events)
         with pytest.raises(PruningError, match=said) as error:

@@ -81,12 +81,12 @@ def test_methods_that_read_the_question_run_without_a_text_tower(name: str, stra
 def test_another_question_keeps_other_tokens():
     family, model = FAMILIES["internvl"], model_of("internvl", "sdpa")
     inputs, kept = batched(family, (family.sample(0, 1),)), []
-    for word in (7, 150):
+    for word in (7, 40, 99, 150):
         inputs["input_ids"][0, -1] = word
         with vtp.prune(model, "atp", processor=Speaking(), alpha=1.0, text_encoder="llm") as pruned, torch.no_grad():
             model(**inputs)
         kept.append(pruned.events[0].kept[0].tolist())
-    assert kept[0] != kept[1]
+    assert any(one != kept[0] for one in kept)
 
 
 def test_the_default_is_refused_and_names_the_alternative():

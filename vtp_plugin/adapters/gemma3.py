@@ -55,5 +55,7 @@ class Gemma3(RowsAdapter):
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         return list(output.pooler_output)
 
-    def pack(self, rows: Sequence[Tensor], kind: str) -> Tensor:
-        return torch.cat(list(rows))
+    def pack(self, rows: Sequence[Tensor], kind: str, host: Tensor) -> Tensor:
+        """[images, K, D] as in the host, [rows, D] where images keep unequal numbers."""
+        even = len({len(image) for image in rows}) == 1
+        return torch.stack(list(rows)) if even else torch.cat(list(rows))

@@ -9,6 +9,7 @@ token's. Positions are renumbered after a cut.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -44,16 +45,14 @@ class Idefics3(RowsAdapter):
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         values, patches = inputs["pixel_values"], self.tower.grid[0] * self.tower.grid[1]
         rows = patches // self.scale**2
-        tiles = sum(self._tiles(inputs))
-        totals = runs(inputs["input_ids"], self.image_token)
-        if totals != [rows] * tiles:
-            raise PruningError(
-                f"the prompt has {sum(totals)} image placeholders, its images make {tiles * rows} tokens"
-            )
+        tiles, found = sum(self._tiles(inputs)), runs(inputs["input_ids"], self.image_token)
+        if sum(found) != rows * tiles or any(run % rows for run in found):
+            raise PruningError(f"the prompt has {sum(found)} image placeholders, its images make {tiles * rows} tokens")
         side = self.tower.grid[1] // self.scale
         index = torch.arange(rows, device=values.device)
         return [
-            Image(total=rows, index=index.clone(), patches=patches, projectable=rows, grid=(side, side)) for _ in totals
+            Image(total=rows, index=index.clone(), patches=patches, projectable=rows, grid=(side, side))
+            for _ in range(tiles)  # also where no text stands between two of them
         ]
 
     def _tiles(self, inputs: Mapping[str, Any]) -> list[int]:
@@ -64,9 +63,16 @@ class Idefics3(RowsAdapter):
         rows = self.projector.pixel_shuffle(maps, self.scale)
         return list(rows.unflatten(-1, (-1, maps.shape[-1])).mean(-2))
 
+    def pack(self, rows: Sequence[Tensor], kind: str, host: Any) -> Any:
+        """The rows of all tiles of a sample together, [K, D] each; for transformers 5.17 in blocks of one row."""
+        if v5_17.is_host():
+            return torch.cat(list(rows))[:, None]
+        tiles, left = self.served[kind][1], iter(rows)
+        copies = len(rows) // max(1, len(tiles))
+        samples = range(max([len(host), *(sample + 1 for sample in tiles)]))
+        counts = [tiles.count(sample) for sample in samples for _ in range(copies)]
+        return [torch.cat([rows[0][:0], *islice(left, count)]) for count in counts]
+
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         rows = self.tower.grid[0] * self.tower.grid[1] // self.scale**2
         return torch.cat(list(output.pooler_output)).split(rows)
-
-    def pack(self, rows: Sequence[Tensor], kind: str) -> Any:
-        return torch.cat(list(rows))[:, None] if v5_17.is_host() else list(rows)  # blocks of one row

@@ -92,5 +92,8 @@ class InternVL(RowsAdapter):
     def _by_image(self, rows: Tensor, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         return rows.flatten(0, 1).split(runs(inputs["input_ids"], self.image_token))
 
-    def pack(self, rows: Sequence[Tensor], kind: str) -> Tensor:
-        return torch.cat(list(rows))
+    def pack(self, rows: Sequence[Tensor], kind: str, host: Tensor) -> Tensor:
+        """[tiles, N, D] as in the host, [rows, D] where something was dropped: tiles keep unequal numbers."""
+        flat = torch.cat(list(rows))
+        whole = host.ndim == 3 and len(flat) % (host.shape[0] * host.shape[1]) == 0
+        return flat.view(-1, *host.shape[1:]) if whole and len(flat) else flat

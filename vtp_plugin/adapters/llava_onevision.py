@@ -78,11 +78,13 @@ class LlavaOnevision(RowsAdapter):
             return [torch.cat([rows, self.core.image_newline[None].to(rows)]) for rows in output.pooler_output]
         return list(output.pooler_output)
 
-    def pack(self, rows: Sequence[Tensor], kind: str) -> Any:
+    def pack(self, rows: Sequence[Tensor], kind: str, host: Any) -> Any:
         if kind == "image":
             return list(rows)
-        videos = torch.cat(list(rows))[None]
-        return videos[:, :-1] if v5_17.is_host() else videos
+        if v5_17.is_host():
+            return torch.cat(list(rows))[None, :-1]
+        even = len({len(video) for video in rows}) == 1
+        return torch.stack(list(rows)) if even else torch.cat(list(rows))[None]
 
     def _packed(self, maps: Tensor, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         """Channels [T, N, C] through the host's packing, newline rows nan."""

@@ -48,6 +48,7 @@ class Qwen3VL(QwenVL):
             levels = [level.split([len(image) for image in output.pooler_output]) for level in levels]
         output = super().join(output, kind, rows, left)
         output.deepstack_features = [
-            [image[kept.source.clamp(min=0)] for image, kept in zip(level, left, strict=True)] for level in levels
+            type(level)(image[kept.source.clamp(min=0)] for image, kept in zip(level, left, strict=True))
+            for level in levels
         ]
         return output

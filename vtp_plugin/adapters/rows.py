@@ -35,6 +35,7 @@ class RowsAdapter(Adapter):
         self.projector, self.language_model = (self.core.get_submodule(path) for path in self.parts)
         self.decoder_layers = self.language_model.layers
         self.image_token: int = model.config.image_token_id
+        self.served: dict[str, tuple[list[Tensor], list[int]]] = {}  # during a call: rows and samples, by kind
 
     def install(self, pruned: Session, undo: Undo) -> None:
         self.pruned = pruned
@@ -52,12 +53,12 @@ class RowsAdapter(Adapter):
 
     def join(self, output: Any, kind: str, rows: Sequence[Tensor], left: Sequence[Rows]) -> Any:
         """The host's features object with these rows instead."""
-        output.pooler_output = self.pack(rows, kind)
+        output.pooler_output = self.pack(rows, kind, output.pooler_output)
         return output
 
-    def pack(self, rows: Sequence[Tensor], kind: str) -> Any:
-        """Rows of images as the host wants them."""
-        return list(rows)
+    def pack(self, rows: Sequence[Tensor], kind: str, host: Any) -> Any:
+        """Rows of images in the container that the host has them in."""
+        return type(host)(rows)
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         """Channels of the tower's tokens as the host arranges features; see `surgery.arrangement.Arranging`."""
@@ -70,7 +71,6 @@ class RowsAdapter(Adapter):
 
     def encode(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Any, list[Rows]]:
         features, left = {}, []
-        self.served: dict[str, tuple[list[Tensor], list[int]]] = {}
         for kind, name in VALUES.items():
             if inputs.get(name) is None:
                 continue
@@ -98,6 +98,7 @@ class RowsAdapter(Adapter):
                 v5_17.repeat_features(self.core, self.model, undo, lambda times: self._expanded(None, features, times))
             elif features:
                 undo.override(self.model, "_expand_multimodal_outputs", self._expanded)
+            undo.callback(self.served.clear)  # features end with their call
             yield
 
     def _expanded(self, input_ids: Tensor | None, outputs: Any, expand_size: int = 1, **kwargs: Any) -> Any:
@@ -111,10 +112,11 @@ class RowsAdapter(Adapter):
                 for sample in dict.fromkeys(samples)
                 for image in [n for n, s in enumerate(samples) if s == sample] * expand_size
             ]
-            outputs[kind].pooler_output = self.pack([rows[image] for image in order], kind)
+            host = outputs[kind].pooler_output
+            outputs[kind].pooler_output = self.pack([rows[image] for image in order], kind, host)
             levels = getattr(outputs[kind], "deepstack_features", None)
             if levels is not None:
-                outputs[kind].deepstack_features = [[level[image] for image in order] for level in levels]
+                outputs[kind].deepstack_features = [type(level)(level[image] for image in order) for level in levels]
         return outputs
 
 
