@@ -96,6 +96,7 @@ class RowsAdapter(Adapter):
                 undo.override(self.core, f"get_{kind}_features", _answering(output))
             if features and hasattr(self.model, "_expand_multimodal_outputs"):
                 undo.override(self.model, "_expand_multimodal_outputs", self._expanded)
+            undo.callback(self.__dict__.pop, "served", None)
             yield
 
     def _expanded(self, input_ids: Tensor, outputs: Any, expand_size: int = 1, **kwargs: Any) -> Any:
