@@ -7,18 +7,20 @@ import inspect
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pluggy
 import pytest
 
 import vtp_plugin
-from vtp_plugin import PruningStrategy, Stage, get_strategy, hookimpl, hookspecs, list_strategies, plugins
+from vtp_plugin import PruningStrategy, Stage, get_strategy, hookimpl, hookspecs, list_strategies, plugins, signals
 from vtp_plugin.errors import PruningError
 
 PACKAGE = Path(vtp_plugin.__file__).parent
 DOCS = PACKAGE.parent / "docs"
 STRATEGIES = sorted(p for p in (PACKAGE / "strategies").glob("*.py") if p.stem != "__init__")
+CORE = ("surgery", "adapters", "signals", "facts", "metrics", "strategies")  # and the files beside these rooms
 HOSTS = {"transformers", "llava", "lmms_eval", "accelerate", "vllm"}
 
 
@@ -88,6 +90,57 @@ def test_only_hosts_adapters_and_the_embedded_model_know_a_host():
     assert knowing <= {"hosts", "adapters", "tiny", "cli", "bench"}
 
 
+# -- who imports whom -------------------------------------------------------------------------------------------------
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    names = {path: [*path.relative_to(PACKAGE.parent).with_suffix("").parts] for path in PACKAGE.rglob("*.py")}
+    return {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for path, parts in names.items()}
+
+
+def graph() -> dict[str, set[str]]:
+    """What every module imports of the package, wherever in the file, imports for types included."""
+    known, found = modules(), {}
+    for name, path in known.items():
+        edges = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                edges |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                full = [f"{node.module}.{alias.name}" for alias in node.names]
+                edges |= {one if one in known else node.module for one in full}
+        found[name] = {edge for edge in edges if edge in known} - {name}
+    return found
+
+
+def test_no_module_imports_itself_around_a_corner():
+    assert list(TopologicalSorter(graph()).static_order())
+
+
+def test_the_rooms_of_the_core_lie_above_each_other():
+    rooms: dict[str, set[str]] = {}
+    for name, edges in graph().items():
+        for edge in edges:
+            above, below = (module.split(".")[1] if "." in module else module for module in (name, edge))
+            if above != below and "vtp_plugin" not in (above, below):
+                rooms.setdefault(above, set()).add(below)
+    core = {"pruning", "adapter", "metrics", "surgery", "signals", "facts", "strategy", "tokens", "clock", "stages"}
+    assert list(
+        TopologicalSorter({above: below & core for above, below in rooms.items() if above in core}).static_order()
+    )
+
+
+@pytest.mark.parametrize(
+    "path", [*PACKAGE.glob("*.py"), *(p for room in CORE for p in (PACKAGE / room).glob("*.py"))], ids=lambda p: p.stem
+)
+def test_a_file_of_the_core_is_short_and_so_are_its_functions(path: Path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    assert [f.name for f in functions if f.end_lineno - f.lineno >= 60] == []
+
+
 def test_importing_the_package_imports_no_host():
     heavy = ["transformers", "lmms_eval", "llava", "matplotlib", "PIL", "datasets", "torchvision"]
     code = f"import sys, vtp_plugin; vtp_plugin.prune; print(sorted(set({heavy}) & set(sys.modules)))"
@@ -135,7 +188,8 @@ def test_every_hyper_parameter_is_explained_where_it_stands(name: str):
 def test_a_strategy_belongs_to_a_stage_and_needs_signals_that_exist(name: str):
     strategy = get_strategy(name)()
     assert strategy.stage in Stage
-    assert set(strategy.needs) <= set(inspect.signature(vtp_plugin.VisualTokens).parameters)
+    inside = strategy.stage is Stage.VIT and bool(strategy.cut_blocks(4))
+    assert signals.wrong(strategy, inside=inside) == ""
 
 
 def hooks() -> list[str]:

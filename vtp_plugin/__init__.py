@@ -3,6 +3,7 @@
 from vtp_plugin.hookspecs import hookimpl
 from vtp_plugin.plugins import get_strategy, list_strategies
 from vtp_plugin.pruning import prune
+from vtp_plugin.signals import signal
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
@@ -18,4 +19,5 @@ __all__ = [
     "hookimpl",
     "list_strategies",
     "prune",
+    "signal",
 ]

@@ -17,7 +17,7 @@ import torch
 
 from vtp_plugin import signals
 from vtp_plugin.errors import PruningError
-from vtp_plugin.samples import REAL, cuts_of, left, row_of, run, sample
+from vtp_plugin.samples import REAL, cuts_of, left, row_of, run, same, sample, selection_of
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import BUDGET, PruningStrategy
 from vtp_plugin.tokens import Selection
@@ -53,17 +53,6 @@ def conforms(cls: type[PruningStrategy]) -> Iterator[Outcome]:
             yield Outcome(check.__doc__, False, f"{type(error).__name__}: {error}")
         if check is _runnable:
             return
-
-
-def _same(ours: list[Selection], theirs: list[Selection]) -> bool:
-    """Same columns and, up to rounding, same values."""
-    for one, other in zip(ours, theirs, strict=True):
-        if any(not a.equal(b) for a, b in zip(one.sources, other.sources, strict=True)):
-            return False
-        pairs = zip(one.tokens or (), other.tokens or (), strict=True)
-        if any(not torch.allclose(a.float(), b.float(), atol=1e-4, rtol=1e-4) for a, b in pairs):
-            return False
-    return True
 
 
 def _make(cls: type[PruningStrategy], k: int | None = None) -> PruningStrategy:
@@ -160,7 +149,7 @@ def _determinism(cls: type[PruningStrategy]) -> str:
         again = run(_make(cls, 9), sample(strategy, 36))
     finally:
         torch.random.set_rng_state(state)
-    if not _same(first, again):
+    if not same(first, again):
         raise Broken("two calls on the same tokens choose differently: seed a generator from `fingerprint`")
     return ""
 
@@ -175,7 +164,7 @@ def _precision(cls: type[PruningStrategy]) -> str:
                 return "integer pixels"
             half = dataclasses.replace(seen, tokens=seen.tokens.to(dtype))
             single = dataclasses.replace(seen, tokens=half.tokens.float())
-            if not _same(run(strategy, half), run(strategy, single)):
+            if not same(run(strategy, half), run(strategy, single)):
                 raise Broken(f"{kind} tokens in {dtype} are judged otherwise than the same values in fp32")
     return ""
 
@@ -190,14 +179,9 @@ def _batch(cls: type[PruningStrategy]) -> str:
         raise Broken(f"a batch of three images: {error}") from None
     for number in range(3):
         alone = run(strategy, row_of(seen, number))
-        if not _same(alone, [_row_of(selection, number) for selection in together]):
+        if not same(alone, [selection_of(selection, number) for selection in together]):
             raise Broken(f"image {number} of three is judged otherwise than alone")
     return ""
-
-
-def _row_of(selection: Selection, b: int) -> Selection:
-    tokens, source = ((part[b],) if part is not None else None for part in (selection.tokens, selection.source))
-    return Selection(selection.keep[b : b + 1], tokens=tokens, source=source)
 
 
 def _permutation(cls: type[PruningStrategy]) -> str:

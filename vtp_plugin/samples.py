@@ -101,3 +101,20 @@ def row_of(seen: VisualTokens, b: int) -> VisualTokens:
     """One image of several."""
     own = {name: value[b : b + 1] if hasattr(value, "__getitem__") else value for name, value in seen.signals.items()}
     return dataclasses.replace(seen, tokens=seen.tokens[b : b + 1], index=seen.index[b : b + 1], signals=own)
+
+
+def selection_of(selection: Selection, b: int) -> Selection:
+    """What was decided about one image of several."""
+    tokens, source = ((part[b],) if part is not None else None for part in (selection.tokens, selection.source))
+    return Selection(selection.keep[b : b + 1], tokens=tokens, source=source)
+
+
+def same(ours: list[Selection], theirs: list[Selection]) -> bool:
+    """Same columns and, up to rounding, same values."""
+    for one, other in zip(ours, theirs, strict=True):
+        if any(not a.equal(b) for a, b in zip(one.sources, other.sources, strict=True)):
+            return False
+        pairs = zip(one.tokens or (), other.tokens or (), strict=True)
+        if any(not torch.allclose(a.float(), b.float(), atol=1e-4, rtol=1e-4) for a, b in pairs):
+            return False
+    return True

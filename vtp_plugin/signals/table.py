@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from vtp_plugin.signals.declaration import everything
 
-BEGIN, END = "<!-- signals: made by `python -m vtp_plugin.signals.table` -->", "<!-- /signals -->"
+BEGIN, END = (
+    "<!-- signals: made by `python -m vtp_plugin.signals.table docs/add-a-strategy.md` -->",
+    "<!-- /signals -->",
+)
 PLACES = {"MergingView": "vit, inside the blocks"}
 
 
@@ -24,4 +27,8 @@ def written(page: str) -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    import sys
+    from pathlib import Path
+
+    for page in map(Path, sys.argv[1:]):
+        page.write_text(written(page.read_text()))
