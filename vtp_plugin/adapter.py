@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from vtp_plugin.contract import TouchPoint, check
 from vtp_plugin.errors import PruningError
 from vtp_plugin.metrics.flops import Costs
 from vtp_plugin.stages import Stage
@@ -63,6 +64,7 @@ class Adapter(ABC):
     family: ClassVar[str]
     models: ClassVar[str]  # what users know it as
     stages: ClassVar[Mapping[Stage, str]]
+    touches: ClassVar[Sequence[TouchPoint]] = ()  # where the family touches its host, from the model
     overview: ClassVar[int] = 0  # the tile that shows the whole picture, where an image has several; -1: the last
 
     several_views: ClassVar[bool] = False  # whether it says how sub-images lie, `Image.views`, behind such a tile 0
@@ -168,8 +170,9 @@ class Adapter(ABC):
 def find_adapter(
     model: nn.Module, processor: Any, adapters: Sequence[type[Adapter]], describe: Callable[[], str]
 ) -> Adapter:
-    """The adapter of the model; the last registered is asked first."""
+    """The adapter of the model; the last registered is asked first. HostChanged if the host is not what it knows."""
     for cls in reversed(adapters):
         if cls.matches(model):
+            check(cls.touches, model)
             return cls(model, processor)
     raise PruningError(f"no adapter knows the model {type(model).__name__}. Supported: {describe()}")

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vtp_plugin.adapter import Adapter, Tower
 from vtp_plugin.errors import PruningError
+from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.metrics.flops import matrices
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery import attention
@@ -31,6 +32,7 @@ class Blip2(Adapter):
     """transformers' BLIP-2 with a language model."""
 
     family = "blip2"
+    touches = FAMILIES["blip2"]
     models = "BLIP-2"
     stages = {
         Stage.PIXELS: "",

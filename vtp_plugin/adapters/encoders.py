@@ -17,6 +17,7 @@ from vtp_plugin.adapter import Adapter
 from vtp_plugin.adapters.clip import clip_tower
 from vtp_plugin.adapters.rows import flat_tower
 from vtp_plugin.errors import PruningError
+from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.metrics.flops import matrices
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
@@ -90,6 +91,7 @@ class ClipEncoder(Encoder):
     """transformers' CLIP, whole or only its vision part."""
 
     family = "clip"
+    touches = FAMILIES["clip"]
     models = "CLIP encoders"
     names = ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection")
 
@@ -103,6 +105,7 @@ class SiglipEncoder(Encoder):
     """transformers' SigLIP, whole or only its vision part."""
 
     family = "siglip"
+    touches = FAMILIES["siglip"]
     models = "SigLIP encoders"
     names = ("SiglipModel", "SiglipVisionModel")
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vtp_plugin.adapters.qwen import QwenVL, _function
+from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.surgery.call import Image
 
 
@@ -15,6 +16,7 @@ class Qwen25VL(QwenVL):
     """transformers' Qwen2.5-VL."""
 
     family = "qwen2_5_vl"
+    touches = FAMILIES["qwen2_5_vl"]
     models = "Qwen2.5-VL"
     type_name = "Qwen2_5_VLForConditionalGeneration"
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtp_plugin.adapters.qwen import QwenVL, _function
+from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.surgery.prompt import Rows
 
 
@@ -19,6 +20,7 @@ class Qwen3VL(QwenVL):
     """transformers' Qwen3-VL."""
 
     family = "qwen3_vl"
+    touches = FAMILIES["qwen3_vl"]
     models = "Qwen3-VL"
     type_name = "Qwen3VLForConditionalGeneration"
 
