@@ -7,6 +7,7 @@ host are checked when the plugin attaches to it, and the user reads which one mo
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -31,10 +32,7 @@ class Window:
     @property
     def installed(self) -> str | None:
         """The release that is here, or None."""
-        try:
-            return version(self.package)
-        except PackageNotFoundError:
-            return None
+        return _version(self.package)
 
     def __str__(self) -> str:
         return self.oldest if self.oldest == self.newest else f"{self.oldest} to {self.newest}"
@@ -42,43 +40,61 @@ class Window:
 
 @dataclass(frozen=True)
 class TouchPoint:
-    """One place in a host. `where`: `module:Class.attribute`, or `.path` from the object that is attached to."""
+    """One place in a host.
+
+    `where`: `module:Class.attribute`, or `.path` from the object that is attached to. In a path a number is an index,
+    `name()` is called, and `@name` is a name in the module that defines the class of what stands before.
+    """
 
     window: Window
     where: str
     why: str
     takes: tuple[str, ...] = ()  # parameters that are passed or read by name
     has: tuple[str, ...] = ()  # attributes
-    since: str = ""  # the release that brought it, where a tested one lacks it and does without
+    says: tuple[str, ...] = ()  # texts in a function's code: names of files and fields
+    since: tuple[int, ...] = ()  # the release that brought it, where older ones that were tested do without
 
     def missing(self, root: Any = None) -> str:
-        """What is not as it was, as a part of a sentence; "" if all is."""
+        """What is not as it was, as a part of a sentence; "" if all is, or if the release is older than it."""
+        if self.since and _release(self.window.package) < self.since:
+            return ""
+        name = self.where.lstrip(".")
         try:
             found = located(self.where, root)
-        except (ImportError, AttributeError, IndexError, KeyError) as error:
-            return f"no longer has {self.where.lstrip('.')} ({error})"
-        if lacking := [name for name in self.has if not any(hasattr(found, n) for n in name.split(EITHER))]:
-            return f"no longer has {', '.join(lacking)} in {named(found, self.where)}"
-        known = parameters(found) if self.takes else ()
-        if lacking := [name for name in self.takes if not any(n in known for n in name.split(EITHER))]:
-            return f"no longer passes {', '.join(map(_quoted, lacking))} to {named(found, self.where)}"
+        except (ImportError, AttributeError, IndexError, KeyError, TypeError) as error:
+            return f"no longer has {name} ({error})"
+        if lacking := [one for one in self.has if not any(hasattr(found, n) for n in one.split(EITHER))]:
+            return f"no longer has {_quoted(lacking)} in {name}"
+        if lacking := [one for one in self.takes if not parameters(found) & {*one.split(EITHER)}]:
+            return f"no longer passes {_quoted(lacking)} to {name}"
+        if lacking := [text for text in self.says if not any(text in said for said in texts(found))]:
+            return f"no longer says {_quoted(lacking)} in {name}"
         return ""
 
 
 def located(where: str, root: Any = None) -> Any:
-    """What a touch point names. A number in a path is an index."""
+    """What a touch point names."""
     module, _, path = where.partition(":")
     found = root if where.startswith(".") else import_module(module)
-    for part in filter(None, (where if where.startswith(".") else path).split(".")):
-        found = found[int(part)] if part.isdigit() else getattr(found, part)
+    for part in filter(None, (where if where.startswith(".") else path).replace("@", ".@").split(".")):
+        found = _step(found, part)
     return found
+
+
+def _step(found: Any, part: str) -> Any:
+    if part.isdigit():
+        return found[int(part)]
+    if part.startswith("@"):
+        return getattr(sys.modules[type(found).__module__], part[1:])
+    value = getattr(found, part.removesuffix("()"))
+    return value() if part.endswith("()") else value
 
 
 def parameters(function: Any) -> frozenset[str]:
     """The names that a function, a class or a module's forward takes."""
-    function = type(function).forward if hasattr(type(function), "forward") else function
-    function = getattr(function, "__func__", function)
-    return _parameters(function)
+    if not inspect.isroutine(function) and hasattr(type(function), "forward"):
+        function = type(function).forward
+    return _parameters(getattr(function, "__func__", function))
 
 
 @cache
@@ -86,9 +102,13 @@ def _parameters(function: Any) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-def named(found: Any, where: str) -> str:
-    """What a touch point found, as a user may look for it."""
-    return type(found).__name__ if where.startswith(".") and not callable(getattr(found, "__get__", None)) else where
+def texts(function: Any) -> Iterator[str]:
+    """The strings in a function's own code."""
+    code = inspect.unwrap(getattr(function, "__func__", function)).__code__
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+    yield from code.co_names
 
 
 def broken(points: Iterable[TouchPoint], root: Any = None) -> Iterator[str]:
@@ -102,8 +122,8 @@ def sentence(point: TouchPoint, missing: str) -> str:
     """Which host moved, where, what for it was needed, and which releases are known to work."""
     window = point.window
     return (
-        f"{window.package} {window.installed or '(not installed)'} {missing}, needed for {point.why}; vtp-plugin "
-        f"{__version__} was tested with {window}"
+        f"{window.package} {window.installed or '(not installed)'} {missing}, needed for {point.why}; "
+        f"vtp-plugin {__version__} was tested with {window}"
     )
 
 
@@ -113,5 +133,20 @@ def check(points: Iterable[TouchPoint], root: Any = None) -> None:
         raise HostChanged(said)
 
 
-def _quoted(name: str) -> str:
-    return " or ".join(f"`{one}`" for one in name.split(EITHER))
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def _release(package: str) -> tuple[int, ...]:
+    """5.24.0.dev1 -> (5, 24, 0)."""
+    parts = (_version(package) or "0").split("+")[0].split(".")
+    return tuple(int(part) for part in parts if part.isdigit())
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(" or ".join(f"`{one}`" for one in name.split(EITHER)) for name in names)

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vtp_plugin.adapter import Adapter, Tower
 from vtp_plugin.errors import PruningError
 from vtp_plugin.facts.costs import matrices
+from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.signals import BlockView
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
@@ -31,6 +32,7 @@ class Blip2(Adapter):
     """transformers' BLIP-2 with a language model."""
 
     family = "blip2"
+    touches = FAMILIES["blip2"]
     models = "BLIP-2"
     stages = {
         Stage.PIXELS: "",

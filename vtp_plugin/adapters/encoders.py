@@ -18,6 +18,7 @@ from vtp_plugin.adapters.clip import clip_tower
 from vtp_plugin.adapters.rows import flat_tower
 from vtp_plugin.errors import PruningError
 from vtp_plugin.facts.costs import matrices
+from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
 from vtp_plugin.surgery.session import Session
@@ -88,6 +89,7 @@ class ClipEncoder(Encoder):
     """transformers' CLIP, whole or only its vision part."""
 
     family = "clip"
+    touches = FAMILIES["clip"]
     models = "CLIP encoders"
     names = ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection")
 
@@ -101,6 +103,7 @@ class SiglipEncoder(Encoder):
     """transformers' SigLIP, whole or only its vision part."""
 
     family = "siglip"
+    touches = FAMILIES["siglip"]
     models = "SigLIP encoders"
     names = ("SiglipModel", "SiglipVisionModel")
 

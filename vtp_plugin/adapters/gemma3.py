@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vtp_plugin.adapters.rows import RowsAdapter, flat_tower
+from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
 
@@ -23,6 +24,7 @@ class Gemma3(RowsAdapter):
     """transformers' Gemma 3 with images."""
 
     family = "gemma3"
+    touches = FAMILIES["gemma3"]
     models = "Gemma 3"
     stages = dict.fromkeys(Stage, "")
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.rows import RowsAdapter, flat_tower, runs
 from vtp_plugin.errors import PruningError
+from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
 
@@ -28,6 +29,7 @@ class Idefics3(RowsAdapter):
     """transformers' Idefics3 and SmolVLM."""
 
     family = "idefics3"
+    touches = FAMILIES["idefics3"]
     models = "Idefics3, SmolVLM"
     parts = ("connector", "text_model")
     overview = -1

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vtp_plugin.adapter import Tower
 from vtp_plugin.adapters.rows import RowsAdapter, runs
 from vtp_plugin.errors import PruningError
+from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
 
@@ -25,6 +26,7 @@ class InternVL(RowsAdapter):
     """transformers' InternVL."""
 
     family = "internvl"
+    touches = FAMILIES["internvl"]
     models = "InternVL (transformers)"
     overview = -1
     stages = dict.fromkeys(Stage, "")

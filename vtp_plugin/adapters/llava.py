@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vtp_plugin.adapter import Adapter, SharedSpace
 from vtp_plugin.adapters.clip import ClipSpace, clip_tower
 from vtp_plugin.errors import PruningError
-from vtp_plugin.hosts.llava import frozen
+from vtp_plugin.hosts.llava import contract, frozen
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery import cache
 from vtp_plugin.surgery.call import Call, Image
@@ -34,6 +34,7 @@ class Llava(Adapter):
     """The authors' LLaVA-1.5."""
 
     family = "llava"
+    touches = contract.MODEL
     models = "LLaVA-1.5 (llava-torch)"
     stages = dict.fromkeys(Stage, "")
     every_logit = True

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vtp_plugin.adapters.llava import PLACEHOLDER, Llava
+from vtp_plugin.hosts.llava import contract
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.prompt import Rows
@@ -27,6 +28,7 @@ class LlavaAnyres(Llava):
     """The authors' LLaVA-1.6."""
 
     family = "llava_anyres"
+    touches = contract.ANYRES
     models = "LLaVA-1.6 (llava-torch)"
     stages = dict.fromkeys(Stage, "")
     layout = TILED

@@ -14,6 +14,7 @@ from torch import nn
 
 from vtp_plugin.adapter import Adapter, SharedSpace
 from vtp_plugin.adapters.clip import clip_tower, space_of
+from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.prompt import PlaceholderCalls, Rows
@@ -25,6 +26,7 @@ class LlavaHf(Adapter):
     """transformers' LLaVA-1.5."""
 
     family = "llava_hf"
+    touches = FAMILIES["llava_hf"]
     models = "LLaVA-1.5 (transformers)"
     stages = dict.fromkeys(Stage, "")
 

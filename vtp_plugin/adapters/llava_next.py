@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vtp_plugin.adapter import SharedSpace
 from vtp_plugin.adapters.clip import clip_tower, space_of
 from vtp_plugin.adapters.rows import RowsAdapter
+from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
 
@@ -25,6 +26,7 @@ class LlavaNext(RowsAdapter):
     """transformers' LLaVA-NeXT."""
 
     family = "llava_next"
+    touches = FAMILIES["llava_next"]
     models = "LLaVA-NeXT (transformers)"
     stages = dict.fromkeys(Stage, "")
     tokenwise = True

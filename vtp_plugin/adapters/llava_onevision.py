@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.rows import RowsAdapter, flat_tower
+from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
 
@@ -27,6 +28,7 @@ class LlavaOnevision(RowsAdapter):
     """transformers' LLaVA-OneVision."""
 
     family = "llava_onevision"
+    touches = FAMILIES["llava_onevision"]
     models = "LLaVA-OneVision (transformers)"
     stages = dict.fromkeys(Stage, "")
     tokenwise = True

@@ -17,6 +17,7 @@ from torch.nn.functional import avg_pool2d
 
 from vtp_plugin.adapter import Tower
 from vtp_plugin.adapters.rows import RowsAdapter
+from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.signals import BlockView
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery import attention
@@ -53,6 +54,7 @@ class Mistral3(RowsAdapter):
     """transformers' Mistral 3 with images."""
 
     family = "mistral3"
+    touches = FAMILIES["mistral3"]
     models = "Mistral 3"
     layout = PIXTRAL
     stages = {Stage.PIXELS: PACKED, Stage.VIT: PACKED, Stage.PROJECTOR: "", Stage.LLM: ""}

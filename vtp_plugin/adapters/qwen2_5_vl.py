@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vtp_plugin.adapters.qwen import QwenVL
 from vtp_plugin.adapters.qwen_tower import function_of
+from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.surgery.call import Image
 
 
@@ -16,6 +17,7 @@ class Qwen25VL(QwenVL):
     """transformers' Qwen2.5-VL."""
 
     family = "qwen2_5_vl"
+    touches = FAMILIES["qwen2_5_vl"]
     models = "Qwen2.5-VL"
     type_name = "Qwen2_5_VLForConditionalGeneration"
 

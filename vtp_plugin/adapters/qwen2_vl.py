@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from vtp_plugin.adapters.qwen import QwenVL
+from vtp_plugin.hosts.transformers.contract import FAMILIES
 
 
 class Qwen2VL(QwenVL):
     """transformers' Qwen2-VL."""
 
     family = "qwen2_vl"
+    touches = FAMILIES["qwen2_vl"]
     models = "Qwen2-VL"
     type_name = "Qwen2VLForConditionalGeneration"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.qwen import QwenVL
 from vtp_plugin.adapters.qwen_tower import function_of
+from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.surgery.prompt import Rows
 
 
@@ -21,6 +22,7 @@ class Qwen3VL(QwenVL):
     """transformers' Qwen3-VL."""
 
     family = "qwen3_vl"
+    touches = FAMILIES["qwen3_vl"]
     models = "Qwen3-VL"
     type_name = "Qwen3VLForConditionalGeneration"
 

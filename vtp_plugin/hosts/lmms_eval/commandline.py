@@ -18,10 +18,11 @@ from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from vtp_plugin import plugins
+from vtp_plugin import contract, plugins
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts import compatibility
 from vtp_plugin.hosts.lmms_eval import settings, status
+from vtp_plugin.hosts.lmms_eval.contract import COMMAND_LINE
 
 MODULE = "lmms_eval.__main__"
 ENTRIES = ("cli_evaluate", "parse_eval_args")  # the functions of that module that others call
@@ -130,6 +131,7 @@ class Parser(argparse.ArgumentParser):
             for said in settings.every(vars(found), found.config):
                 if settings.strategies_in(said) is not None:
                     compatibility.refuse_broken(said.get("model", found.model))
+                    contract.check(COMMAND_LINE)
         except PruningError as error:
             self.exit(2, f"{self.prog}: error: {error}\n")
         return found, rest

@@ -10,6 +10,7 @@ A run without `pruning` and without `vtp-tiny` takes none of these paths, and th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
@@ -18,16 +19,24 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from vtp_plugin.contract import broken
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.hosts.lmms_eval import commandline, settings
+from vtp_plugin.hosts.lmms_eval.contract import MODELS
+from vtp_plugin.hosts.lmms_eval.contract import TASKS as TASKS_OFFERED
 from vtp_plugin.hosts.wrapping import wrap
 
 TASKS = Path(__file__).parent / "tasks"
 
 
 def register() -> list[Any]:
-    """Entry point of the group `lmms_eval.models`: brings no model, extends the host. Harmless when repeated."""
-    if not registered():
+    """Entry point of the group `lmms_eval.models`: brings no model, extends the host. Harmless when repeated.
+
+    Never raises: that would stop the plugins behind it. A host that has moved is named in a warning.
+    """
+    if said := next(broken((*TASKS_OFFERED, *MODELS[:1])), None):
+        warnings.warn(f"--pruning is not available: {said}", RuntimeWarning, stacklevel=2)
+    elif not registered():
         commandline.extend()
         _watch_models()
         _offer_tasks()

@@ -20,7 +20,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from vtp_plugin.contract import check
 from vtp_plugin.errors import PruningError
+from vtp_plugin.hosts.vllm.contract import FAMILIES as TOUCHED
 from vtp_plugin.hosts.wrapping import wrap
 
 FAMILIES = {  # vLLM's architecture -> module with `Pruned` and `plan_of`
@@ -74,6 +76,7 @@ def _agree(name: str, config: Any) -> None:
     """PruningError if this architecture or its configuration cannot be served."""
     if name not in FAMILIES:
         raise PruningError(f"{name} cannot be pruned inside vLLM. Supported: {', '.join(FAMILIES)}")
+    check(TOUCHED[FAMILIES[name]])
     import_module(f"{__name__}.{FAMILIES[name]}").plan_of(config)
 
 
