@@ -77,7 +77,7 @@ def test_the_table_says_what_was_measured(run: runs.Run) -> None:
 def test_who_does_not_beat_a_control_is_named(run: runs.Run) -> None:
     (said,) = comparison.warnings(run)
     assert said.startswith("WARNING: not shown to be better than random at the same or a smaller budget")
-    gain = dict((row[0], row[4]) for row in comparison.table(run).rows)["l2-0.25"]
+    gain = {row[0]: row[4] for row in comparison.table(run).rows}["l2-0.25"]
     assert said.endswith(f"n = {N} questions): l2 at 0.25 ({gain}).")
     assert comparison.findings(run) == [f"not shown to be better than random: l2 at 0.25, {gain}, n = {N}"]
     assert "atp" not in said
