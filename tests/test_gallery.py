@@ -232,3 +232,22 @@ def test_dropped_patches_are_veiled_and_answers_marked(tiny: tuple[Any, Any], sc
     colours = np.asarray(veil).reshape(144, 4)
     assert (colours[dropped] == overlays.VEIL).all()
     assert (colours[~dropped, 3] == 0).all()
+
+
+# -- a run folder from somebody else ----------------------------------------------------------------------------------
+
+
+def test_pictures_come_from_inside_the_run_folder_only(tmp_path: Path) -> None:
+    secret, run = tmp_path / "secret.jpg", tmp_path / "run"
+    secret.write_bytes(gallery.jpeg(torch.zeros(3, 4, 4, dtype=torch.uint8)))
+    (run / "pictures").mkdir(parents=True)
+    (run / "pictures" / "own.jpg").write_bytes(secret.read_bytes())
+    (run / "pictures" / "linked.jpg").symlink_to(secret)
+    (run / "pictures" / "text.jpg").write_text("no picture")
+    read = gallery.Gallery(folders=[run / "pictures"])
+    assert read.picture("own.jpg") == secret.read_bytes()
+    for name in ("../../secret.jpg", str(secret), "linked.jpg", "text.jpg", "", "..", "own.jpg\0"):
+        assert read.picture(name) is None
+    (run / "gallery").symlink_to(tmp_path)
+    with pytest.raises(PruningError, match="from inside the run folder only"):
+        gallery.read(run / "gallery", run / "pictures")

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 import vtp_plugin
+from vtp_plugin.errors import PruningError
+from vtp_plugin.tiny import checkpoint
 from vtp_plugin.tiny.checkpoint import FOLDERS, WEIGHTS, resolve
 
 datasets = pytest.importorskip("datasets")
@@ -160,3 +162,47 @@ def test_the_package_stays_small():
     weights = sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file())
     assert weights <= 12e6
     assert weights + sum(file.stat().st_size for file in TASKS.rglob("*") if file.is_file()) <= 20e6
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut short", "missing", "without digest"])
+def test_a_damaged_cache_is_made_again(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VTP_CACHE", str(tmp_path))
+    folder = checkpoint.resolve(layout="clip")
+    file = folder / ("digest.json" if damage == "without digest" else "model.safetensors")
+    content = file.read_bytes()
+    changed = {"changed": content[:-1] + bytes([content[-1] ^ 1]), "cut short": content[:99]}
+    file.unlink()
+    if damage in changed:
+        file.write_bytes(changed[damage])
+    assert checkpoint.resolve(layout="clip") == folder
+    assert file.read_bytes() == content
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_damaged_tower_is_noticed_through_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VTP_CACHE", str(tmp_path))
+    tower = checkpoint.resolve(layout="clip") / "config.json"
+    checkpoint.resolve(layout="llava")
+    tower.write_text("{}")
+    checkpoint.resolve(layout="llava")
+    assert "vision_config" in tower.read_text()
+
+
+def test_what_a_host_leaves_beside_the_files_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VTP_CACHE", str(tmp_path))
+    beside = checkpoint.resolve(layout="clip") / "host.txt"
+    beside.write_text("mine")
+    assert (checkpoint.resolve(layout="clip") / "host.txt").read_text() == "mine"
+
+
+def test_an_unwritable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VTP_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(PruningError) as error:
+        checkpoint.resolve()
+    assert "\n" not in str(error.value)
+    assert f"cache folder '{tmp_path / 'file' / 'cache'}'" in str(error.value)
+    assert "VTP_CACHE" in str(error.value)

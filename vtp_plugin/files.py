@@ -34,7 +34,7 @@ BLOCK = b" " * 4096  # written and deleted again, to see whether a folder takes 
 
 def read_yaml(path: str | Path) -> Any:
     """The content of a YAML file. PruningError with the file's name for one that cannot be read or is not plain."""
-    text = _text(Path(path), LARGEST)
+    text = read_text(Path(path), LARGEST)
     try:
         return parse_yaml(text)
     except PruningError as error:
@@ -73,14 +73,15 @@ def read_json_lines(path: str | Path, missing: str = "not there") -> list[dict[s
 
 def _json(path: Path, missing: str, parse: Callable[[str], Any]) -> Any:
     try:
-        return parse(_text(path, missing=missing))
+        return parse(read_text(path, missing=missing))
     except PruningError:
         raise
     except (ValueError, RecursionError) as error:
         raise PruningError(f"{path}: half-written, not valid JSON ({one_line(str(error))})") from None
 
 
-def _text(path: Path, largest: float = math.inf, missing: str = "not found") -> str:
+def read_text(path: Path, largest: float = math.inf, missing: str = "not found") -> str:
+    """The text of a file in UTF-8. PruningError with the file's name for one that cannot be read."""
     try:
         if not path.exists():
             raise PruningError(f"{path}: {missing}")

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from vtp_plugin import files
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting.looks import Look, Looking
 
@@ -32,7 +34,9 @@ SCHEMA = 1
 FOLDER, PICTURES, SAMPLES = "VTP_GALLERY", "VTP_GALLERY_PICTURES", "VTP_GALLERY_SAMPLES"
 DEFAULT_SAMPLES = 40
 SIDE, QUALITY = 336, 60  # of a stored picture: longest side in pixels, JPEG quality
+LARGEST = 10**6  # patches of a picture
 SHOWN = 4  # images of one document; of more than these, only the one that shows the whole picture
+NAME, JPEG = re.compile(r"[\w-]+\.jpg"), b"\xff\xd8\xff"  # of a stored picture: how it is called, how it begins
 UNJUDGED = 255  # a score of 0 ... 254 is quantised, this stands for none
 
 
@@ -59,9 +63,12 @@ class Gallery:
     folders: list[Path] = field(default_factory=list)
 
     def picture(self, name: str) -> bytes | None:
-        """The JPEG of that name."""
-        paths = (folder / name for folder in self.folders)
-        return next((path.read_bytes() for path in paths if name and path.is_file()), None)
+        """The JPEG of that name, from inside one of the folders: a run may come from somebody else."""
+        if not NAME.fullmatch(name):
+            return None
+        inside = (path for folder in self.folders if (path := (folder / name).resolve()).parent == folder.resolve())
+        found = next((path.read_bytes() for path in inside if path.is_file()), None)
+        return found if found and found.startswith(JPEG) else None
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -168,12 +175,15 @@ def _replace(path: Path, data: bytes) -> None:
 def read(folder: Path, pictures: Path | None = None) -> Gallery:
     """What a run wrote into its gallery folder; empty if it wrote none. PruningError for a file that is cut short."""
     gallery = Gallery(folders=[path for path in (pictures, folder / "pictures") if path is not None])
+    for path in (folder, *gallery.folders):
+        if path.is_symlink():
+            raise PruningError(f"{path}: a link; a report reads pictures from inside the run folder only")
     for path in sorted(folder.glob("looks*.jsonl")):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(files.read_text(path).splitlines(), 1):
             try:
                 entry = json.loads(line)
                 gallery.documents[entry["task"], entry["doc_id"]] = [_shown(image) for image in entry["images"]]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
                 raise PruningError(
                     f"{path}, line {number}: not a document of a gallery, written only in part?"
                 ) from None
@@ -182,6 +192,8 @@ def read(folder: Path, pictures: Path | None = None) -> Gallery:
 
 def _shown(entry: Mapping[str, Any]) -> Shown:
     rows, columns = entry["grid"]
+    if not 0 < rows * columns <= LARGEST:
+        raise ValueError("no grid")
     bits = np.unpackbits(np.frombuffer(b64decode(entry["kept"]), np.uint8), count=rows * columns)
     scores = None
     if "scores" in entry:
@@ -189,7 +201,7 @@ def _shown(entry: Mapping[str, Any]) -> Shown:
         scores = np.where(levels == UNJUDGED, np.nan, levels / (UNJUDGED - 1))
     into = np.frombuffer(b64decode(entry["into"]), "<i4").reshape(rows, columns) if "into" in entry else None
     return Shown(
-        picture=entry.get("picture", ""),
+        picture=str(entry.get("picture", "")),
         grid=(rows, columns),
         total=entry["total"],
         left=entry["left"],

@@ -214,6 +214,9 @@ def load(folder: str | Path) -> Run:
     if not (folder / SETTINGS).is_file():
         raise PruningError(f"{folder}: not a run folder (no {SETTINGS}); `vtp compare -o {folder}` makes one")
     settings = read_settings(folder / SETTINGS)
+    for path in [folder / CELLS, *(folder / CELLS / entry["id"] for entry in settings["cells"])]:
+        if path.is_symlink():
+            raise PruningError(f"{path}: a link; a run folder is read from inside only")
     ids = dict.fromkeys(entry["id"] for entry in settings["cells"])
     cells = [_cell(folder / CELLS / id) for id in ids if (folder / CELLS / id / CELL).exists()]
     run = Run(folder, settings, cells)

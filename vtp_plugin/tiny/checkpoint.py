@@ -12,10 +12,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
+from vtp_plugin.errors import PruningError
+
 Layout = Literal["llava", "hf", "clip"]
 NAME = "vtp-tiny"
 WEIGHTS = Path(__file__).parent / "weights"
 FILES = ("model.safetensors", "tokenizer.model", "clip/vocab.json", "clip/merges.txt")
+DIGEST = "digest.json"  # beside the files: name -> hash, so that a damaged cache is noticed
 FOLDERS = {"llava": "llava-vtp-tiny", "hf": "llava-vtp-tiny-hf", "clip": "clip-vtp-tiny"}
 
 
@@ -23,23 +26,54 @@ def resolve(name: str = NAME, layout: Layout = "llava") -> Path:
     """The folder of the embedded model in a layout, written on first use.
 
     `llava`: the authors' format. `hf`: transformers' LlavaForConditionalGeneration and LlavaProcessor. `clip`: the
-    CLIP with both towers, both projections, image processor and tokenizer. The folder appears whole or not at all.
+    CLIP with both towers, both projections, image processor and tokenizer. The folder appears whole or
+    not at all, and is made again if a file of it is damaged (DIGEST).
+    PruningError if the cache cannot be written.
     """
     if name != NAME:
         raise ValueError(f"unknown embedded model {name!r}. Available: {NAME}")
     if layout not in get_args(Layout):
         raise ValueError(f"unknown layout {layout!r}. Available: {', '.join(get_args(Layout))}")
-    folder = cache_folder() / FOLDERS[layout]
-    if not folder.exists():
-        appear(folder, WRITERS[layout])
+    if layout != "clip":
+        resolve(name, "clip")  # both others name it as their tower
+    try:
+        folder = cache_folder() / FOLDERS[layout]
+        if not whole(folder):
+            appear(folder, WRITERS[layout])
+    except (OSError, RuntimeError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise PruningError(
+            f"the embedded model cannot be written into the cache folder '{_root()}' ({said}); "
+            "VTP_CACHE names another one"
+        ) from None
     return folder
 
 
 def cache_folder() -> Path:
     """One folder per weights, layout code and place, because the authors' format stores an absolute path."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vtp_plugin"
-    root = Path(os.environ.get("VTP_CACHE") or default).expanduser().resolve()
+    root = _root().expanduser().resolve()
     return root / hashlib.sha256(f"{root}{fingerprint()}".encode()).hexdigest()[:12]
+
+
+def _root() -> Path:
+    if chosen := os.environ.get("VTP_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vtp_plugin"
+
+
+def whole(folder: Path) -> bool:
+    """Whether every file is there as it was written."""
+    try:
+        return json.loads((folder / DIGEST).read_text()) == digests(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The hash of every file that was written; what a host put beside them later does not count."""
+    written = folder / DIGEST
+    names = json.loads(written.read_text()) if written.exists() else sorted(path.name for path in folder.iterdir())
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
 
 
 @lru_cache(maxsize=1)
@@ -57,13 +91,17 @@ def appear(folder: Path, write: Callable[[Path], None]) -> None:
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         write(aside)
+        write_json(aside / DIGEST, digests(aside))
         aside.chmod(0o755)
+        if folder.exists() and not whole(folder):
+            folder.rename(aside.with_name(f"{aside.name}.damaged"))
         aside.rename(folder)
     except OSError:
-        if not folder.is_dir():
+        if not whole(folder):
             raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in (aside, aside.with_name(f"{aside.name}.damaged")):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def load_weights(*parts: str, prefixed: bool = False) -> dict:
