@@ -62,6 +62,8 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     models: ClassVar[str]  # what users know it as
+    names: ClassVar[tuple[str, ...]] = ()  # of the model classes
+    facts: ClassVar[Mapping[str, Any]] = {}  # paths in the configuration -> the value, or the type, that is known here
     stages: ClassVar[Mapping[Stage, str]]
     overview: ClassVar[int] = 0  # the tile that shows the whole picture, where an image has several; -1: the last
 
@@ -80,9 +82,21 @@ class Adapter(ABC):
         self.model, self.processor = model, processor
 
     @classmethod
-    @abstractmethod
     def matches(cls, model: nn.Module) -> bool:
         """Whether this model is of the family. Must not import the family's package."""
+        return type(model).__name__ in cls.names and not cls.unlike(model)
+
+    @classmethod
+    def unlike(cls, model: nn.Module) -> str:
+        """How a model of one of the classes differs from what is known of the family; "" if it does not."""
+        for path, known in cls.facts.items():
+            found = getattr(model, "config", None)
+            for part in path.split("."):
+                found = getattr(found, part, None)
+            if not (isinstance(found, known) if isinstance(known, type) else found == known):
+                wanted = {int: "a whole number"}.get(known, repr(known))
+                return f"its configuration has {path}={found!r}, only {wanted} is possible yet"
+        return ""
 
     @abstractmethod
     def install(self, pruned: Pruned, undo: Undo) -> None:
@@ -172,4 +186,8 @@ def find_adapter(
     for cls in reversed(adapters):
         if cls.matches(model):
             return cls(model, processor)
-    raise PruningError(f"no adapter knows the model {type(model).__name__}. Supported: {describe()}")
+    name = type(model).__name__
+    for cls in reversed(adapters):
+        if name in cls.names and (difference := cls.unlike(model)):
+            raise PruningError(f"this {name} is nearly what {cls.models} is known as, but {difference}")
+    raise PruningError(f"no adapter knows the model {name}. Supported: {describe()}")

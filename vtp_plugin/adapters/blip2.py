@@ -32,6 +32,7 @@ class Blip2(Adapter):
 
     family = "blip2"
     models = "BLIP-2"
+    names = ("Blip2ForConditionalGeneration",)
     stages = {
         Stage.PIXELS: "",
         Stage.VIT: "",
@@ -60,10 +61,6 @@ class Blip2(Adapter):
         self.language_model = model.language_model
         decoder = getattr(getattr(model.language_model, "model", None), "decoder", None)
         self.decoder_layers = decoder.layers if decoder is not None else ()  # T5: nothing is counted
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        return type(model).__name__ == "Blip2ForConditionalGeneration"
 
     def vision(self, pruned: Pruned) -> VisionCuts:
         self.cuts = QueriedCuts(pruned, self.tower, self.projector)

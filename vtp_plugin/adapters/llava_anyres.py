@@ -31,14 +31,14 @@ class LlavaAnyres(Llava):
 
     family = "llava_anyres"
     models = "LLaVA-1.6 (llava-torch)"
+    names = ()  # those of LLaVA-1.5: one of the two speaks for them
     stages = dict.fromkeys(Stage, "")
     tokenwise = True
     several_views = True
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        config = getattr(model, "config", None)
-        return super().matches(model) and getattr(config, "image_aspect_ratio", "") == "anyres"
+        return Llava.matches(model) and getattr(model.config, "image_aspect_ratio", "") == "anyres"
 
     def vision(self, pruned: Pruned) -> TileCuts:
         self.cuts = TileCuts(pruned, self)

@@ -10,4 +10,4 @@ class Qwen2VL(QwenVL):
 
     family = "qwen2_vl"
     models = "Qwen2-VL"
-    type_name = "Qwen2VLForConditionalGeneration"
+    names = ("Qwen2VLForConditionalGeneration",)
