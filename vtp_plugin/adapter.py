@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -24,11 +24,25 @@ class Adapter(Family, ABC):
 
     layout: Layout = WHOLE  # how the tokens of its tower lie, and where they are cut
     touches: ClassVar[Sequence[TouchPoint]] = ()  # where the family touches its host, from the model
+    names: ClassVar[tuple[str, ...]] = ()  # of the model classes
+    facts: ClassVar[Mapping[str, Any]] = {}  # paths in the configuration -> the value, or the type, that is known here
 
     @classmethod
-    @abstractmethod
     def matches(cls, model: nn.Module) -> bool:
         """Whether this model is of the family. Must not import the family's package."""
+        return type(model).__name__ in cls.names and not cls.unlike(model)
+
+    @classmethod
+    def unlike(cls, model: nn.Module) -> str:
+        """How a model of one of the classes differs from what is known of the family; "" if it does not."""
+        for path, known in cls.facts.items():
+            found = getattr(model, "config", None)
+            for part in path.split("."):
+                found = getattr(found, part, None)
+            if not (isinstance(found, known) if isinstance(known, type) else found == known):
+                wanted = {int: "a whole number"}.get(known, repr(known))
+                return f"its configuration has {path}={found!r}, only {wanted} is possible yet"
+        return ""
 
     @abstractmethod
     def install(self, pruned: Session, undo: Undo) -> None:
@@ -43,4 +57,8 @@ def find_adapter(
         if cls.matches(model):
             check(cls.touches, model)
             return cls(model, processor)
-    raise PruningError(f"no adapter knows the model {type(model).__name__}. Supported: {describe()}")
+    name = type(model).__name__
+    for cls in reversed(adapters):
+        if name in cls.names and (difference := cls.unlike(model)):
+            raise PruningError(f"this {name} is nearly what {cls.models} is known as, but {difference}")
+    raise PruningError(f"no adapter knows the model {name}. Supported: {describe()}")

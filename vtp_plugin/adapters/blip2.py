@@ -34,6 +34,7 @@ class Blip2(Adapter):
     family = "blip2"
     touches = FAMILIES["blip2"]
     models = "BLIP-2"
+    names = ("Blip2ForConditionalGeneration",)
     stages = {
         Stage.PIXELS: "",
         Stage.VIT: "",
@@ -63,10 +64,6 @@ class Blip2(Adapter):
         self.language_model = model.language_model
         decoder = getattr(getattr(model.language_model, "model", None), "decoder", None)
         self.decoder_layers = decoder.layers if decoder is not None else ()  # T5: nothing is counted
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        return type(model).__name__ == "Blip2ForConditionalGeneration"
 
     def install(self, pruned: Session, undo: Undo) -> None:
         self.pruned = pruned

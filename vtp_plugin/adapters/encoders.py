@@ -37,17 +37,12 @@ class Encoder(Adapter):
 
     stages = ENCODER
     fixed_positions = "an encoder has no prompt"
-    names: tuple[str, ...]  # of the model classes
     language_model = None
     decoder_layers: Sequence[nn.Module] = ()
 
     @property
     def projectors(self) -> Sequence[nn.Module]:
         return ()
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        return type(model).__name__ in cls.names
 
     @property
     def vision_model(self) -> nn.Module:

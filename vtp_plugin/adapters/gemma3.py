@@ -26,15 +26,13 @@ class Gemma3(RowsAdapter):
     family = "gemma3"
     touches = FAMILIES["gemma3"]
     models = "Gemma 3"
+    names = ("Gemma3ForConditionalGeneration",)
+    facts = {"vision_config.model_type": "siglip_vision_model"}
     stages = dict.fromkeys(Stage, "")
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
         self.tower = flat_tower(self.core.vision_tower, -1, block=self.projector.kernel_size)
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        return type(model).__name__ == "Gemma3ForConditionalGeneration"
 
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         side, values = self.projector.tokens_per_side, inputs["pixel_values"]

@@ -31,6 +31,7 @@ class Idefics3(RowsAdapter):
     family = "idefics3"
     touches = FAMILIES["idefics3"]
     models = "Idefics3, SmolVLM"
+    names = ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
     parts = ("connector", "text_model")
     overview = -1
     stages = {Stage.PIXELS: MASKED, Stage.VIT: MASKED, Stage.PROJECTOR: "", Stage.LLM: ""}
@@ -39,10 +40,6 @@ class Idefics3(RowsAdapter):
         super().__init__(model, processor)
         self.tower = flat_tower(self.core.vision_model, -1)
         self.scale = model.config.scale_factor
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        return type(model).__name__ in ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
 
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         values, patches = inputs["pixel_values"], self.tower.grid[0] * self.tower.grid[1]

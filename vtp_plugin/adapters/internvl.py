@@ -28,6 +28,12 @@ class InternVL(RowsAdapter):
     family = "internvl"
     touches = FAMILIES["internvl"]
     models = "InternVL (transformers)"
+    names = ("InternVLForConditionalGeneration",)
+    facts = {
+        "vision_config.model_type": "internvl_vision",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+    }
     overview = -1
     stages = dict.fromkeys(Stage, "")
 
@@ -46,15 +52,6 @@ class InternVL(RowsAdapter):
             projected=-1,
             attention="attention",
             block=round(1 / model.config.downsample_ratio),
-        )
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        config = getattr(model, "config", None)
-        return (
-            type(model).__name__ == "InternVLForConditionalGeneration"
-            and config.vision_feature_layer == -1
-            and config.vision_feature_select_strategy == "default"
         )
 
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:

@@ -36,6 +36,7 @@ class Llava(Adapter):
     family = "llava"
     touches = contract.MODEL
     models = "LLaVA-1.5 (llava-torch)"
+    names = tuple(f"Llava{decoder}ForCausalLM" for decoder in ("Llama", "Mistral", "Mpt", "Qwen", "Mixtral", "Gemma"))
     stages = dict.fromkeys(Stage, "")
     every_logit = True
 
@@ -48,10 +49,21 @@ class Llava(Adapter):
         self.decoder_layers = self.language_model.layers
 
     @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        return type(model).__name__ == "LlavaLlamaForCausalLM" and hasattr(
-            model, "prepare_inputs_labels_for_multimodal"
-        )
+    def unlike(cls, model: nn.Module) -> str:
+        if type(model).__name__ != "LlavaLlamaForCausalLM":
+            return "of its language models only LLaMA is possible yet (LlavaLlamaForCausalLM)"
+        if not hasattr(model, "prepare_inputs_labels_for_multimodal"):
+            return "it has no prepare_inputs_labels_for_multimodal: it is not from llava-torch"
+        vision, aspect = model.get_vision_tower(), getattr(model.config, "image_aspect_ratio", None) or ""
+        if type(vision).__name__ != "CLIPVisionTower":
+            return f"its vision tower is {type(vision).__name__}, only CLIPVisionTower is possible yet"
+        if not vision.is_loaded:
+            return "its vision tower is not loaded: call model.get_vision_tower().load_model() first"
+        if vision.select_feature != "patch":
+            return f"it projects mm_vision_select_feature={vision.select_feature!r}, only 'patch' is possible yet"
+        if aspect.startswith(("anyres_", "highres", "crop_split")):
+            return f"its image_aspect_ratio is {aspect!r}, only pad, square and anyres are possible yet"
+        return ""
 
     def install(self, pruned: Session, undo: Undo) -> None:
         self.pruned = pruned

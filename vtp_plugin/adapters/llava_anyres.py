@@ -30,6 +30,7 @@ class LlavaAnyres(Llava):
     family = "llava_anyres"
     touches = contract.ANYRES
     models = "LLaVA-1.6 (llava-torch)"
+    names = ()  # those of LLaVA-1.5: one of the two speaks for them
     stages = dict.fromkeys(Stage, "")
     layout = TILED
     tiled = True
@@ -38,8 +39,7 @@ class LlavaAnyres(Llava):
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        config = getattr(model, "config", None)
-        return super().matches(model) and getattr(config, "image_aspect_ratio", "") == "anyres"
+        return Llava.matches(model) and getattr(model.config, "image_aspect_ratio", "") == "anyres"
 
     @property
     def uneven(self) -> bool:

@@ -28,6 +28,12 @@ class LlavaHf(Adapter):
     family = "llava_hf"
     touches = FAMILIES["llava_hf"]
     models = "LLaVA-1.5 (transformers)"
+    names = ("LlavaForConditionalGeneration",)
+    facts = {
+        "vision_config.model_type": "clip_vision_model",
+        "vision_feature_layer": int,
+        "vision_feature_select_strategy": "default",
+    }
     stages = dict.fromkeys(Stage, "")
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
@@ -39,16 +45,6 @@ class LlavaHf(Adapter):
         self.language_model = core.language_model
         self.decoder_layers = core.language_model.layers
         self.image_token = model.config.image_token_id
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        config = getattr(model, "config", None)
-        return (
-            type(model).__name__ == "LlavaForConditionalGeneration"
-            and getattr(config.vision_config, "model_type", "") == "clip_vision_model"
-            and isinstance(config.vision_feature_layer, int)
-            and config.vision_feature_select_strategy == "default"
-        )
 
     def install(self, pruned: Session, undo: Undo) -> None:
         self.pruned = pruned

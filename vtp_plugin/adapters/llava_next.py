@@ -28,6 +28,12 @@ class LlavaNext(RowsAdapter):
     family = "llava_next"
     touches = FAMILIES["llava_next"]
     models = "LLaVA-NeXT (transformers)"
+    names = ("LlavaNextForConditionalGeneration",)
+    facts = {
+        "vision_config.model_type": "clip_vision_model",
+        "vision_feature_layer": int,
+        "vision_feature_select_strategy": "default",
+    }
     stages = dict.fromkeys(Stage, "")
     tokenwise = True
     several_views = True
@@ -35,16 +41,6 @@ class LlavaNext(RowsAdapter):
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
         self.tower = clip_tower(self.core.vision_tower, model.config.vision_feature_layer)
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        config = getattr(model, "config", None)
-        return (
-            type(model).__name__ == "LlavaNextForConditionalGeneration"
-            and getattr(config.vision_config, "model_type", "") == "clip_vision_model"
-            and isinstance(config.vision_feature_layer, int)
-            and config.vision_feature_select_strategy == "default"
-        )
 
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         tiles = self._tiles(inputs)

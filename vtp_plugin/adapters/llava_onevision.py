@@ -30,6 +30,12 @@ class LlavaOnevision(RowsAdapter):
     family = "llava_onevision"
     touches = FAMILIES["llava_onevision"]
     models = "LLaVA-OneVision (transformers)"
+    names = ("LlavaOnevisionForConditionalGeneration",)
+    facts = {
+        "vision_config.model_type": "siglip_vision_model",
+        "vision_feature_layer": int,
+        "vision_feature_select_strategy": "full",
+    }
     stages = dict.fromkeys(Stage, "")
     tokenwise = True
     several_views = True
@@ -37,16 +43,6 @@ class LlavaOnevision(RowsAdapter):
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
         self.tower = flat_tower(self.core.vision_tower, model.config.vision_feature_layer)
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        config = getattr(model, "config", None)
-        return (
-            type(model).__name__ == "LlavaOnevisionForConditionalGeneration"
-            and getattr(config.vision_config, "model_type", "") == "siglip_vision_model"
-            and isinstance(config.vision_feature_layer, int)
-            and config.vision_feature_select_strategy == "full"
-        )
 
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         found, patches = [], self.tower.grid[0] * self.tower.grid[1]

@@ -57,6 +57,8 @@ class Mistral3(RowsAdapter):
     touches = FAMILIES["mistral3"]
     models = "Mistral 3"
     layout = PIXTRAL
+    names = ("Mistral3ForConditionalGeneration",)
+    facts = {"vision_config.model_type": "pixtral", "vision_feature_layer": int}
     stages = {Stage.PIXELS: PACKED, Stage.VIT: PACKED, Stage.PROJECTOR: "", Stage.LLM: ""}
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
@@ -76,12 +78,6 @@ class Mistral3(RowsAdapter):
             attention="attention",
         )
         self.merge = model.config.spatial_merge_size
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        return type(model).__name__ == "Mistral3ForConditionalGeneration" and isinstance(
-            model.config.vision_feature_layer, int
-        )
 
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         found = []

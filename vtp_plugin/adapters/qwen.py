@@ -33,7 +33,6 @@ class QwenVL(RowsAdapter):
     layout = PACKED
     default_positions = "original"
     parts = ("visual.merger", "language_model")
-    type_name: str  # of the model's class
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
@@ -41,10 +40,6 @@ class QwenVL(RowsAdapter):
         self.merge = visual.spatial_merge_size
         self.tower = packed_tower(visual, visual.patch_embed.patch_size)
         self.tokens = {"image": model.config.image_token_id, "video": model.config.video_token_id}
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
-        return type(model).__name__ == cls.type_name
 
     # -- images ---------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ class Qwen25VL(QwenVL):
     family = "qwen2_5_vl"
     touches = FAMILIES["qwen2_5_vl"]
     models = "Qwen2.5-VL"
-    type_name = "Qwen2_5_VLForConditionalGeneration"
+    names = ("Qwen2_5_VLForConditionalGeneration",)
 
     def sequences(self, image: Image) -> Sequence[Sequence[int]]:
         rows, columns = (side * self.merge for side in image.grid)

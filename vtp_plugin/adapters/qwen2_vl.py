@@ -12,4 +12,4 @@ class Qwen2VL(QwenVL):
     family = "qwen2_vl"
     touches = FAMILIES["qwen2_vl"]
     models = "Qwen2-VL"
-    type_name = "Qwen2VLForConditionalGeneration"
+    names = ("Qwen2VLForConditionalGeneration",)

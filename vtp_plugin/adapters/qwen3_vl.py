@@ -24,7 +24,7 @@ class Qwen3VL(QwenVL):
     family = "qwen3_vl"
     touches = FAMILIES["qwen3_vl"]
     models = "Qwen3-VL"
-    type_name = "Qwen3VLForConditionalGeneration"
+    names = ("Qwen3VLForConditionalGeneration",)
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
