@@ -24,7 +24,8 @@ def write(
     model: str = "llava",
     checkpoint: str = "vtp-tiny",
 ) -> Path:
-    """A folder whose cells gave these answers to one task; ids are `NAME`, `NAME-KEEP` or `NAME-KEEP-seedS`.
+    """A folder whose cells gave these answers to one task; ids are `NAME`, `NAME-KEEP` (a ratio or tokens) or
+    `NAME-KEEP-seedS`.
 
     `record`: entries of a cell's record that are not as usual.
     """
@@ -48,8 +49,9 @@ def write(
 def entry(id: str) -> dict[str, Any]:
     name, *rest = id.split("-")
     seed = next((int(part.removeprefix("seed")) for part in rest if part.startswith("seed")), None)
-    keep = next((float(part) for part in rest if not part.startswith("seed")), None)
-    given = {"keep_ratio": keep, "seed": seed}
+    budget = next((float(part) for part in rest if not part.startswith("seed")), None)
+    keep = budget if budget is None or budget <= 1 else None
+    given = {"keep_ratio": keep, "keep_tokens": None if keep == budget else budget, "seed": seed}
     arguments = {key: value for key, value in given.items() if value is not None}
     label = "unpruned" if id == "none" else id
     return {"id": id, "label": label, "pruning": name, "pruning_args": arguments, "seed": seed, "keep": keep}

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 PAGES = (Path("README.md"), Path("docs/studies.md"))
-STUDIES = Path("docs/results/studies")
+RESULTS = Path("docs/results")
+STUDIES = RESULTS / "studies"
+LEADERBOARD = RESULTS / "leaderboard.html"
 DEMO_TABLE = Path("docs/results/demo/table.md")
 BENCH_TABLE = Path("docs/results/bench_cpu.md")
 
@@ -25,6 +27,13 @@ def parts() -> dict[str, Callable[[], str]]:
     }
 
 
+def board() -> str:
+    """The page of all committed records."""
+    from vtp_plugin.reporting import leaderboard
+
+    return leaderboard.page(leaderboard.entries([RESULTS]), LEADERBOARD)
+
+
 def filled(text: str) -> str:
     """The text with every block between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
     for name, make in parts().items():
@@ -36,3 +45,4 @@ def filled(text: str) -> str:
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(filled(page.read_text()))
+    LEADERBOARD.write_text(board())
