@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vtp_plugin.metrics import counting
-
-if TYPE_CHECKING:
-    from vtp_plugin.pruning import Pruned
-    from vtp_plugin.surgery.call import Call
+from vtp_plugin.surgery.call import Call
+from vtp_plugin.surgery.session import Session
 
 
 class Totals:
     """Listens to finished calls and keeps sums only."""
 
-    def __init__(self, pruned: Pruned) -> None:
+    def __init__(self, pruned: Session) -> None:
         self.pruned = pruned
         self.sums: Counter[str] = Counter()
         self.selector = 0.0  # seconds
