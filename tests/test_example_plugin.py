@@ -14,7 +14,7 @@ import pytest
 import slow
 import torch
 
-from vtp_plugin import plugins
+from vtp_plugin import plugins, prune
 from vtp_plugin.conformance import conforms
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "example-plugin"
@@ -56,8 +56,21 @@ def test_its_strategy_keeps_the_middle():
 
 
 @pytest.mark.usefixtures("installed")
-def test_its_strategy_conforms():
-    assert [outcome for outcome in conforms(plugins.get_strategy("center")) if not outcome.passed] == []
+@pytest.mark.parametrize("name", ["center", "quiet"])
+def test_its_strategies_conform(name: str):
+    assert [outcome for outcome in conforms(plugins.get_strategy(name)) if not outcome.passed] == []
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+@torch.no_grad()
+def test_its_own_signal_reaches_its_strategy(family: str):
+    families = pytest.importorskip("families")
+    one, model = families.FAMILIES[family], families.FAMILIES[family].build("sdpa")
+    with prune(model, plugins.get_strategy("quiet")()) as pruned:
+        model(**one.batch([one.sample(0, 1)]))
+    assert [event.strategy for event in pruned.events] == ["quiet"]
+    assert pruned.events[0].after[0] < pruned.events[0].before[0]
 
 
 def test_without_the_package_it_is_unknown():

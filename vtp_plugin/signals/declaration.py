@@ -104,7 +104,7 @@ def signal(
     def declare(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
         view = _view_of(read, name, stage)
         other = _DECLARED[view].get(name)
-        if other is not None and _path(other.read) != _path(read):
+        if other is not None and _source(other.read) != _source(read):
             raise PruningError(f"two signals of one stage are named '{name}': {_path(other.read)} and {_path(read)}")
         _DECLARED[view][name] = Signal(name, view, meaning, read, tapped, refuse, block, several_views, sample)
         return read
@@ -126,6 +126,11 @@ def _view_of(read: Callable[[Any], Any], name: str, stage: Stage) -> type[views.
 
 def _path(read: Callable[[Any], Any]) -> str:
     return f"{read.__module__}.{read.__qualname__}"
+
+
+def _source(read: Callable[[Any], Any]) -> tuple[str, str]:
+    """File and name: a module that is loaded again declares the same signal."""
+    return read.__code__.co_filename, read.__qualname__
 
 
 # -- what follows -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Center: the patches near the middle of the picture stay."""
+"""Center: patches near the middle of the picture stay. Quiet: those whose keys are short, by a signal of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vtp_plugin import PruningStrategy, Stage, VisualTokens, hookimpl
+from vtp_plugin import PruningStrategy, Stage, VisualTokens, hookimpl, signal
+from vtp_plugin.signals import BlockView
 
 
 @dataclass(kw_only=True)
@@ -31,6 +32,26 @@ class Center(PruningStrategy):
         return -(down**2 + across**2)
 
 
+@signal("key_lengths", Stage.PROJECTOR, "[B, N] fp32: L2 norms of the keys of block `tower_layer`, mean over heads")
+def key_lengths(at: BlockView) -> Tensor:
+    return at.keys.float().norm(dim=-1).mean(-2)
+
+
+@dataclass(kw_only=True)
+class Quiet(PruningStrategy):
+    """Keep the patches with the shortest keys."""
+
+    name = "quiet"
+    stage = Stage.PROJECTOR
+    paper = "an example"
+    needs = ("key_lengths",)
+    default_keep_ratio = 0.25
+
+    def score(self, visual: VisualTokens) -> Tensor:
+        return -visual.key_lengths
+
+
 @hookimpl
 def vtp_register_strategies(register: Callable[[type], None]) -> None:
     register(Center)
+    register(Quiet)
