@@ -159,6 +159,15 @@ def test_without_the_unpruned_run_there_is_no_comparison(tmp_path: Path) -> None
         comparison.table(runs.load(folder))
 
 
+def test_a_failed_unpruned_run_is_the_reason_that_is_given(tmp_path: Path) -> None:
+    """Not only that it is missing: the cell's own error, and what to do."""
+    folder = runfolder.write(tmp_path / "run", {"none": answers(1), "atp-0.25": answers(1)}, TARGETS)
+    path = folder / "cells" / "none" / "cell.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "failed", "error": "filelock is too new"}))
+    with pytest.raises(PruningError, match=r"the cell 'none' failed: filelock is too new\. Mend that and run .* again"):
+        comparison.table(runs.load(folder))
+
+
 def test_the_outcome_is_written_four_times(run: runs.Run) -> None:
     table = comparison.write(run, "a title")
     assert (run.folder / "table.md").read_text().startswith("**a title**")

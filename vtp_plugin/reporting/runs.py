@@ -196,11 +196,18 @@ class Run:
 
     @property
     def baseline(self) -> Cell:
-        """The unpruned model. PruningError if it has not been run."""
+        """The unpruned model. PruningError, with its reason and what to do, if it has no results."""
         found = [cell for cell in self.done if cell.pruning == BASELINE]
-        if not found:
-            raise PruningError(f"{self.folder}: a comparison needs the unpruned run ({BASELINE})")
-        return found[0]
+        if found:
+            return found[0]
+        missing = f"{self.folder}: a comparison needs the unpruned run ({BASELINE})"
+        broken = [cell for cell in self.failed if cell.pruning == BASELINE] or self.failed
+        if broken:
+            missing = (
+                f"{self.folder}: the cell '{broken[0].id}' failed: {broken[0].error}. Mend that and run the same "
+                "command again, which goes on from here; `vtp doctor` says whether the installation is sound"
+            )
+        raise PruningError(missing)
 
     @property
     def tasks(self) -> list[str]:

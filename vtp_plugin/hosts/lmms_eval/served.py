@@ -10,6 +10,7 @@ import inspect
 import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from vtp_plugin import config
@@ -17,6 +18,7 @@ from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.lmms_eval.documents import Asked
 from vtp_plugin.hosts.lmms_eval.evaluation import Run, Seen
 from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
+from vtp_plugin.hosts.vllm.orphans import none_left
 from vtp_plugin.hosts.vllm.plan import KEY
 from vtp_plugin.reporting.record import summary
 from vtp_plugin.strategy import PruningStrategy
@@ -39,7 +41,8 @@ def build(
         wanted = {**TINY_ARGUMENTS, **wanted, "model": str(checkpoint.resolve(layout="hf"))}
     if strategies:
         wanted["hf_overrides"] = {**_parsed(wanted.get("hf_overrides")), KEY: dict(settings)}
-    lm = host(**wanted)
+    with none_left() if strategies is not None else nullcontext():
+        lm = host(**wanted)
     if strategies is not None:
         ServedRun(lm, strategies, perturbation).install()
     return lm

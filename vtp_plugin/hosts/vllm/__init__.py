@@ -22,6 +22,7 @@ from typing import Any
 
 from vtp_plugin.contract import check
 from vtp_plugin.errors import PruningError
+from vtp_plugin.hosts.vllm import orphans
 from vtp_plugin.hosts.vllm.contract import FAMILIES as TOUCHED
 from vtp_plugin.hosts.wrapping import wrap
 
@@ -43,6 +44,7 @@ def register() -> None:
     """Entry point of the group `vllm.general_plugins`. Harmless when repeated."""
     from vllm.model_executor.models import ModelRegistry
 
+    orphans.watch()
     if hasattr(ModelRegistry.inspect_model_cls, "_vtp"):
         return
     for name, module in FAMILIES.items():
