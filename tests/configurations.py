@@ -14,17 +14,27 @@ import yaml
 
 from vtp_plugin import get_strategy, list_strategies
 
-TEXTS = ("", " ", "x", "[red]", "[/bold]", "[/]", ":smile:", "bob's", 'a"b', "a,b", "a\nb", "\x1b[31m", "\u202e", "ü", "²", "..",
-         "/", "~nobody", "none", "atp", "fastv", "atp+fastv", "fastv:k2_r50", "fastv:nope", ":", "+", "all", "-1", "0x10",
-         "1e3", "5e-1", "x" * 300, "a\0b", "1" * 400, "nan", ".inf", "-.inf", "null", "true", "2024-01-01", "1:30", "{a", "[1")  # fmt: skip
-NUMBERS = (0, 1, -1, 2, 3, 0.5, 0.25, 1.5, -0.1, 10**6, 10**19, 10**400, 1e300, float("inf"), float("nan"), True, False)
-RAW = ("strategy: !!python/object/apply:os.system [true]", "strategy: atp\nstrategy: l2", "{", "a: [", "- [" * 40, "[" * 3000,
-       "a: &a [*a]", "&a {x: *a}", "strategy: atp\nalpha: 1" + "0" * 400, "strategy: atp\nalpha: 5e-1", "? [a]\n: b",
-       "strategy: atp\nalpha: !!float x", "strategy: 2024-01-01", "strategy: atp\n1: 2", "\x00", "strategy: \x07",
-       "a: &a [1,1]\nb: &b [*a,*a]\nc: &c [*b,*b]\nstrategy: atp", "strategy: atp\nalpha: 010", "--- a\n--- b", "%YAML 9", "\t- a",
-       "strategy: atp\nkeep-ratio: 0.5\nkeep_ratio: 0.6", "!!set {a}", "strategy: atp\nalpha: !!binary aGk=", "<<: 3", "<<: {a: 1}")  # fmt: skip
-FIELDS = ("model", "model_args", "tasks", "limit", "options", "launch", "jobs", "environment", "gallery", "pruning", "keep",
-          "seeds", "cells", "without", "schema", "modle", "[red]")  # fmt: skip
+TEXTS = (
+    "", " ", "x", "[red]", "[/bold]", "[/]", ":smile:", "bob's", "a\"b", "a,b", "a\nb", "\x1b[31m", "\u202e", "\xfc",
+    "\xb2", "..", "/", "~nobody", "none", "atp", "fastv", "atp+fastv", "fastv:k2_r50", "fastv:nope", ":", "+", "all",
+    "-1", "0x10", "1e3", "5e-1", "x" * 300, "a\x00b", "1" * 400, "nan", ".inf", "-.inf", "null", "true", "2024-01-01",
+    "1:30", "{a", "[1",
+)  # fmt: skip
+NUMBERS = (
+    0, 1, -1, 2, 3, 0.5, 0.25, 1.5, -0.1, 10**6, 10**19, 10**400, 1e+300, float("inf"), float("nan"), True, False,
+)  # fmt: skip
+RAW = (
+    "strategy: !!python/object/apply:os.system [true]", "strategy: atp\nstrategy: l2", "{", "a: [", "- [" * 40,
+    "[" * 3000, "a: &a [*a]", "&a {x: *a}", "strategy: atp\nalpha: 1" + "0" * 400, "strategy: atp\nalpha: 5e-1",
+    "? [a]\n: b", "strategy: atp\nalpha: !!float x", "strategy: 2024-01-01", "strategy: atp\n1: 2", "\x00",
+    "strategy: \x07", "a: &a [1,1]\nb: &b [*a,*a]\nc: &c [*b,*b]\nstrategy: atp", "strategy: atp\nalpha: 010",
+    "--- a\n--- b", "%YAML 9", "\t- a", "strategy: atp\nkeep-ratio: 0.5\nkeep_ratio: 0.6", "!!set {a}",
+    "strategy: atp\nalpha: !!binary aGk=", "<<: 3", "<<: {a: 1}",
+)  # fmt: skip
+FIELDS = (
+    "model", "model_args", "tasks", "limit", "options", "launch", "jobs", "environment", "gallery", "pruning", "keep",
+    "seeds", "cells", "without", "schema", "modle", "[red]",
+)  # fmt: skip
 SWEEP = {"model": "llava", "model_args": "pretrained=vtp-tiny", "tasks": "vtp_scenes", "pruning": "l2", "keep": 0.5}
 
 
@@ -135,6 +145,7 @@ class Case:
         """A command with odd values of its options."""
         text = self.draw.choice(TEXTS).replace("\0", "")
         number = str(self.draw.choice(NUMBERS[:13]))[:60]
+        tune = ["tune", "--pruning=atp", "--tasks=x", "-o", self._output()]
         missing = str(self.folder / "nowhere")
         return self.draw.choice(
             [
@@ -143,8 +154,8 @@ class Case:
                 ["calibrate", "fitprune", missing, f"--target={number}"],
                 ["demo", f"--limit={self.draw.choice((0, -5))}", "-o", self._output()],
                 ["demo", f"--keep-ratio={self.draw.choice((0, 2, -1, 'nan', 'inf', text))}", "-o", self._output()],
-                ["tune", f"--max-drop={text}", "--pruning=atp", "--tasks=x", "-o", self._output()],
-                ["tune", "--max-drop=1%", "--pruning=atp", "--tasks=x", f"--step={self.draw.choice((0, -1, 9, 'nan'))}", "-o", "x"],
+                [*tune, f"--max-drop={text}"],
+                [*tune, "--max-drop=1%", f"--step={self.draw.choice((0, -1, 9, 'nan'))}"],
                 ["bench", f"--keep={text}", "--layers=1"],
                 ["bench", f"--batch={self.draw.choice((0, -1, text))}", "--layers=1", f"--shape={text}"],
                 ["bench", f"--layers={self.draw.choice((-1, 999))}", f"--repeats={self.draw.choice((0, -1))}"],

@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path.cwd())  # taken back at the end
     monkeypatch.setattr(sweep._Sweep, "work", begins)
     monkeypatch.setattr(sweep, "check_host", lambda *_: None)
+    monkeypatch.setattr(import_module("vtp_plugin.cli.bench"), "_timings", begins)
+    monkeypatch.setattr(import_module("vtp_plugin.cli.check"), "conforms", begins)
 
 
 def main(first: int, last: int) -> None:
