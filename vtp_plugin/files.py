@@ -134,6 +134,8 @@ class _Plain(yaml.SafeLoader):
         return [self.construct_object(part, deep=True) for part in node.value]
 
     def plain_integer(self, node: yaml.ScalarNode) -> int:
+        if not INTEGER.match(node.value):
+            raise _refused(f"'{node.value}' is no number", node)
         base = {"x": 16, "o": 8}.get(node.value.lstrip("+-")[1:2], 10)
         number = int(node.value, base) if len(node.value) < 40 else SAME_NUMBER
         if abs(number) >= SAME_NUMBER:
@@ -142,9 +144,16 @@ class _Plain(yaml.SafeLoader):
 
     def plain_real(self, node: yaml.ScalarNode) -> float:
         text = node.value.lower()
+        if not REAL.match(text):
+            raise _refused(f"'{text}' is no number", node)
         if text.endswith(("inf", "nan")) or math.isinf(float(text)):
             raise _refused("a number has to be finite", node)
         return float(text)
+
+    def plain_bool(self, node: yaml.ScalarNode) -> bool:
+        if node.value.lower() not in self.bool_values:
+            raise _refused(f"'{node.value}' is neither true nor false", node)
+        return self.bool_values[node.value.lower()]
 
     def no_tag(self, node: yaml.Node) -> Any:
         raise _refused(f"tags such as {node.tag.replace('tag:yaml.org,2002:', '!!')} are not read", node)
@@ -165,7 +174,7 @@ for _tag, _construct in {
     "str": yaml.SafeLoader.construct_yaml_str,
     "int": _Plain.plain_integer,
     "float": _Plain.plain_real,
-    "bool": yaml.SafeLoader.construct_yaml_bool,
+    "bool": _Plain.plain_bool,
     "null": yaml.SafeLoader.construct_yaml_null,
 }.items():
     _Plain.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct)

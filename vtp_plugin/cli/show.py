@@ -32,7 +32,7 @@ def command(
     from vtp_plugin.reporting.views import view
     from vtp_plugin.tiny.inference import load
 
-    loaded = load(model)
+    loaded = load(model, [one for chosen in strategies.values() for one in chosen])
     views = [view(*loaded, picture, question, s, label, target=target) for label, s in strategies.items()]
     files.write(output, drawn(kept_figure([views], scores=scores), output.suffix))
     for seen in views:

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from vtp_plugin.adapters.clip import quietly
-from vtp_plugin.errors import PruningError
+from vtp_plugin.errors import PruningError, one_line
+from vtp_plugin.fits import refuse_checkpoint
+from vtp_plugin.strategy import PruningStrategy
 
 NEW_TOKENS = 16
 
 
-def load(name: str = "vtp-tiny") -> tuple[Any, Any]:
-    """Model and processor, on CUDA where there is one."""
+def load(name: str = "vtp-tiny", strategies: Sequence[PruningStrategy] = ()) -> tuple[Any, Any]:
+    """Model and processor, on CUDA where there is one. PruningError, before weights, for strategies that do not fit."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from vtp_plugin.tiny.checkpoint import NAME, resolve
 
     path = str(resolve(NAME, "hf")) if name == NAME else name
+    refuse_checkpoint(strategies, path)
     cuda = torch.cuda.is_available()
     try:
         with quietly():
             model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float16 if cuda else torch.float32)
             processor = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise PruningError(f"cannot load a vision-language model from '{name}': {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever a damaged or foreign checkpoint makes the host raise
+        said = one_line(str(error) or type(error).__name__)
+        raise PruningError(f"cannot load a vision-language model from '{name}': {said}") from None
     return model.eval().to("cuda" if cuda else "cpu"), processor
 
 
