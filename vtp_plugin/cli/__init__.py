@@ -29,7 +29,7 @@ app = typer.Typer(
     name="vtp",
     help="Visual token pruning: look at it, check it, calibrate it.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
 )
 
