@@ -130,6 +130,16 @@ def test_a_task_without_pictures_among_others_is_named(said: list[str]) -> None:
     assert [line.strip() for line in said] == ["vtp-plugin: b showed no picture: nothing was pruned there"]
 
 
+def test_a_ratio_that_rounds_to_all_tokens_is_what_was_asked_for(said: list[str]) -> None:
+    from vtp_plugin import get_strategy
+
+    whole = [{"task": "a", "doc_id": 0, "images": [{"before": 144, "after": 144}]}]
+    evaluation.check([get_strategy("l2")(keep_ratio=0.997)], whole, [evaluation.Seen(whole, 1)], cached=False)
+    assert [line.strip() for line in said] == ["vtp-plugin: l2 kept everything: keep_ratio=0.997 rounds to that"]
+    with pytest.raises(PruningError, match="l2: 1 images went in and not one token was cut"):
+        evaluation.check([get_strategy("l2")(keep_ratio=0.99)], whole, [evaluation.Seen(whole, 1)], cached=False)
+
+
 @pytest.mark.parametrize(("requests", "cached"), [(3, True), (3, False), (0, False)])
 def test_answers_without_a_call_of_the_model_are_refused(requests: int, cached: bool) -> None:
     from vtp_plugin import get_strategy

@@ -194,9 +194,9 @@ def check(
     cut = sum((seen.cut for seen in everyone), Counter())
     whole = all(image["after"] >= image["before"] for image in images)
     idle = asked if whole else [s for s in asked if cut and not cut[s.name]]
-    if idle:
-        raise PruningError(f"{_joined(idle)}: {len(images)} images went in and not one token was cut with {idle}")
-    _warn_of_text(samples)
+    if wrong := [s for s in idle if not _rounds_to_all(s, images)]:
+        raise PruningError(f"{_joined(wrong)}: {len(images)} images went in and not one token was cut with {wrong}")
+    _warn(samples, idle)
 
 
 def _all_cached(asked: Sequence[PruningStrategy], requests: int, cached: bool) -> None:
@@ -207,8 +207,17 @@ def _all_cached(asked: Sequence[PruningStrategy], requests: int, cached: bool) -
     logger.warning("vtp-plugin: every answer came from the response cache: nothing was measured")
 
 
-def _warn_of_text(samples: Sequence[Mapping[str, Any]]) -> None:
-    """Name tasks that showed no picture: their answers are the unpruned model's."""
+def _rounds_to_all(strategy: PruningStrategy, images: Sequence[Mapping[str, int]]) -> bool:
+    """Whether its keep ratio, rounded to tokens, is all of every image: 0.997 of 144."""
+    return (
+        strategy.budgeted
+        and strategy.keep_ratio is not None
+        and all(strategy.count(image["before"]) == image["before"] for image in images)
+    )
+
+
+def _warn(samples: Sequence[Mapping[str, Any]], idle: Sequence[PruningStrategy]) -> None:
+    """Name what was not pruned: tasks that showed no picture, strategies whose ratio rounds to all tokens."""
     from loguru import logger
 
     shown: Counter = Counter()
@@ -216,6 +225,10 @@ def _warn_of_text(samples: Sequence[Mapping[str, Any]]) -> None:
         shown[sample.get("task")] += len(sample["images"])
     for task in (task for task, images in shown.items() if task and not images):
         logger.warning(f"vtp-plugin: {task} showed no picture: nothing was pruned there")
+    for strategy in idle:
+        logger.warning(
+            f"vtp-plugin: {strategy.name} kept everything: keep_ratio={strategy.keep_ratio:g} rounds to that"
+        )
 
 
 def _joined(strategies: Sequence[PruningStrategy]) -> str:
