@@ -134,10 +134,10 @@ def test_a_ratio_that_rounds_to_all_tokens_is_what_was_asked_for(said: list[str]
     from vtp_plugin import get_strategy
 
     whole = [{"task": "a", "doc_id": 0, "images": [{"before": 144, "after": 144}]}]
-    evaluation.check([get_strategy("l2")(keep_ratio=0.997)], whole, [evaluation.Seen(whole, 1)], cached=False)
-    assert [line.strip() for line in said] == ["vtp-plugin: l2 kept everything: keep_ratio=0.997 rounds to that"]
-    with pytest.raises(PruningError, match="l2: 1 images went in and not one token was cut"):
-        evaluation.check([get_strategy("l2")(keep_ratio=0.99)], whole, [evaluation.Seen(whole, 1)], cached=False)
+    evaluation.check([get_strategy("fastv")(keep_ratio=0.997)], whole, [evaluation.Seen(whole, 1)], cached=False)
+    assert [line.strip() for line in said] == ["vtp-plugin: fastv kept everything: keep_ratio=0.997 rounds to that"]
+    with pytest.raises(PruningError, match="fastv: 1 images went in and not one token was cut"):
+        evaluation.check([get_strategy("fastv")(keep_ratio=0.99)], whole, [evaluation.Seen(whole, 1)], cached=False)
 
 
 @pytest.mark.parametrize(("requests", "cached"), [(3, True), (3, False), (0, False)])
