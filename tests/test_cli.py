@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from vtp_plugin import plugins
 from vtp_plugin.cli import app, vtp_register_commands
 from vtp_plugin.reporting import readme
+from vtp_plugin.version import __version__
 
 vtp_register_commands(cli=app)
 
@@ -93,6 +94,22 @@ def test_an_empty_folder_and_an_unreachable_share_are_refused(tmp_path: Path, pi
     empty.mkdir()
     assert "no pictures" in program("calibrate", "vprune", empty, "--target", 0.2).stderr
     assert "at most" in program("calibrate", "vprune", picture, "--target", 0.74).stderr
+
+
+def test_a_target_that_cannot_be_met_says_what_limits_it(picture: Path) -> None:
+    flat = program("calibrate", "vprune", picture, "--target", 0.02, "--size", 168)
+    assert flat.returncode == 2
+    assert "at least 3" in flat.stderr
+    assert "no other number lets it" in flat.stderr
+    noisy = program("calibrate", "vprune", picture, "--target", 0.7, "--size", 168)
+    assert noisy.returncode == 2
+    assert "it is limited by chi2_threshold=5 (" in noisy.stderr
+
+
+def test_text_is_printed_as_it_is() -> None:
+    result = program("show", "[/red] :smile: \x1b[31m.png", "--question", "x")
+    assert result.stderr == "vtp: error: picture not found: [/red] :smile: \\x1b[31m.png\n"
+    assert program("--version").stdout == f"vtp-plugin {__version__}\n"
 
 
 @pytest.mark.slow

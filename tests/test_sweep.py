@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from vtp_plugin import cli, list_strategies
 from vtp_plugin.compare import sweep, sweepfile, tuning
-from vtp_plugin.errors import PruningError
+from vtp_plugin.errors import Interrupted, PruningError
 from vtp_plugin.hosts.lmms_eval import process as host
 from vtp_plugin.reporting import comparison, runs
 
@@ -483,3 +483,58 @@ def test_the_cell_file_is_what_the_contract_says(folder: Folder) -> None:
         "schema": 1, "id": "l2-0.5", "label": "l2-0.5", "pruning": "l2", "pruning_args": {"keep_ratio": 0.5},
         "seed": None, "keep": 0.5, "status": "done", "error": None,
     }  # fmt: skip
+
+
+# -- folders of any name, and the keyboard ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bob's", "a,b", "a\nb", 'a "b" [red]', "{x}", "ü"])
+def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    odd = Folder(tmp_path / name)
+    run = odd.run(SPECS[:2])
+    assert [cell.id for cell in run] == CELLS[:2]
+    assert odd.started == Counter(CELLS[:2])
+    assert len(list((odd.run_dir / "work").iterdir())) == 1  # the logs are where they always are
+
+
+def test_a_stop_from_the_keyboard_says_how_to_go_on(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.run(SPECS[:2])
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep._Sweep, "work", stopped)
+    with pytest.raises(Interrupted) as error:
+        folder.run()
+    assert str(error.value) == f"stopped; 2 of 7 cells are kept in {folder.run_dir}: the same command goes on"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("limit", True, "limit must be a whole number, got True"),
+        ("jobs", "2", "jobs must be a whole number, got '2'"),
+        ("tasks", {"a": 1}, "tasks must be text or a list, got {'a': 1}"),
+        ("options", {"limit": 2}, "limit is not one of the host's options here"),
+        ("environment", {"a=b": "c"}, "is no variable"),
+        ("environment", {"a": [1]}, "environment.a must be"),
+        ("seeds", 10**9, "seeds must be at most 1000"),
+        ("gallery", "yes", "gallery must be true or false"),
+        ("cells", {"a": 1}, "cells must be a list"),
+        ("cells", [{"pruning": "l2", "id": "a b"}], "cannot be the name of a folder"),
+        ("cells", [{"pruning": "l2", "seed": True}], "cells.0.seed must be a whole number, got True"),
+        ("schema", 2, "schema must be 1"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_named(tmp_path: Path, field: str, value: Any, sentence: str) -> None:
+    said = {"model": "llava", "model_args": "pretrained=x", "tasks": "pope", "pruning": "random", field: value}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(said))
+
+    def compared() -> None:
+        cells, host = sweepfile.planned(sweepfile.read(tmp_path / "s.yaml"))
+        sweep.run(tmp_path / "run", cells, **host)
+
+    with pytest.raises(PruningError) as error:
+        compared()
+    assert sentence in str(error.value)
+    assert not (tmp_path / "run").exists()

@@ -91,6 +91,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         _commands()(args=[*arguments], prog_name="vtp")
     except SystemExit as ended:
+        if ended.code == STOPPED:  # typer's own way with Ctrl-C, without a word
+            return _failed(Interrupted("stopped"))
         return ended.code if isinstance(ended.code, int) else FAILED
     except (Exception, KeyboardInterrupt) as error:
         return _failed(error)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import yaml
 from rich.console import Console
 
-import vtp_plugin
+from vtp_plugin import files, settings
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.reporting.record import versions
 from vtp_plugin.reporting.tables import Table
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCHEMA = 1
-INSTALLED = Path(vtp_plugin.__file__).parent / "plugin_configs"  # in a wheel; beside the package in a checkout
-CONFIGS = (INSTALLED if INSTALLED.is_dir() else INSTALLED.parents[1] / "plugin_configs") / "studies"
+CONFIGS = settings.CONFIGS / "studies"
 
 
 @dataclass
@@ -63,7 +62,7 @@ class Study(ABC):
         if not done.exists():
             value = work()
             done.parent.mkdir(parents=True, exist_ok=True)
-            write(done, json.dumps(value))
+            files.write(done, json.dumps(value))
         return json.loads(done.read_text())
 
 
@@ -83,18 +82,25 @@ def settings_of(name: str, said: Mapping[str, Any]) -> dict[str, Any]:
     """The study's YAML with what the user said over it; PruningError for a name or a key that there is not."""
     if name not in studies():
         raise unknown("study", name, studies())
-    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    known = files.read_yaml(CONFIGS / f"{name}.yaml")
     for key, value in said.items():
-        if key not in settings:
-            raise PruningError(f"{name}: it has no setting '{key}'. Settings: {', '.join(settings)}")
-        settings[key] = value
-    return settings
+        if key not in known:
+            raise PruningError(f"{name}: it has no setting '{key}'. Settings: {', '.join(known)}")
+        if _kind(value) != _kind(known[key]) and known[key] is not None:
+            raise PruningError(f"{name}: {key} must be {_kind(known[key])} such as {known[key]!r}, got {value!r}")
+    return {**known, **said}
+
+
+def _kind(value: Any) -> str:
+    """What a setting is, for a message; a number is a number."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return "a number"
+    return {str: "text", list: "a list", dict: "a mapping", bool: "true or false"}.get(type(value), "empty")
 
 
 def conduct(name: str, said: Mapping[str, Any], folder: Path, console: Console, jobs: int = 1) -> Path:
     """Run a study, or go on with it, and write record.json, table.md and the figures; the record's path."""
-    settings = settings_of(name, said)
-    study = studies()[name](settings, folder, console, jobs)
+    study = studies()[name](settings_of(name, said), folder, console, jobs)
     study.check()
     _claim(folder, name, study.settings)
     began = time.monotonic()
@@ -129,7 +135,7 @@ def _claim(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
     """A folder belongs to one study with one set of settings, so that going on never mixes two."""
     mine = {"study": name, "settings": dict(settings)}
     claimed = folder / "settings.yaml"
-    if claimed.exists() and yaml.safe_load(claimed.read_text()) != mine:
+    if claimed.exists() and files.read_yaml(claimed) != mine:
         raise PruningError(f"{folder} holds a study with other settings: choose another folder (-o) or delete it")
     if not claimed.exists() and folder.exists() and any(folder.iterdir()):
         raise PruningError(f"{folder} is not empty and holds no study: choose another folder (-o)")
@@ -146,6 +152,4 @@ def device() -> str:
 
 def write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text)
-    aside.rename(path)
+    files.write(path, text)

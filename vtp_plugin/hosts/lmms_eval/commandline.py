@@ -128,6 +128,7 @@ class Parser(argparse.ArgumentParser):
             _add_options(self)
         found, rest = super().parse_known_args(args, namespace)
         try:
+            plugins.join(found.pruning_module or [])
             for said in settings.every(vars(found), found.config):
                 if settings.strategies_in(said) is not None:
                     compatibility.refuse_broken(said.get("model", found.model))
@@ -154,7 +155,7 @@ class Names(argparse.Action):
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("visual token pruning (vtp-plugin)")
-    group.add_argument(f"--{settings.KEY}", action=Names, type=str, metavar="NAME[+NAME...]|FILE.yaml")
+    group.add_argument(f"--{settings.KEY}", action=Names, type=str, metavar="NAME[:SETTING][+NAME...]|FILE.yaml")
     group.add_argument(
         f"--{settings.ARGS}",
         f"--{settings.ARGS.replace('_', '-')}",
@@ -162,4 +163,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="KEY=VALUE,...",
         help="Their hyper-parameters, e.g. keep_ratio=0.6,alpha=0.5; with several strategies fastv.layer=2",
+    )
+    group.add_argument(
+        "--pruning_module",
+        "--pruning-module",
+        action="append",
+        metavar="FILE.py",
+        help="A Python file with strategies or families of one's own; may be given several times",
     )

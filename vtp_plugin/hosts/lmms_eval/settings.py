@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from vtp_plugin import config
+from vtp_plugin import config, files
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
 from vtp_plugin.strategy import PruningStrategy
@@ -210,9 +210,9 @@ def _typed(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise PruningError(f"cannot read {name}={value} of the model arguments") from None
+        return files.parse_yaml(value)
+    except PruningError as error:
+        raise PruningError(f"cannot read {name}={value} of the model arguments ({error})") from None
 
 
 def others(arguments: Mapping[str, Any]) -> dict[str, Any]:
