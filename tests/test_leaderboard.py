@@ -20,11 +20,6 @@ ROOT = Path(__file__).parents[1]
 TARGETS = ["yes"] * 8
 WRONG = {"none": 0, "atp-0.5": 1, "atp-0.25": 8, "random-0.5": 4}
 CELLS = {id: ["no"] * wrong + ["yes"] * (8 - wrong) for id, wrong in WRONG.items()}
-    "none": ["yes"] * 8,
-    "atp-0.5": ["yes"] * 7 + ["no"],
-    "atp-0.25": ["no"] * 8,
-    "random-0.5": ["no"] * 4 + ["yes"] * 4,
-}
 
 
 @pytest.fixture(scope="module")
