@@ -261,6 +261,8 @@ class Reference:
         """Rotary tables of a layer that counts from 0 what it sees."""
         counted = ((~hidden).cumsum(0) - 1).clamp(min=0)[None]
         types = getattr(self.llm.config, "layer_types", None) if "Gemma3" in type(self.model).__name__ else None
+        if hasattr(self.llm.rotary_emb, "mrope_section"):
+            counted = counted.expand(3, -1, -1)
         return self.llm.rotary_emb(torch.zeros(1), counted, *([types[number]] if types else []))
 
     @property

@@ -40,7 +40,8 @@ def _formulas() -> dict[Any, Callable[..., int]]:
 
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    """torch's formula, called as `custom_mapping` calls one: with the shapes of the kernel's arguments."""
+    """torch's formula for shapes [B, H, L, d]; it does not know that heads of queries may share one of keys."""
+    key, value = ((*query[:2], *shape[2:]) for shape in (key, value))
     return sdpa_flop_count(query, key, value)
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from vtp_plugin.adapter import Adapter, SharedSpace
+from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.clip import clip_tower, space_of
+from vtp_plugin.adapters.rows import repeated
 from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
@@ -79,6 +81,13 @@ class LlavaHf(Adapter):
             return
         with Undo() as undo:
             undo.override(self.core, "get_image_features", lambda *args, **kwargs: features)
+            if v5_17.is_host():
+                samples, rows = [image.sample for image in self.pruned.call.images], features.pooler_output
+
+                def repeat(times: int) -> None:
+                    features.pooler_output = [rows[image] for image in repeated(samples, times)]
+
+                v5_17.repeat_features(self.core, self.model, undo, repeat)
             yield
 
     # -- facts ----------------------------------------------------------------------------------------------------

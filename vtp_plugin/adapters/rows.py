@@ -107,11 +107,7 @@ class RowsAdapter(Adapter):
         The host cannot tell samples apart where images keep unequal numbers of rows.
         """
         for kind, (rows, samples) in self.served.items():
-            order = [
-                image
-                for sample in dict.fromkeys(samples)
-                for image in [n for n, s in enumerate(samples) if s == sample] * expand_size
-            ]
+            order = repeated(samples, expand_size)
             host = outputs[kind].pooler_output
             outputs[kind].pooler_output = self.pack([rows[image] for image in order], kind, host)
             levels = getattr(outputs[kind], "deepstack_features", None)
@@ -122,6 +118,12 @@ class RowsAdapter(Adapter):
 
 def _answering(output: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: v5_17.handed_over(output)
+
+
+def repeated(samples: Sequence[int], times: int) -> list[int]:
+    """The numbers of the images whose samples are given, a sample's together, as often as `generate` repeats it."""
+    groups = [[n for n, owner in enumerate(samples) if owner == sample] for sample in dict.fromkeys(samples)]
+    return [image for group in groups for image in group * times]
 
 
 def runs(ids: Tensor, token: int) -> list[int]:
