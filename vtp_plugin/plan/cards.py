@@ -43,8 +43,8 @@ class Card:
             raise PruningError(f"{self.name} has no figure for {dtype}; it has {', '.join(self.flops)}")
         if not self.by_width:
             return self.reached * self.flops[dtype]
-        low, high = (self.by_width[str(w)] for w in WIDTHS)
-        place = math.log(width / WIDTHS[0]) / math.log(WIDTHS[1] / WIDTHS[0])
+        (narrow, low), (wide, high) = sorted((int(w), rate) for w, rate in self.by_width.items())
+        place = math.log(width / narrow) / math.log(wide / narrow)
         return low + (high - low) * min(1.0, max(0.0, place))
 
     @property
@@ -112,15 +112,17 @@ def known_as(device: str) -> Card | None:
 # -- the probe --------------------------------------------------------------------------------------------------------
 
 
-def probe(device: torch.device, dtype: str, seconds: float = 9.0) -> Card:
+def probe(
+    device: torch.device, dtype: str, seconds: float = 9.0, widths: tuple[int, int] = WIDTHS, tokens: int = TOKENS
+) -> Card:
     """Measure matrix products at two widths, and the bandwidth of a decoding step's products with one vector."""
-    each, kind = seconds / (len(WIDTHS) + 1), getattr(torch, dtype)
-    rates = {str(width): _product(device, kind, width, TOKENS, each) for width in WIDTHS}
-    vector = _product(device, kind, WIDTHS[-1], 1, each)  # 2 FLOPs per element that is read
+    each, kind = seconds / (len(widths) + 1), getattr(torch, dtype)
+    rates = {str(width): _product(device, kind, width, tokens, each) for width in widths}
+    vector = _product(device, kind, widths[-1], 1, each)  # 2 FLOPs per element that is read
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() or "cpu"
     return Card(
         name=name,
-        flops={dtype: rates[str(WIDTHS[-1])]},
+        flops={dtype: rates[str(widths[-1])]},
         bandwidth=vector / 2 * kind.itemsize,
         memory=float(_memory(device)),
         source=f"measured in {seconds:g} s with torch {torch.__version__}, {torch.get_num_threads()} threads",
@@ -130,9 +132,9 @@ def probe(device: torch.device, dtype: str, seconds: float = 9.0) -> Card:
 
 
 def _product(device: torch.device, dtype: torch.dtype, width: int, tokens: int, seconds: float) -> float:
-    """FLOP/s of [tokens, width] x [width, 4 width]; four matrices in turn, so that none stays in a cache."""
+    """FLOP/s of [tokens, width] x [width, 4 width]; the matrices of a vector take turns, so that none stays cached."""
     x = torch.randn(tokens, width, device=device).to(dtype)
-    matrices = [torch.randn(4 * width, width, device=device).to(dtype) for _ in range(4)]
+    matrices = [torch.randn(4 * width, width, device=device).to(dtype) for _ in range(4 if tokens == 1 else 1)]
     took = _median(lambda: [torch.nn.functional.linear(x, matrix) for matrix in matrices], device, seconds)
     return 2 * tokens * sum(matrix.numel() for matrix in matrices) / took
 

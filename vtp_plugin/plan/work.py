@@ -15,7 +15,7 @@ from vtp_plugin import plugins
 from vtp_plugin.adapter import Adapter, find_adapter
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.transformers.shapes import Shape
-from vtp_plugin.metrics.flops import Costs, Layer
+from vtp_plugin.metrics.flops import Costs
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.call import ROW_SIGNALS, Image
@@ -102,59 +102,59 @@ class Work:
 
 
 def unpruned(model: Model, pictures: int, text: int) -> Work:
-    tower = [sum(map(block.macs, lengths)) for block, lengths in _blocks(model)]
-    return _work(model, pictures, text, tower, model.tokens, [model.tokens] * len(model.costs.layers), 0)
+    tower = _blocks_macs(model, [(1.0, 1.0)] * len(model.costs.blocks))
+    rows = model.projectable or model.tokens
+    return _work(model, pictures, text, [tower, rows, 0], [model.tokens] * len(model.costs.layers))
 
 
 def pruned(model: Model, strategies: Sequence[PruningStrategy], pictures: int, text: int, kept: float = 0.0) -> Work:
     """With these strategies, each seeing what the ones before left; `kept` stands in for a share that data decides."""
-    share, selector, rows = 1.0, 0.0, model.tokens
-    blocks = [1.0] * len(model.costs.blocks)  # share of the tokens that enter each block
-    for strategy in strategies:
-        if strategy.stage in (Stage.PIXELS, Stage.VIT):
-            blocks = _tower_cuts(model, strategy, kept, blocks)
-            share = blocks[-1] if not strategy.cut_blocks(len(blocks)) else _share(strategy, model.judged, kept)
-            rows = _left(model, share)
-    for strategy in strategies:
-        if strategy.stage is Stage.PROJECTOR:
-            before = _left(model, share)
-            selector += _selector(model, strategy, before, blocks)
-            share *= _share(strategy, round(model.judged * share), kept)
-            rows = _left(model, share) if _projects_last(model) else rows
-    entered = _left(model, share)
-    layers = [entered] * len(model.costs.layers)
-    for strategy in strategies:
-        if strategy.stage is Stage.LLM:
-            layers = _layer_cuts(model, strategy, layers)
-    tower = [
-        sum(_macs(block, length, share, model.adapter.tower.prefix) for length in lengths)
-        for (block, lengths), share in zip(_blocks(model), blocks, strict=True)
-    ]
-    return _work(model, pictures, text, tower, rows, layers, selector)
+    share, judged, selector, projected = 1.0, 0.0, 0.0, model.projectable or model.tokens
+    tower = [(1.0, 1.0)] * len(model.costs.blocks)  # share of the tokens that enters every block, and that leaves it
+    for strategy in _at(strategies, Stage.PIXELS, Stage.VIT):
+        tower = _tower_cuts(model, strategy, kept, tower)
+        share = tower[-1][1]
+        if _rearranges(model):  # patches are embedded to be judged, and those that run (all of a tile) once more
+            judged += model.patches * model.costs.patch * (1.0 if _tiled(model) else share)
+        projected = projected if _tiled(model) else _left(model, share)  # tiles keep their shape, with zeros in it
+    for strategy in _at(strategies, Stage.PROJECTOR):
+        selector += _selector(model, strategy, _left(model, share))
+        share *= _share(strategy, round(model.judged * share), kept)
+        projected = _projected(model, strategy, _left(model, share), projected)
+    layers = [_left(model, share)] * len(model.costs.layers)
+    for strategy in _at(strategies, Stage.LLM):
+        selector += _next_keys(model, strategy, [text / pictures + n for n in layers])
+        layers = _layer_cuts(model, strategy, layers)
+    return _work(model, pictures, text, [_blocks_macs(model, tower) + judged, projected, selector], layers)
 
 
-def _work(
-    model: Model, pictures: int, text: int, tower: list[float], rows: float, visual: list[int], selector: float
-) -> Work:
-    costs, lengths = model.costs, [text + pictures * n for n in visual]
+def _at(strategies: Sequence[PruningStrategy], *stages: Stage) -> list[PruningStrategy]:
+    return sorted((s for s in strategies if s.stage in stages), key=lambda s: s.stage.order)
+
+
+def _work(model: Model, pictures: int, text: int, early: Sequence[float], visual: list[int]) -> Work:
+    """`early`: MACs of the tower's blocks, rows that are projected, MACs of the selectors, of one picture."""
+    (tower, projected, selector), costs = early, model.costs
+    lengths = [text + pictures * n for n in visual]
     answered = lengths[-1] if model.adapter.every_logit else 1
     prefill = sum(layer.macs(n) for layer, n in zip(costs.layers, lengths, strict=True)) + answered * costs.head
     macs = {
-        "tower": pictures * (model.patches * costs.patch + sum(tower)),
-        "projector": pictures * (model.projectable or rows) * sum(costs.projectors),
+        "tower": pictures * (model.patches * costs.patch + tower),
+        "projector": pictures * projected * sum(costs.projectors),
         "selector": pictures * selector,
         "prefill": prefill,
     }
     return Work(macs, lengths, visual[-1], pictures)
 
 
-def _blocks(model: Model) -> list[tuple[Layer, list[int]]]:
-    return list(zip(model.costs.blocks, model.sequences, strict=True))
-
-
-def _macs(block: Layer, length: int, share: float, prefix: int) -> float:
-    """Of a block on that share of a sequence; class tokens stay."""
-    return block.macs(prefix + round((length - prefix) * share)) if share < 1 else block.macs(length)
+def _blocks_macs(model: Model, shares: Sequence[tuple[float, float]]) -> float:
+    """Of the tower's blocks on these shares of their sequences; class tokens stay."""
+    prefix, found = model.adapter.tower.prefix, 0
+    for block, lengths, (entering, leaving) in zip(model.costs.blocks, model.sequences, shares, strict=True):
+        for length in lengths:
+            before, after = (prefix + round((length - prefix) * share) for share in (entering, leaving))
+            found += block.macs(before, leaving=after)
+    return found
 
 
 def _left(model: Model, share: float) -> int:
@@ -179,18 +179,24 @@ def _asked(n: int, cut: tuple[int, int], entered: int | None) -> VisualTokens:
     return VisualTokens(tokens=torch.empty(1, n, 0), grid=(n, 1), index=index, cut=cut, entered=entered)
 
 
-def _tower_cuts(model: Model, strategy: PruningStrategy, kept: float, blocks: list[float]) -> list[float]:
-    """The share that enters every block. Cuts before the first block are of whole tokens of a tile."""
-    places = strategy.cut_blocks(len(blocks))
-    tile = model.judged // model.image.tiles
+def _tower_cuts(
+    model: Model, strategy: PruningStrategy, kept: float, shares: list[tuple[float, float]]
+) -> list[tuple[float, float]]:
+    """The shares that enter and leave every block. Cuts before the first block are of whole tokens of a tile."""
+    depth = model.adapter.tower.projected % len(shares) + 1
+    places, tile = strategy.cut_blocks(depth), model.judged // model.image.tiles
     if not places:
-        return [share * _share(strategy, tile, kept) for share in blocks]
-    n, left = tile, []
-    for number, share in enumerate(blocks):
-        left.append(share * n / tile)
+        share = _share(strategy, tile, kept)
+        return [(share * entering, share * leaving) for entering, leaving in shares]
+    entered = n = round(tile * shares[0][0])
+    found = []
+    for number in range(len(shares)):
+        before = n
         if number in places:
-            n = strategy.wanted(_asked(n, (places.index(number), len(places)), tile if number > places[0] else None))
-    return left
+            cut = places.index(number)
+            n = strategy.wanted(_asked(n, (cut, len(places)), entered if cut else None))
+        found.append((before / tile, n / tile))
+    return found
 
 
 def _layer_cuts(model: Model, strategy: PruningStrategy, layers: list[int]) -> list[int]:
@@ -207,18 +213,42 @@ def _layer_cuts(model: Model, strategy: PruningStrategy, layers: list[int]) -> l
     return found
 
 
-def _projects_last(model: Model) -> bool:
-    """Whether a cut behind the tower comes before the projector: where it works row by row on one tile."""
-    return not model.projectable and model.adapter.tower.block == 1
+# -- what a strategy makes the model compute --------------------------------------------------------------------------
 
 
-def _selector(model: Model, strategy: PruningStrategy, rows: int, blocks: list[float]) -> float:
+def _tiled(model: Model) -> bool:
+    """Whether the host arranges rows that left the projector token by token."""
+    return bool(model.projectable) and model.adapter.tower.block == 1
+
+
+def _rearranges(model: Model) -> bool:
+    """Whether the host arranges what leaves the tower: tiles, or squares that become one token."""
+    return _tiled(model) or model.adapter.tower.block > 1
+
+
+def _projected(model: Model, strategy: PruningStrategy, left: int, before: int) -> int:
+    """Rows of a picture that pass the projector: those that are left, or all where the host arranges them."""
+    if not _rearranges(model):
+        return left
+    return before + (left - model.tokens + model.judged) * (strategy.merges and _tiled(model))  # merged ones once more
+
+
+def _selector(model: Model, strategy: PruningStrategy, rows: int) -> float:
     """Reading attention rows of the tower once more, and projecting the candidates."""
     found = rows * sum(model.costs.projectors[:1]) if behind_projector(strategy) else 0
     if set(strategy.needs) & set(ROW_SIGNALS):
-        block, lengths = _blocks(model)[model.adapter.tower.projected]
+        layer = model.adapter.tower.projected if strategy.tower_layer is None else strategy.tower_layer
+        block, lengths = model.costs.blocks[layer], model.sequences[layer]
         found += sum(block.reading(length, model.adapter.tower.prefix) for length in lengths)
     return found
+
+
+def _next_keys(model: Model, strategy: PruningStrategy, lengths: Sequence[float]) -> float:
+    """Keys that are projected before a cut for a strategy that asks the layer behind it, per picture."""
+    if "next_query_attention" not in strategy.needs:
+        return 0.0
+    cuts = strategy.cut_layers(len(lengths))
+    return sum(model.costs.layers[cut].keys * lengths[cut - 1] for cut in cuts)
 
 
 def scaled(model: Model, tokens: int) -> Model:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vtp_plugin.errors import unknown
+from vtp_plugin.errors import PruningError, unknown
 
 QUESTION_TOKENS = 75  # text tokens around the image: system prompt, question and tail of a usual request
 IMAGE_TOKEN = 32000
@@ -286,3 +287,58 @@ def shape_of(name: str) -> Shape:
     if name not in SHAPES:
         raise unknown("shape", name, SHAPES)
     return SHAPES[name]
+
+
+# -- configurations ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Configured(Shape):
+    """A model by its config.json; prompts and pictures are those of `like`, one square picture."""
+
+    like: Shape | None = None
+    config: Any = None
+
+    def model(self, layers: int | None, attention: str) -> nn.Module:
+        from copy import deepcopy
+
+        from transformers import AutoModelForImageTextToText
+
+        config = deepcopy(self.config)
+        config.get_text_config().num_hidden_layers = layers or self.text["num_hidden_layers"]
+        return AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
+
+    def prompt(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        prompt, token = self.like.prompt(batch, generator), self.config.image_token_id
+        ids = prompt["input_ids"]
+        return prompt | {"input_ids": ids.masked_fill(ids == IMAGE_TOKEN, token)}
+
+    def pixels(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return self.like.pixels(batch, generator)
+
+    @property
+    def tokens(self) -> int:
+        return self.like.tokens
+
+
+LIKE: dict[str, type[Shape]] = {"llava": Llava, "llava_next": LlavaNext, "qwen2_5_vl": Qwen25, "qwen3_vl": Qwen3}
+
+
+def shape_from(path: Path) -> Shape:
+    """The shape of a published configuration; PruningError for a file that is none, or another family's."""
+    import json
+
+    from transformers import AutoConfig
+
+    if not path.is_file():
+        raise PruningError(f"file not found: {path}")
+    try:
+        read = json.loads(path.read_text())
+        kind = read["model_type"]
+    except (ValueError, KeyError, TypeError):
+        raise PruningError(f"{path} is not a model's config.json: it has no model_type") from None
+    if kind not in LIKE:
+        raise unknown("model_type", kind, LIKE, of=f" in {path}")
+    config = AutoConfig.for_model(**read)
+    vision, text = config.vision_config.to_dict(), config.get_text_config().to_dict()
+    return Configured(vision, text, like=LIKE[kind](vision, text), config=config)
