@@ -28,13 +28,13 @@ from vtp_plugin.reporting.record import samples_of
 if not app.registered_commands:
     vtp_register_commands(cli=app)
 
-MODELS = ("small", "small-next", "small-qwen")
+MODELS = ("small", "small-next", "small-qwen", "small-qwen3")
 STAGES = {
     "none": None,
     "projector": ("stride", {"keep_ratio": 0.25}),
     "vit": ("l2", {"keep_ratio": 0.25}),
     "llm": ("stride", {"keep_ratio": 0.25, "at": "llm"}),
-    "staged": ("pyramiddrop", {"layers": "1 2 3"}),
+    "staged": ("pyramiddrop", {"layers": "2 3"}),
 }
 
 
