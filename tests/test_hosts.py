@@ -26,7 +26,8 @@ pytest.importorskip("llava")
 pytestmark = pytest.mark.slow
 
 FIRST, LAST = 6, 3  # tokens that are left of an image behind the tower, and between the decoder layers
-CUT = 2  # the decoder layer that sees fewer, of four
+CUT = 3  # the decoder layer that sees fewer
+DEPTH = {"gemma3": 8, "qwen3_vl": 12}  # decoder layers, where they are not four
 LATE = {
     "pruning": "atp+fastv",
     "pruning_args": {"atp.alpha": 0, "atp.keep_tokens": FIRST, "fastv.layer": CUT, "fastv.keep_tokens": LAST},
@@ -159,9 +160,9 @@ def test_records_of_the_command_line(key: str, work: Work, process: Any) -> None
         assert images(line, "after") == [LAST + rows for rows in fixed]
         if fixed:
             dropped = sum(count - FIRST - rows for count, rows in zip(images(line, "before"), fixed, strict=True))
-            prompt = line["pruning"]["prompt_tokens"]
+            prompt, depth = line["pruning"]["prompt_tokens"], DEPTH.get(key, 4)
             assert prompt["before"] - prompt["after"] == dropped
-            assert prompt["after"] - prompt["mean_over_layers"] == len(fixed) * (FIRST - LAST) * (4 - CUT) / 4
+            assert prompt["after"] - prompt["mean_over_layers"] == len(fixed) * (FIRST - LAST) * (1 - CUT / depth)
     for when in ("before", "after"):
         assert record["visual_tokens"][when] == sum(sum(images(line, when)) for line in said)
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vtp_plugin.errors import PruningError
+from vtp_plugin.facts.conversation import framed
 from vtp_plugin.facts.costs import Costs
 from vtp_plugin.facts.image import Image
 from vtp_plugin.facts.tower import SharedSpace, Tower
@@ -100,10 +101,10 @@ class Family:
         return getattr(self.processor, "tokenizer", None)
 
     def decode(self, ids: Tensor) -> str:
-        """The text of prompt ids without special tokens."""
+        """The text of prompt ids, of special tokens only those that show whose turn it is."""
         if self.tokenizer is None:
             raise PruningError("this strategy reads the question: pass the model's processor (processor=...)")
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return framed(self.tokenizer, ids)
 
     def encode_text(self, text: str) -> list[int]:
         """The token ids of a text without special tokens; at least one."""

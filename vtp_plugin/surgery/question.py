@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vtp_plugin.errors import PruningError
+from vtp_plugin.facts.conversation import framed, question_of
 from vtp_plugin.facts.family import Family
 from vtp_plugin.stages import Stage
 
-TURNS = (  # the user's words in the conversation formats of the supported families, special tokens already gone
-    re.compile(r"USER:(.*?)(?:ASSISTANT:|$)", re.DOTALL),
-    re.compile(r"(?:^|\n)user\n(.*?)(?:\n(?:assistant|model)\b|$)", re.DOTALL),
-    re.compile(r"\[INST\](.*?)(?:\[/INST\]|$)", re.DOTALL),
-    re.compile(r"User:(.*?)(?:Assistant:|$)", re.DOTALL),
-)
-PLACEHOLDER = re.compile(r"<(image|video)(_pad|_soft_token)?>")
-
-
-def question_of(prompt: str) -> str:
-    """The last user turn; the whole prompt where no conversation format is recognised."""
-    prompt = PLACEHOLDER.sub("", prompt)
-    turns = next((found for turn in TURNS if (found := turn.findall(prompt))), [prompt])
-    return turns[-1].strip()
+__all__ = ["EmbeddedQuestions", "framed", "question_of"]
 
 
 class EmbeddedQuestions:

@@ -20,7 +20,7 @@ from vllm.multimodal.processing import PromptReplacement
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.vllm.plan import KEY, Plan
 from vtp_plugin.surgery.pixels import Pixels, watch
-from vtp_plugin.surgery.question import question_of
+from vtp_plugin.surgery.question import framed, question_of
 
 KEEP = "vtp_keep"  # [N] bool: the patches that pixel strategies leave
 QUESTION = "vtp_question"  # in mm_processor_kwargs: text; as a field: its UTF-8 bytes
@@ -56,7 +56,7 @@ class Decides:
             raise PruningError("image embeddings cannot be pruned: send the picture")
         said = {**inputs.hf_processor_mm_kwargs, KEY: self.plan.fingerprint}
         if self.plan.reads_question and QUESTION not in said:
-            said[QUESTION] = question_of(self.info.get_tokenizer().decode(inputs.prompt, skip_special_tokens=True))
+            said[QUESTION] = question_of(framed(self.info.get_tokenizer(), inputs.prompt))
         return super().apply(replace(inputs, hf_processor_mm_kwargs=said), timing_ctx)
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> Any:

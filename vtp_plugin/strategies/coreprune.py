@@ -1,0 +1,72 @@
+"""CoRePrune, second stage: what leaves must not move the answers that the question's tokens get from attention.
+
+Source: the paper; between decoder layers, behind layer 7 (0-based), that is `layer` = 8. Receivers are the text tokens
+behind the image. Per head, a receiver's output is Y = sum_j a_j V_j. Without the tokens of a set S, and with attention
+summing to one again, it moves by |sum_S a_i (V_i - Y)| / (1 - sum_S a_i); D(S) is the mean over heads and receivers.
+1. S begins with all visual tokens of the image;
+2. the `step` (4) tokens with the largest D(S) - D(S without i) are rescued, both sums follow, until K are back.
+The budget K here counts what is left behind the cut; the paper's number that enters the language model is larger (its
+first stage, inside the tower, is not part of this).
+
+Our reading: sums over all heads of the language model, in double precision; 1 - sum_S a_i is at least 1e-9, where a
+receiver sees nothing else; the last round rescues what is missing to K. Positions are original.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtp_plugin.stages import Stage
+from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.tokens import Selection, VisualTokens
+
+LEFT = 1e-9
+
+
+@dataclass(kw_only=True)
+class CoRePrune(PruningStrategy):
+    """Rescue the tokens whose loss would move the question's attention outputs most."""
+
+    name = "coreprune"
+    stage = Stage.LLM
+    paper = "CoRePrune: Contribution-aware Rescue for Visual Token Pruning, second stage"
+    needs = ("head_attention", "values", "outputs")
+    default_keep_ratio = 64 / 256
+
+    layer: int = 8  # the first decoder layer that does not see the dropped tokens
+    step: int = 4  # tokens that are rescued at a time
+
+    def validate(self) -> None:
+        self.check_whole("layer", 1)
+        self.check_whole("step", 1)
+
+    @property
+    def decoder_layer(self) -> int:
+        return self.layer
+
+    def select(self, visual: VisualTokens) -> Selection:
+        k = self.wanted(visual)
+        images = zip(visual.head_attention, visual.values, visual.outputs, strict=True)
+        return Selection(torch.stack([self._rescued(*image, k) for image in images]))
+
+    def _rescued(self, attention: Tensor, values: Tensor, outputs: Tensor, k: int) -> Tensor:
+        """The tokens that stay of one image, [N] bool; attention [H, T, N], values [H, N, d], outputs [H, T, d]."""
+        a, v, y = attention.double(), values.double(), outputs.double()
+        along = torch.einsum("htd,hnd->htn", y, v)  # <V_i, Y>
+        own = y.square().sum(-1)[..., None]  # |Y|^2
+        size = a**2 * (v.square().sum(-1)[:, None] - 2 * along + own)  # |a_i (V_i - Y)|^2
+        keep = torch.zeros(a.shape[-1], dtype=torch.bool, device=a.device)
+        while (missing := k - int(keep.sum())) > 0:
+            lost = a * ~keep
+            total = lost.sum(-1)  # [H, T]
+            moved = torch.einsum("htn,hnd->htd", lost, v) - total[..., None] * y
+            cross = a * (torch.einsum("htd,hnd->htn", moved, v) - (moved * y).sum(-1)[..., None])
+            without = (moved.square().sum(-1)[..., None] - 2 * cross + size).clamp(min=0).sqrt()
+            without = without / (1 - total[..., None] + a).clamp(min=LEFT)
+            left = without.mean((0, 1)).masked_fill(keep, float("inf"))  # D(S without i): the smallest is the best
+            best = left.sort(stable=True).indices[: min(self.step, missing)]
+            keep[best] = True
+        return keep

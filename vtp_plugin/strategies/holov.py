@@ -1,0 +1,89 @@
+"""HoloV: every stretch of the picture gets a share of the tokens, so that attention does not spend them all in one place.
+
+Source: arXiv 2510.02912 (NeurIPS 2025) and the authors' code, over projected tokens z and the CLS attention a of the
+projected block (mean over heads):
+1. the raster is cut into `segments` (16) pieces of equal length, stretches of rows (the paper speaks of crops);
+2. in a piece, v_i is the variance of the cosines of z_i with the others; the score of a token is 1000 a_i + `context`
+   (0.09) v_i mean|1000 a| / mean|v|, means over the image; that of a piece is the mean of its tokens;
+3. a piece gets floor(K share of its score) tokens, what is left goes one by one to the best pieces;
+4. in a piece the tokens with the highest attention stay, in the order of their attention (`order=raster` sorts them).
+Positions are renumbered.
+
+Ours: a piece that is shorter than its part gives the rest to the next best ones (the code fills up with zero vectors),
+so exactly K stay; K and the number of pieces are not fixed; pieces differ in length by one where N does not divide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtp_plugin.selectors import cosines
+from vtp_plugin.stages import Stage
+from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.tokens import Selection, VisualTokens
+
+SCALE = 1000.0
+
+
+@dataclass(kw_only=True)
+class HoloV(PruningStrategy):
+    """Divide the budget among stretches of the picture, and spend it there by CLS attention."""
+
+    name = "holov"
+    stage = Stage.PROJECTOR
+    paper = "HoloV: Holistic Vision Token Pruning, https://arxiv.org/abs/2510.02912"
+    needs = ("projected", "cls_attention")
+    default_keep_ratio = 64 / 576
+
+    segments: int = 16
+    context: float = 0.09  # weight of the variance
+    order: str = "score"  # of the kept tokens: score, within their stretches, or raster
+
+    def validate(self) -> None:
+        self.check_whole("segments", 1)
+        self.check_number("context", 0)
+        self.check_choice("order", ("score", "raster"))
+
+    def select(self, visual: VisualTokens) -> Selection:
+        k = self.wanted(visual)
+        sources = [self._kept(*image, k) for image in zip(visual.projected, visual.cls_attention, strict=True)]
+        keep = torch.zeros_like(visual.index, dtype=torch.bool)
+        for row, source in zip(keep, sources, strict=True):
+            row[source] = True
+        if self.order == "raster":
+            return Selection(keep, scores=visual.cls_attention)
+        return Selection(keep, source=tuple(sources), scores=visual.cls_attention)
+
+    def _kept(self, z: Tensor, attention: Tensor, k: int) -> Tensor:
+        """The columns that stay of one image, stretch by stretch."""
+        pieces = torch.arange(len(z), device=z.device).tensor_split(min(self.segments, len(z)))
+        variance = torch.cat([_variance(z[piece]) for piece in pieces])
+        salient = SCALE * attention.float()
+        scores = salient + self.context * variance * salient.abs().mean() / variance.abs().mean().clamp(min=1e-12)
+        worth = torch.stack([scores[piece].mean() for piece in pieces]).tolist()
+        quotas = _quotas(worth, [len(piece) for piece in pieces], k)
+        ranked = [piece[attention[piece].sort(descending=True, stable=True).indices] for piece in pieces]
+        return torch.cat([piece[:quota] for piece, quota in zip(ranked, quotas, strict=True)])
+
+
+def _variance(z: Tensor) -> Tensor:
+    """Of the cosines of every token [n, D] with the others, [n]; 0 for one alone."""
+    alike, others = cosines(z[None])[0], max(1, len(z) - 1)
+    alone = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    mean = alike.masked_fill(alone, 0).sum(-1, keepdim=True) / others
+    return ((alike - mean) ** 2).masked_fill(alone, 0).sum(-1) / others
+
+
+def _quotas(worth: list[float], room: list[int], k: int) -> list[int]:
+    """k tokens divided in proportion to the worth of the pieces, as far as they have room; the rest to the best."""
+    total = sum(worth)
+    shares = [w / total if total > 0 else 1 / len(worth) for w in worth]
+    quotas = [min(int(k * share), size) for share, size in zip(shares, room, strict=True)]
+    best = sorted(range(len(worth)), key=lambda piece: (-worth[piece], piece))
+    while sum(quotas) < k:
+        for piece in best:
+            quotas[piece] += quotas[piece] < room[piece] and sum(quotas) < k
+    return quotas

@@ -1,0 +1,70 @@
+"""MMTok: tokens that cover both the words of the question and the picture itself.
+
+Source: arXiv 2508.18264 (ICLR 2026) and the authors' code. With rows over the N visual tokens j:
+1. P = softmax_j(cos(word t, z_j) / tau_t) / T, for the T words of the question: their input embeddings of the language
+   model (`words`) against projected tokens z (`projected`); tau_t -> `text_temperature` (0.02);
+2. Q = softmax_j(cos(x_i, x_j) / tau_v) alpha / N, for the N tower features x_i; tau_v -> `image_temperature` (0.2),
+   alpha -> `alpha` (0.5);
+3. R = [P; Q]; K times the j of the largest sum over rows of max(0, R_j - covered), covered <- max(covered, R_j), from 0
+   on. Ascending order, positions renumbered.
+
+Our reading: the words are the question's without the chat template. A prompt without a question is covered by Q alone.
+K = int(r N). alpha = 0 covers the words only, and goes on by lower index once they are covered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vtp_plugin.selectors import cosines, greedy, mask
+from vtp_plugin.stages import Stage
+from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.tokens import Selection, VisualTokens
+
+
+@dataclass(kw_only=True)
+class MMTok(PruningStrategy):
+    """Keep tokens that cover the words of the question and the other tokens."""
+
+    name = "mmtok"
+    stage = Stage.PROJECTOR
+    paper = "MMTok: Multimodal Coverage Maximization for Visual Token Selection, https://arxiv.org/abs/2508.18264"
+    needs = ("projected", "words")
+    default_keep_ratio = 64 / 576
+
+    alpha: float = 0.5  # weight of the picture's own rows
+    text_temperature: float = 0.02
+    image_temperature: float = 0.2
+
+    def validate(self) -> None:
+        self.check_number("alpha", 0)
+        for field in ("text_temperature", "image_temperature"):
+            self.check_number(field, 1e-4)
+
+    def select(self, visual: VisualTokens) -> Selection:
+        k, n = self.wanted(visual), visual.tokens.shape[1]
+        images = zip(visual.tokens, visual.projected, visual.words, strict=True)
+        return Selection(torch.cat([mask(_covering(self._rows(*image), k), n) for image in images]))
+
+    def _rows(self, x: Tensor, z: Tensor, words: Tensor) -> Tensor:
+        """What is to be covered of one image, [T + N, N]."""
+        image = (cosines(x[None])[0] / self.image_temperature).softmax(-1) * (self.alpha / len(x))
+        words = words[words.any(-1)].float()  # without what only fills up the batch
+        alike = normalize(words, dim=-1) @ normalize(z.float(), dim=-1).T  # [T, N]
+        text = (alike / self.text_temperature).softmax(-1) / max(1, len(words))
+        return torch.cat([text, image])
+
+
+def _covering(rows: Tensor, k: int) -> Tensor:
+    """k columns of [R, N] whose maximum over columns has the largest sum, greedily, [1, k]."""
+    covered = torch.zeros(len(rows), 1, device=rows.device)
+
+    def pick(best: Tensor) -> None:
+        torch.maximum(covered, rows[:, best], out=covered)
+
+    taken = torch.zeros(1, rows.shape[1], dtype=torch.bool, device=rows.device)
+    return greedy(lambda: (rows - covered).clamp(min=0).sum(0)[None], pick, taken, k)

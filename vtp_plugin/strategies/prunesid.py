@@ -1,0 +1,105 @@
+"""PruneSID: groups of tokens along principal directions, thinned out group by group.
+
+Source: arXiv 2603.09480 (ICLR 2026) and the authors' code, with x the tower's features and a the CLS attention:
+1. principal components of sigmoid(x) over the tokens, max(1, K // 4) of them, as far as there are directions; a token
+   belongs to the component on which its loading is largest in size;
+2. in every group, by falling attention, a token stays that is not more similar (cosine of x) than `threshold` K / 32
+   times the mean cosine of all pairs to one that stays already;
+3. groups get parts of the budget in proportion to what stayed in them, and spend it by attention;
+4. the class token is one of the K, in front.
+The order is that of the groups (`order=raster` sorts). Positions are renumbered.
+
+Ours: exact components (the code's are randomised), centred as there; exactly K tokens: what rounding leaves over goes
+to the largest remainders, and a group with too few survivors takes from its others by attention. Towers without a class
+token keep K patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtp_plugin.selectors import cosines
+from vtp_plugin.stages import Stage
+from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.tokens import Selection, VisualTokens
+
+
+@dataclass(kw_only=True)
+class PruneSID(PruningStrategy):
+    """Group tokens by principal directions and thin out every group."""
+
+    name = "prunesid"
+    stage = Stage.PROJECTOR
+    paper = "PruneSID: Synergistic Importance-Diversity for Token Pruning, https://arxiv.org/abs/2603.09480"
+    needs = ("cls", "cls_attention")
+    merges = True  # the class token's row is new
+    default_keep_ratio = 64 / 576
+
+    threshold: float = 1.0  # times K / 32 and the mean cosine
+    order: str = "group"  # group or raster
+
+    def validate(self) -> None:
+        self.check_number("threshold", 0)
+        self.check_choice("order", ("group", "raster"))
+
+    def select(self, visual: VisualTokens) -> Selection:
+        k, class_token = self.wanted(visual), visual.cls is not None
+        keep = torch.zeros_like(visual.index, dtype=torch.bool)
+        rows, sources = [], []
+        for b, (x, attention) in enumerate(zip(visual.tokens.float(), visual.cls_attention, strict=True)):
+            kept = self._kept(x, attention, k, k - class_token)
+            keep[b, kept] = True
+            first = visual.cls[b, None].float() if class_token else x[:0]
+            rows.append(torch.cat([first, x[kept]]))
+            sources.append(torch.cat([kept.new_full((len(first),), -1), kept]))
+        return Selection(keep, tokens=tuple(rows), source=tuple(sources), scores=visual.cls_attention)
+
+    def _kept(self, x: Tensor, attention: Tensor, k: int, wanted: int) -> Tensor:
+        """The `wanted` patches that stay of one image, group by group."""
+        group, alike = _groups(x, max(1, k // 4)), cosines(x[None])[0]
+        limit = self.threshold * k / 32 * alike.mean()
+        order = attention.sort(descending=True, stable=True).indices
+        members = [order[group[order] == number] for number in group.unique()]
+        ranked = [_thinned(columns, alike, limit) for columns in members]
+        quotas = _parts([stayed for _, stayed in ranked], [len(columns) for columns in members], wanted)
+        kept = torch.cat([columns[:quota] for (columns, _), quota in zip(ranked, quotas, strict=True)])
+        return kept.sort().values if self.order == "raster" else kept
+
+
+def _groups(x: Tensor, number: int) -> Tensor:
+    """The principal component of sigmoid(x) that every token [N, D] loads on most, [N]."""
+    squashed = x.double().sigmoid()
+    _, sizes, directions = torch.linalg.svd(squashed - squashed.mean(0), full_matrices=False)
+    rank = max(1, int((sizes > 1e-9 * sizes[0].clamp(min=1e-300)).sum()))
+    loadings = (squashed - squashed.mean(0)) @ directions[: min(number, rank)].T
+    return loadings.abs().argmax(-1)
+
+
+def _thinned(columns: Tensor, alike: Tensor, limit: Tensor) -> tuple[Tensor, int]:
+    """The columns [n], those first that are not too similar to one before them, and how many these are."""
+    stay: list[int] = []
+    for column in columns.tolist():
+        if not stay or bool((alike[column, stay] <= limit).all()):
+            stay.append(column)
+    first = columns.new_tensor(stay)
+    return torch.cat([first, columns[~torch.isin(columns, first)]]), len(stay)
+
+
+def _parts(weights: list[int], room: list[int], k: int) -> list[int]:
+    """k divided in proportion to the weights, as far as there is room, by largest remainders."""
+    parts = [0] * len(weights)
+    while (left := k - sum(parts)) > 0:
+        open_ = [n for n, part in enumerate(parts) if part < room[n]]
+        total = sum(weights[n] for n in open_)
+        exact = {n: left * weights[n] / total for n in open_}
+        whole = {n: min(int(share + 1e-9), room[n] - parts[n]) for n, share in exact.items()}
+        if not any(whole.values()):
+            for n in sorted(open_, key=lambda n: (-exact[n], n))[:left]:
+                parts[n] += 1
+            continue
+        for n, part in whole.items():
+            parts[n] += part
+    return parts

@@ -1,0 +1,88 @@
+"""VScan, first stage: half of the tokens from windows, half from the whole picture; the others are averaged in.
+
+Source: arXiv 2505.22654 (TMLR 2026) and the authors' code:
+1. local scan: K // 2 patches by the CLS attention of block `shallow` (5), equally many in each window of `window` x
+   `window` (6 x 6) patches;
+2. global scan: the other patches by the CLS attention of the projected block;
+3. every dropped token joins the kept one that is most similar (cosine of projected tokens); a kept token becomes the
+   mean of itself and what joined it, weight 1 each (`merge=false` drops them).
+Ascending order, positions renumbered. The second stage is a cut between decoder layers, at 16 of 32 in the paper, e.g.
+96 -> 32: `vscan+pyramiddrop` with `pyramiddrop.layers=16`.
+
+Ours: what does not divide by the windows goes to the windows whose next patch has the highest attention; windows at the
+edge may be smaller. The mean is of the tower's features, in front of the projector: the code averages behind it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vtp_plugin.stages import Stage
+from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.tokens import Selection, VisualTokens, top_k
+
+
+@dataclass(kw_only=True)
+class VScan(PruningStrategy):
+    """Keep what windows and what the whole picture attend to; the others are averaged into the most similar ones."""
+
+    name = "vscan"
+    stage = Stage.PROJECTOR
+    paper = "VScan: Rethinking Visual Token Reduction for Efficient LVLMs, https://arxiv.org/abs/2505.22654"
+    needs = ("projected", "cls_attention", "shallow_attention")
+    merges = True
+    default_keep_ratio = 96 / 576
+
+    window: int = 6  # patches per side
+    shallow: int = 5  # the block of the local scan
+    merge: bool = True
+
+    def validate(self) -> None:
+        self.check_whole("window", 1)
+        self.check("shallow", isinstance(self.shallow, int), "must be a whole number")
+        self.check_choice("merge", (True, False))
+
+    @property
+    def shallow_layer(self) -> int:
+        return self.shallow
+
+    def select(self, visual: VisualTokens) -> Selection:
+        k = self.wanted(visual)
+        local = torch.stack([self._local(visual, b, k // 2) for b in range(len(visual.index))])
+        rest = visual.cls_attention.float().masked_fill(local, float("-inf"))
+        keep = local | top_k(rest, k - k // 2)
+        if not self.merge:
+            return Selection(keep, scores=visual.cls_attention)
+        images = zip(visual.tokens, visual.projected, keep, strict=True)
+        rows, into = zip(*(_averaged(*image) for image in images), strict=True)
+        return Selection(keep, tokens=tuple(rows), scores=visual.cls_attention, into=tuple(into))
+
+    def _local(self, visual: VisualTokens, b: int, k: int) -> Tensor:
+        """The k patches of one image that the windows give, [N] bool."""
+        attention, columns = visual.shallow_attention[b].float(), visual.grid[1]
+        place = visual.index[b].clamp(min=0)
+        across = -(-columns // self.window)
+        window = place // columns // self.window * across + place % columns // self.window
+        rank = torch.empty_like(place)  # within the window
+        for one in window.unique():
+            members = (window == one).nonzero().flatten()
+            rank[members[attention[members].sort(descending=True, stable=True).indices]] = torch.arange(
+                len(members), device=place.device
+            )
+        by_attention = attention.sort(descending=True, stable=True).indices
+        order = by_attention[rank[by_attention].sort(stable=True).indices]  # every window's best, then its second ...
+        return torch.zeros_like(place, dtype=torch.bool).index_fill_(0, order[:k], True)
+
+
+def _averaged(x: Tensor, z: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of kept tokens and of those that join them [K, D], and the column that every token joined [N]."""
+    kept, gone = keep.nonzero().flatten(), (~keep).nonzero().flatten()
+    into, unit = torch.full_like(keep, -1, dtype=torch.long), normalize(z.float(), dim=-1)
+    owner = (unit[gone] @ unit[kept].T).argmax(-1) if len(gone) else gone
+    into[gone] = kept[owner]
+    member = torch.nn.functional.one_hot(owner, len(kept)).to(torch.float32)  # [N - K, K]
+    return (x[kept].float() + member.T @ x[gone].float()) / (1 + member.sum(0))[:, None], into
