@@ -10,14 +10,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vtp_plugin.adapter import Adapter, SharedSpace
 from vtp_plugin.adapters.clip import clip_tower, space_of
+from vtp_plugin.adapters.rows import repeated, serve
 from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
-from vtp_plugin.surgery.prompt import PlaceholderCalls, Rows
+from vtp_plugin.surgery.columns import Rows
+from vtp_plugin.surgery.prompt import PlaceholderCalls
 from vtp_plugin.surgery.session import Session
 from vtp_plugin.surgery.undo import Undo
 
@@ -78,8 +80,20 @@ class LlavaHf(Adapter):
             yield
             return
         with Undo() as undo:
-            undo.override(self.core, "get_image_features", lambda *args, **kwargs: features)
+            serve(self.pruned, self.core, "get_image_features", features, undo)
+            if v5_17.is_host():
+                answer = {"image": features}
+                v5_17.repeat_features(self.core, self.model, undo, lambda times: self._expanded(None, answer, times))
+            else:
+                undo.override(self.model, "_expand_multimodal_outputs", self._expanded)
             yield
+
+    def _expanded(self, input_ids: Tensor | None, outputs: Any, expand_size: int = 1, **kwargs: Any) -> Any:
+        """Features for beams and returned sequences: the host counts placeholders, of which rows may be left out."""
+        rows = outputs["image"].pooler_output
+        order = repeated([image.sample for image in self.pruned.call.images], expand_size)
+        outputs["image"].pooler_output = [rows[image] for image in order]
+        return outputs
 
     # -- facts ----------------------------------------------------------------------------------------------------
 
