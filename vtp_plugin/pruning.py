@@ -24,8 +24,8 @@ from vtp_plugin.surgery.call import Call, PruningEvent
 from vtp_plugin.surgery.copies import make_copyable
 from vtp_plugin.surgery.decoder import DecoderCuts
 from vtp_plugin.surgery.judging import Judgement
-from vtp_plugin.surgery.pixels import watch as watch_processor
 from vtp_plugin.surgery.owning import OneAtATime, unwrapped
+from vtp_plugin.surgery.pixels import watch as watch_processor
 from vtp_plugin.surgery.positions import Choice, OriginalPositions
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.surgery.vision import VisionCuts

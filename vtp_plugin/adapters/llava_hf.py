@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vtp_plugin.adapter import Adapter, SharedSpace
+from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.clip import clip_tower, space_of
 from vtp_plugin.adapters.rows import repeated, serve
 from vtp_plugin.hosts.transformers.contract import FAMILIES
