@@ -19,7 +19,7 @@ SHARED = "positions"  # without a strategy's name in front: for every strategy
 TOTAL = "keep_ratio"  # without a strategy's name in front, over several strategies: the budget of all together
 NONE = "none"  # the unpruned model with the same measurements and record
 
-Spec = str | Path | PruningStrategy | Sequence[str | PruningStrategy]
+Spec = str | Path | PruningStrategy | Mapping[str, Any] | Sequence[str | PruningStrategy | Mapping[str, Any]]
 
 
 def resolve(spec: Spec, args: Mapping[str, Any] | None = None) -> list[PruningStrategy]:
@@ -32,6 +32,10 @@ def resolve(spec: Spec, args: Mapping[str, Any] | None = None) -> list[PruningSt
     """
     if isinstance(spec, PruningStrategy):
         spec = [spec]
+    if isinstance(spec, Mapping):
+        return _of_mapping(spec, args or {})
+    if not isinstance(spec, (str, Path)) and not spec:
+        raise PruningError(f"no strategy was named; say '{NONE}' for the unpruned model")
     if not isinstance(spec, (str, Path)):
         if spec and all(isinstance(part, str) for part in spec):
             return resolve("+".join(spec), args)
@@ -46,6 +50,25 @@ def resolve(spec: Spec, args: Mapping[str, Any] | None = None) -> list[PruningSt
 def is_setting(spec: str) -> bool:
     """Whether a specification brings hyper-parameters of its own: a file, or a setting by name."""
     return spec.strip().endswith((".yaml", ".yml")) or ":" in spec
+
+
+def _of_mapping(spec: Mapping[str, Any], args: Mapping[str, Any]) -> list[PruningStrategy]:
+    """`{"strategy": NAME, field: value}` as in a file, or `{NAME: {field: value}}`."""
+    if not spec or not all(isinstance(key, str) for key in spec):
+        raise PruningError(f"no strategy was named; say '{NONE}' for the unpruned model")
+    if "strategy" in spec:
+        return resolve(str(spec["strategy"]), {k: v for k, v in spec.items() if k != "strategy"} | dict(args))
+    if "strategies" in spec:
+        if len(spec) > 1:
+            raise PruningError("nothing can stand beside 'strategies': put it into one of its entries")
+        return resolve(list(spec["strategies"]), args)
+    fields = {name: {} if value is None else value for name, value in spec.items()}
+    for name, value in fields.items():
+        if not isinstance(value, Mapping):
+            raise PruningError(f"expected the fields of '{name}' as a dictionary, got {value!r}")
+    return resolve(
+        "+".join(fields), {f"{n}.{k}": v for n, value in fields.items() for k, v in value.items()} | dict(args)
+    )
 
 
 def build(name: str, fields: Mapping[str, Any], source: str = "") -> PruningStrategy:

@@ -21,8 +21,10 @@ from vtp_plugin.metrics.totals import Totals
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.call import Call, PruningEvent
+from vtp_plugin.surgery.copies import make_copyable
 from vtp_plugin.surgery.decoder import DecoderCuts
 from vtp_plugin.surgery.judging import Judgement
+from vtp_plugin.surgery.owning import OneAtATime, unwrapped
 from vtp_plugin.surgery.pixels import watch as watch_processor
 from vtp_plugin.surgery.positions import Choice, OriginalPositions
 from vtp_plugin.surgery.undo import Undo
@@ -44,7 +46,8 @@ def prune(
     Raises PruningError, with the model as it was, if the strategies do not fit the model.
     """
     chosen = resolve(strategies, hyper)
-    if MARK in vars(model):
+    model = unwrapped(model)
+    if vars(model).get(MARK) is not None:
         names = "+".join(s.name for s in vars(model)[MARK].strategies) or "none"
         raise PruningError(f"the model is already pruned by {names}: detach it first, or name several strategies")
     families = plugins.adapters()
@@ -52,14 +55,14 @@ def prune(
     return Pruned(model, adapter, chosen, measure=measure)
 
 
-class Pruned:
+class Pruned(OneAtATime):
     """A model with strategies attached. `events` holds the cuts of the last calls, newest last."""
 
     def __init__(
         self, model: nn.Module, adapter: Adapter, strategies: Sequence[PruningStrategy], *, measure: bool
     ) -> None:
         self.model, self.adapter, self.strategies = model, adapter, list(strategies)
-        self.call: Call | None = None
+        super().__init__()
         self.events: deque[PruningEvent] = deque(maxlen=EVENTS_KEPT)
         self._totals = Totals(self)
         self.finished: list[Callable[[Call], None]] = [self._totals.add]  # called with every call that ended well
@@ -97,6 +100,7 @@ class Pruned:
             self._watch_processor(vision)
         if measure:
             self._measure()
+        make_copyable(self.model, MARK, self._undo)
         object.__setattr__(self.model, MARK, self)
         self._undo.callback(object.__delattr__, self.model, MARK)
 
@@ -159,18 +163,17 @@ class Pruned:
     @contextmanager
     def calling(self) -> Iterator[Call]:
         """One call of the host model; proves at its end that every strategy has cut."""
-        self.call = call = Call(warmup=not self._called, decisions=[] if self.looking else None)
+        call = Call(warmup=not self._called, decisions=[] if self.looking else None)
         self._called = True
         call.spend("image_processing", self._processed)
         self._processed, call.started = 0.0, clock(self.device)
         try:
-            yield call
+            with self.going_on(call):
+                yield call
             self._prove(call)
         except BaseException as error:
             self.failure = self.failure or error
             raise
-        finally:
-            self.call = None
         call.spend("total", clock(self.device) - call.started)
         call.first_token = call.seconds["total"] if call.first_token is None else call.first_token
         self.events.extend(call.events)

@@ -132,10 +132,13 @@ class PruningStrategy(ABC):
         return self.count(visual.tokens.shape[1])
 
     def decide(self, visual: VisualTokens) -> Selection:
-        """`select`, except that a budget of all tokens leaves them untouched, bit for bit."""
+        """`select`, except that a budget of all tokens leaves them untouched, bit for bit.
+
+        The choice has no gradient; new values of survivors, where the method merges, have that of their parts.
+        """
         if self.budgeted and self.wanted(visual) == visual.tokens.shape[1]:
             return Selection(torch.ones_like(visual.index, dtype=torch.bool))
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.merges):
             return self.select(visual)
 
     @classmethod

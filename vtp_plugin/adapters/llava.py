@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,14 @@ from vtp_plugin.adapters.clip import ClipSpace, clip_tower
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.llava import contract, frozen
 from vtp_plugin.stages import Stage
-from vtp_plugin.surgery import cache
+from vtp_plugin.surgery import answers, asking, cache, lengths, losses, masks, turns
+from vtp_plugin.surgery.binding import bound
 from vtp_plugin.surgery.call import Call, Image
-from vtp_plugin.surgery.decoder import narrowed_labels, refuse_cropping, refuse_filled_cache
+from vtp_plugin.surgery.columns import Columns
 from vtp_plugin.surgery.positions import lookup
 from vtp_plugin.surgery.question import question_of
 from vtp_plugin.surgery.session import Session
+from vtp_plugin.surgery.turns import Turn
 from vtp_plugin.surgery.undo import Undo
 
 PLACEHOLDER = -200  # llava.constants.IMAGE_TOKEN_INDEX
@@ -84,25 +87,64 @@ class Llava(Adapter):
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         if self.pruned.call is not None:
             return self.generate(*args, **kwargs)
-        refuse_filled_cache(cache.given(kwargs))
-        refuse_cropping(self.pruned.strategies, kwargs)
-        ids = args[0] if args else kwargs.get("inputs")
-        with self.pruned.calling() as call, self._left_padding():
+        ids, images = args[0] if args else kwargs.get("inputs"), args[1] if args[1:] else kwargs.get("images")
+        asking.check(self.pruned, kwargs | {"input_ids": ids}, images is not None, generating=True)
+        with self.pruned.calling() as call, self._left_padding(), masks.translated(self.model, call):
             call.rows, self.by_column = 1 if ids is None else len(ids), False
-            return self.generate(*args, **kwargs)
+            with lengths.of_the_whole_prompt(self.model, call):
+                return self.generate(*args, **kwargs)
 
-    def _forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        if self.pruned.call is not None or kwargs.get("images") is None:
-            return self.forward(*args, labels=labels, **kwargs)
-        if kwargs.get("inputs_embeds") is not None:
-            raise PruningError("pruning needs input_ids: prompts given as inputs_embeds cannot be shortened")
-        with self.pruned.calling() as call:
-            self.wanted_labels, self.by_column = None, True
-            output = self.forward(*args, labels=labels, **kwargs)
-            if self.wanted_labels is not None:
-                narrowed = narrowed_labels(call, self.wanted_labels)
-                output.loss = self.model.loss_function(output.logits, narrowed, self.model.config.vocab_size)
-            return output
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.pruned.call
+        if call is not None:
+            return self._pass(call, args, kwargs)
+        with self.pruned.alone():
+            inputs = bound(self.forward, args, kwargs)
+            turn = turns.recall(inputs)
+            if turn is not None:
+                return self._continued(turn, inputs)
+            asking.check(self.pruned, inputs, inputs.get("images") is not None, generating=False)
+            if inputs.get("images") is None:
+                return self.forward(**inputs)
+            self.by_column = inputs.get("position_ids") is None
+            with self.pruned.calling() as call:
+                late = any(s.stage is Stage.LLM for s in self.pruned.strategies)
+                with losses.translated(self.model, late and inputs.get("labels") is not None, partial(_narrowed, call)):
+                    return self._remembered(call, self.forward(**inputs))
+
+    def _pass(self, call: Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        """One pass inside of a `generate`: the prefill, behind it, or of a prompt of somebody else's (guidance)."""
+        if torch.compiler.is_compiling() or not call.images:
+            return self.forward(*args, **kwargs)
+        inputs = bound(self.forward, args, kwargs)
+        if inputs.get("inputs_embeds") is not None:
+            return self._remembered(call, self.forward(**inputs))
+        if turns.recall(inputs) is call.turn is not None:
+            return self.forward(**inputs)
+        with self.pruned.aside():
+            return self.forward(**inputs)
+
+    def _remembered(self, call: Call, output: Any) -> Any:
+        """The output; its cache says what it holds. The package's columns are those of the merged prompt."""
+        columns = Columns.whole(*call.valid.shape, call.valid.device)
+        call.turn = Turn(self.pruned.number, columns.columns, call.valid, columns, None, untouched=True)
+        call.turn.facts = {name: getattr(call, name) for name in ("images", "valid", "cuts", "positions")}
+        if hasattr(output, "keys"):
+            turns.remember(cache.of_output(output), call.turn)
+        return output
+
+    def _continued(self, turn: Turn, inputs: dict[str, Any]) -> Any:
+        """A pass of the caller's own over a cache that holds a pruned prompt."""
+        if turn.owner != self.pruned.number:
+            raise PruningError(turns.OTHERWISE)
+        if inputs.get("images") is not None and inputs["input_ids"].shape[1] > 1:
+            asking.refuse_filled_cache(cache.given(inputs))
+        queries = inputs["input_ids"].shape[1]
+        left = turn.behind(len(inputs["input_ids"]), queries, turns.stored_length(cache.given(inputs)))
+        if inputs.get("attention_mask") is not None:
+            left.mask(inputs["attention_mask"], queries)
+        with self.pruned.going_on(turn.call()):
+            return self.forward(**inputs)
 
     def _merge(
         self,
@@ -116,18 +158,22 @@ class Llava(Adapter):
     ) -> tuple[Any, ...]:
         """The host's merge of text and features, with pruned features; remembers where they went."""
         call, rest = self.pruned.call, (position_ids, attention_mask, past_key_values, labels)
-        if call is None or images is None or input_ids.shape[1] == 1:
+        if images is None or input_ids.shape[1] == 1:
             return self.merge(input_ids, *rest, images, image_sizes)
-        refuse_filled_cache(past_key_values)
+        if call is None:
+            if self.pruned.strategies:
+                raise PruningError(
+                    "images were merged into a prompt by hand, where nothing is pruned: give them to the model"
+                )
+            return self.merge(input_ids, *rest, images, image_sizes)
+        asking.refuse_filled_cache(past_key_values)
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         prompts = [row[mask] for row, mask in zip(input_ids, real, strict=True)]
         if attention_mask is None and self.uneven:
             rest = (position_ids, real, past_key_values, labels)
-        merged = list(self._merged(call, prompts, (input_ids, *rest), images, image_sizes))
+        merged = self._merged(call, prompts, (input_ids, *rest), images, image_sizes)
         self._place(call, prompts, merged[4].shape[1], self._sources(call))
-        if merged[5] is not None and any(s.stage is Stage.LLM for s in self.pruned.strategies):
-            self.wanted_labels, merged[5] = merged[5], None  # the logits will be shorter: the loss is ours
-        return tuple(merged)
+        return merged
 
     @property
     def uneven(self) -> bool:
@@ -176,8 +222,8 @@ class Llava(Adapter):
         """Tell the call where the images are in the merged prompts [B, length]; `sources` are those of `_sources`."""
         left = getattr(self.model.config, "tokenizer_padding_side", "right") == "left"
         valid = torch.zeros(len(prompts), length, dtype=torch.bool, device=prompts[0].device)
-        positions, lengths = torch.zeros_like(valid, dtype=torch.long), []
-        columns, images = [], zip(call.images, sources, strict=True)
+        positions, wholes = torch.zeros_like(valid, dtype=torch.long), []
+        columns, starts, images = [], [], zip(call.images, sources, strict=True)
         for row, ids in enumerate(prompts):
             used = [next(images) for _ in range(max(1, _placeholders(ids)))]
             own, spans, whole = _spread(ids, used)
@@ -185,11 +231,13 @@ class Llava(Adapter):
             start = length - total if left else 0
             valid[row, start : start + total] = True
             positions[row, start : start + total] = own[:total]
-            lengths.append(whole + start * self.by_column)
+            wholes.append(whole)
+            starts.append(start * self.by_column)
             columns.extend(span[span < total] + start for span in spans or [own[:0]])
         call.place(valid, columns, [image.sample for image in call.images])
+        call.dropped = max(wholes) - length
         if self.pruned.positions.prompt == "original":
-            self._keep_positions(call, positions, torch.tensor(lengths, device=valid.device))
+            self._keep_positions(call, positions, torch.tensor([wholes, starts], device=valid.device).sum(0))
 
     def _keep_positions(self, call: Call, positions: Tensor, lengths: Tensor) -> None:
         """What the host counts: real tokens when generating, columns in a plain forward."""
@@ -214,6 +262,12 @@ class Llava(Adapter):
         vision = self.model.get_vision_tower()
         checkpoint = checkpoint or self.model.config.mm_vision_tower
         return ClipSpace(checkpoint, vision.hidden_size, vision.device, vision.dtype)
+
+
+def _narrowed(call: Call, logits: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """What the host's loss is asked about where the last layers see less than the merged prompt."""
+    whole = Columns.whole(*call.valid.shape, logits.device)
+    return logits, losses.narrowed(arguments, answers.seen(call, whole), 0, logits.shape[1])
 
 
 def _plain(images: Any) -> Tensor:

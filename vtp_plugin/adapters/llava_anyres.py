@@ -19,7 +19,7 @@ from vtp_plugin.adapters.llava import PLACEHOLDER, Llava
 from vtp_plugin.hosts.llava import contract
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
-from vtp_plugin.surgery.prompt import Rows
+from vtp_plugin.surgery.columns import Rows
 from vtp_plugin.surgery.tiles import TILED
 from vtp_plugin.surgery.undo import Undo
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vtp_plugin.adapter import Adapter, SharedSpace
 from vtp_plugin.adapters import v5_17
@@ -19,7 +19,8 @@ from vtp_plugin.adapters.rows import repeated
 from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
-from vtp_plugin.surgery.prompt import PlaceholderCalls, Rows
+from vtp_plugin.surgery.columns import Rows
+from vtp_plugin.surgery.prompt import PlaceholderCalls
 from vtp_plugin.surgery.session import Session
 from vtp_plugin.surgery.undo import Undo
 
@@ -89,6 +90,13 @@ class LlavaHf(Adapter):
 
                 v5_17.repeat_features(self.core, self.model, undo, repeat)
             yield
+
+    def _expanded(self, input_ids: Tensor | None, outputs: Any, expand_size: int = 1, **kwargs: Any) -> Any:
+        """Features for beams and returned sequences: the host counts placeholders, of which rows may be left out."""
+        rows = outputs["image"].pooler_output
+        order = repeated([image.sample for image in self.pruned.call.images], expand_size)
+        outputs["image"].pooler_output = [rows[image] for image in order]
+        return outputs
 
     # -- facts ----------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from vtp_plugin.adapters.qwen_tower import PACKED, function_of, packed_tower
 from vtp_plugin.adapters.rows import VALUES, RowsAdapter
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
-from vtp_plugin.surgery.prompt import Shortened
+from vtp_plugin.surgery.columns import Columns
 from vtp_plugin.surgery.undo import Undo
 
 GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
@@ -32,6 +32,7 @@ class QwenVL(RowsAdapter):
     stages = dict.fromkeys(Stage, "")
     layout = PACKED
     default_positions = "original"
+    carried = ("rope_deltas",)  # what the host keeps on its backbone between the passes over one prompt
     parts = ("visual.merger", "language_model")
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
@@ -79,7 +80,7 @@ class QwenVL(RowsAdapter):
     # -- positions ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def positions(self, shortened: Shortened, ids: Tensor, real: Tensor, *, compact: bool) -> Iterator[None]:
+    def positions(self, shortened: Columns, ids: Tensor, real: Tensor, *, compact: bool) -> Iterator[None]:
         """Let the model compute positions for the full prompt, and give the kept columns theirs.
 
         `compact`: prompts that lost tokens are counted like text instead, the same number on all three axes.

@@ -15,7 +15,7 @@ from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.qwen import QwenVL
 from vtp_plugin.adapters.qwen_tower import function_of
 from vtp_plugin.hosts.transformers.contract import FAMILIES
-from vtp_plugin.surgery.prompt import Rows
+from vtp_plugin.surgery.columns import Rows
 
 
 class Qwen3VL(QwenVL):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,8 @@ from vtp_plugin.adapter import Adapter, Tower
 from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.clip import clip_tower
 from vtp_plugin.surgery.call import Call, Image
-from vtp_plugin.surgery.prompt import PlaceholderCalls, Rows
+from vtp_plugin.surgery.columns import Rows
+from vtp_plugin.surgery.prompt import PlaceholderCalls
 from vtp_plugin.surgery.session import Session
 from vtp_plugin.surgery.tiles import TILED
 from vtp_plugin.surgery.undo import Undo
@@ -93,7 +94,7 @@ class RowsAdapter(Adapter):
     def serving(self, features: Any) -> Iterator[None]:
         with Undo() as undo:
             for kind, output in (features or {}).items():
-                undo.override(self.core, f"get_{kind}_features", _answering(output))
+                serve(self.pruned, self.core, f"get_{kind}_features", output, undo)
             if features and v5_17.is_host():
                 v5_17.repeat_features(self.core, self.model, undo, lambda times: self._expanded(None, features, times))
             elif features:
@@ -116,8 +117,23 @@ class RowsAdapter(Adapter):
         return outputs
 
 
-def _answering(output: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: v5_17.handed_over(output)
+def serve(session: Session, core: nn.Module, name: str, output: Any, undo: Undo) -> None:
+    """Let the model answer with these features in the call that runs now; a call inside of it has its own."""
+    call = session.call
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        return v5_17.handed_over(output) if session.call is call else original(*args, **kwargs)
+
+    original = undo.override(core, name, answer)
+
+
+def repeated(samples: Sequence[int], times: int) -> list[int]:
+    """Numbers of the images whose samples these are, the images of a sample together, as often as it is repeated."""
+    return [
+        image
+        for sample in dict.fromkeys(samples)
+        for image in [n for n, s in enumerate(samples) if s == sample] * times
+    ]
 
 
 def repeated(samples: Sequence[int], times: int) -> list[int]:

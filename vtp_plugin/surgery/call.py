@@ -64,6 +64,8 @@ class Call:
     steps: list[tuple[int, int, bool]] = field(default_factory=list)  # decoding, if timed: tokens, those before, cached
     warmup: bool = False  # the first call of a model
     decisions: list[Decision] | None = None  # None: nobody looks on
+    dropped: int = 0  # columns that the longest prompt is shorter, where the host counts its length
+    turn: Any = None  # the prompt and what is left of it: surgery.turns.Turn
 
     @property
     def batch(self) -> list[int]:

@@ -7,7 +7,7 @@ their positions, because the rotary tables are gathered, or are counted anew, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.signals import Tap, taps
-from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention, cache
 from vtp_plugin.surgery.call import Call
@@ -25,9 +24,6 @@ from vtp_plugin.surgery.positions import rotary_tables
 from vtp_plugin.surgery.reading import Reading
 from vtp_plugin.surgery.session import Session
 from vtp_plugin.surgery.undo import Undo
-
-CROPPING = ("assistant_model", "prompt_lookup_num_tokens")
-IGNORED = -100  # the label that every loss of transformers leaves out
 
 
 class DecoderCuts:
@@ -247,25 +243,3 @@ class DecoderCuts:
             raise PruningError(
                 f"{self._names}: a static cache has one length for all layers; use the default dynamic cache"
             )
-
-
-def refuse_filled_cache(stored: Any) -> None:
-    """Images can only be pruned in the first pass."""
-    if stored is not None and stored.get_seq_length() > 0:
-        raise PruningError("pruning cannot add images behind a filled cache of the caller")
-
-
-def refuse_cropping(strategies: Sequence[PruningStrategy], inputs: Mapping[str, Any]) -> None:
-    """Refuse ways of generating that crop the cache, whose layers have unequal lengths after an llm cut."""
-    late = [s for s in strategies if s.stage is Stage.LLM]
-    asked = [name for name in CROPPING if inputs.get(name) is not None]
-    if late and asked:
-        raise PruningError(f"{late[0].name}: {asked[0]} is not possible when decoder layers cache unequal lengths")
-
-
-def narrowed_labels(call: Call, labels: Tensor) -> Tensor:
-    """Labels [B, L] of a whole prompt for the columns that the last layer sees; padding is ignored by the loss."""
-    if not call.cuts:
-        return labels
-    cut = call.cuts[max(call.cuts)].to(labels.device)
-    return torch.where(cut.valid, labels.gather(1, cut.columns), IGNORED)

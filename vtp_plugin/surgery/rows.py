@@ -19,8 +19,8 @@ from vtp_plugin.signals.views import tapped
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.arrangement import Arrangement, Group, ImageRows
+from vtp_plugin.surgery.columns import Rows
 from vtp_plugin.surgery.judging import Judgement
-from vtp_plugin.surgery.prompt import Rows
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.surgery.vision import Cutting, space_of
 

@@ -35,6 +35,17 @@ class Session(Protocol):
 
     vision: Any  # the `VisionCuts`
 
+    number: int  # of this attachment
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Nobody else's call runs meanwhile."""
+
+    def going_on(self, call: Call | None) -> AbstractContextManager[Call | None]:
+        """A call that was counted before goes on."""
+
+    def aside(self) -> AbstractContextManager[None]:
+        """A pass inside a call that has nothing to do with its prompt."""
+
     def calling(self) -> AbstractContextManager[Call]:
         """One call of the host model."""
 

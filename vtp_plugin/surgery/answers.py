@@ -1,0 +1,94 @@
+"""What a pass answers, in the caller's columns: logits in every form of `logits_to_keep`, hidden states, attentions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtp_plugin.surgery.call import Call
+from vtp_plugin.surgery.columns import Columns
+
+LAYERED = ("hidden_states", "attentions")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The columns whose logits a caller wants: an int (the last so many, 0 for all), positions, or a mask."""
+
+    given: Any
+    length: int  # columns of the caller
+
+    @property
+    def every(self) -> bool:
+        return isinstance(self.given, int) and (self.given == 0 or self.given >= self.length)
+
+    @property
+    def positions(self) -> bool:
+        """Whether single columns are named."""
+        return isinstance(self.given, Tensor)
+
+    @property
+    def first(self) -> int:
+        """The first of them."""
+        if self.every:
+            return 0
+        if not self.positions:
+            return self.length - self.given
+        chosen = self.given.dtype is torch.bool
+        named = self.given.nonzero()[:, -1] if chosen else self.given.flatten() % self.length
+        return int(named.min()) if named.numel() else self.length - 1
+
+    def window(self, left: Columns) -> int:
+        """How many of the last columns that are left hold all of them; at least one."""
+        wanted = (left.columns >= self.first).any(0)
+        return left.short - int(wanted.int().argmax()) if wanted.any() else 1
+
+    def of(self, short: Tensor, left: Columns) -> Tensor:
+        """Logits [B, K, V] of the last of the columns that are left -> those that the caller wants."""
+        first = self.first
+        last = left.columns[:, -short.shape[1] :]
+        full = Columns(torch.where(last >= first, last - first, -1), left.length - first).put(short)
+        if not self.positions:
+            return full
+        if self.given.dtype is torch.bool:
+            return full[self.given[:, first:]]
+        where = self.given % self.length - first
+        return full[:, where] if where.ndim == 1 else full.take_along_dim(where[..., None], 1)
+
+
+def seen(call: Call, left: Columns, layer: int | None = None) -> Columns:
+    """What a decoder layer (None: the last) sees of the columns that are left."""
+    earlier = [number for number in call.cuts if layer is None or number <= layer]
+    if not earlier:
+        return left
+    cut = call.cuts[max(earlier)].to(left.columns.device)
+    new = left.short - cut.length
+    columns = torch.arange(cut.length, left.short, device=cut.columns.device).expand(len(cut.columns), new)
+    valid = torch.cat([cut.valid, cut.valid.new_ones(len(cut.valid), new)], 1)
+    return left.within(torch.cat([cut.columns, columns], 1), valid)
+
+
+def put_back(output: Any, call: Call, left: Columns, queries: int) -> None:
+    """Hidden states and attentions of all layers at the caller's columns; of `queries` new ones behind a cache."""
+    whole = queries == left.short
+    states = getattr(output, "hidden_states", None)
+    if states is not None and whole:
+        output.hidden_states = tuple(_at(seen(call, left, n - 1), left, state) for n, state in enumerate(states))
+    maps = getattr(output, "attentions", None)
+    if maps is None:
+        return
+    back = []
+    for number, weights in enumerate(maps):
+        if weights is not None:
+            at = seen(call, left, number)
+            weights = at.put(weights, 3)
+            weights = at.put(weights, 2) if whole else weights
+        back.append(weights)
+    output.attentions = tuple(back)
+
+
+def _at(columns: Columns, left: Columns, state: Tensor) -> Tensor:
+    return (columns if state.shape[1] == columns.short else left).put(state)

@@ -1,0 +1,198 @@
+"""What a prompt was made shorter to, and how later passes over its cache are told so.
+
+A cache that a pruned model filled carries its `Turn`: a caller who hands it back (a decoding loop, a second turn) goes
+on speaking of the whole prompt, in masks, positions and lengths.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtp_plugin.errors import PruningError
+from vtp_plugin.surgery import cache
+from vtp_plugin.surgery.call import Call
+from vtp_plugin.surgery.columns import Columns
+from vtp_plugin.surgery.positions import lookup
+
+MARK = "_vtp_turn"
+REFUSED_POSITIONS = "pruning cannot shorten a prompt that comes with its own position_ids"
+OTHERWISE = "the cache was filled while the model was pruned otherwise: begin with the prompt again"
+_inside = threading.local()
+
+
+@dataclass(eq=False)
+class Turn:
+    """One prompt and what is left of it."""
+
+    owner: int  # number of the Pruned that made it
+    ids: Tensor  # [B, L] of the caller
+    real: Tensor  # [B, L] bool: what is no padding in them
+    columns: Columns
+    numbering: str | None  # original or compact; None: the host's own, of a prompt that was not shortened
+    untouched: bool = False  # nothing was dropped before the language model
+    by_column: bool = True  # the host counts columns, padding included; else real tokens
+    shift: Tensor | None = None  # [B] or [A, B]: what a new token's number becomes, where the caller counts
+    facts: dict[str, Any] = field(default_factory=dict)  # of the call: images, valid, cuts, positions
+    carried: dict[str, Any] = field(default_factory=dict)  # attributes of the model that its passes share
+
+    @property
+    def length(self) -> int:
+        """Columns of the caller's prompt."""
+        return self.ids.shape[1]
+
+    @property
+    def dropped(self) -> Tensor:
+        """How many tokens every row lost, [B]."""
+        lost = self.real.sum(1) - self.columns.valid.sum(1)
+        return torch.zeros_like(lost) if self.untouched else lost  # its columns are all there, padding included
+
+    def begins(self, ids: Tensor) -> bool:
+        """Whether these ids [B', L + n] are the prompt, perhaps repeated, and what was generated behind it."""
+        rows, more = divmod(len(ids), len(self.ids))
+        if more or ids.shape[1] < self.length:
+            return False
+        return bool((ids[:, : self.length] == self.ids.repeat_interleave(rows, 0)).all())
+
+    # -- positions ------------------------------------------------------------------------------------------------
+
+    def shortened(self, given: Tensor | None, new: int) -> Tensor | None:
+        """Position ids of the whole prompt and `new` tokens behind it as the host shall count; sets the counting."""
+        if given is None or self.untouched:
+            self.by_column, self.shift = given is None, None
+            return given
+        at = self.columns.followed(new)
+        real = torch.cat([self.real, self.real.new_ones(len(self.real), new)], 1)
+        if given.shape[-2] == 1:
+            given = given.expand(*given.shape[:-2], len(real), -1)
+        at, real = at.repeated(given.shape[-2]), real.repeat_interleave(given.shape[-2] // len(real), 0)
+        if given.ndim == 3:
+            return self._axes(given, at, real)
+        every = torch.arange(real.shape[1], device=given.device).expand_as(given)
+        counted = (real.cumsum(1) - 1).clamp(min=0)
+        self.by_column = not _same(given, counted, real)
+        if self.by_column and not _same(given, every, real):
+            raise PruningError(REFUSED_POSITIONS)
+        if self.by_column:
+            self.shift = torch.full_like(self.dropped, self.columns.short - self.length)
+            return torch.arange(at.short, device=given.device).expand(len(at.columns), -1)
+        self.shift = -self.dropped
+        return (at.valid.cumsum(1) - 1).clamp(min=0)
+
+    def _axes(self, given: Tensor, at: Columns, real: Tensor) -> Tensor:
+        """The same of several axes, [A, B, L]; of four, the first counts text, for the masks."""
+        self.by_column = False
+        counted = (at.valid.cumsum(1) - 1).clamp(min=0)
+        lost = real.sum(1) > at.valid.sum(1)
+        places = at.columns if at.origin is None else at.origin
+        taken = torch.where(at.valid, given.gather(2, places.clamp(min=0).expand(len(given), -1, -1)), 0)
+        if self.numbering == "compact":
+            taken = torch.where(lost[:, None], counted, taken)
+        if len(given) == 4:
+            taken[0] = counted
+        shift = torch.stack([axis[:, -1] for axis in taken]) - given[:, :, -1]
+        self.shift = shift[:, :: max(1, shift.shape[1] // len(self.ids))]
+        return taken
+
+    def moved(self, given: Tensor | None) -> Tensor | None:
+        """Position ids [B, q] or [A, B, q] of new tokens."""
+        if given is None or self.shift is None:
+            return given
+        if given.ndim != self.shift.ndim + 1:
+            raise PruningError("position_ids of new tokens have other axes than those of the prompt in the cache")
+        shift = self.shift.to(given.device)
+        if given.shape[-2] > shift.shape[-1]:
+            shift = shift.repeat_interleave(given.shape[-2] // shift.shape[-1], -1)
+        return given + shift[..., None]
+
+    def table(self) -> Tensor | None:
+        """What the host counts -> original positions, for the rotary embedding; see `surgery.positions.lookup`."""
+        if self.numbering != "original":
+            return None
+        real = torch.ones_like(self.real) if self.by_column else self.real
+        kept = torch.ones_like(self.columns.valid) if self.by_column else self.columns.valid
+        places = self.columns.columns if self.columns.origin is None else self.columns.origin
+        ranks = (real.cumsum(1) - 1).gather(1, places.clamp(min=0))
+        return lookup(ranks, kept, real.sum(1))
+
+    # -- later passes ---------------------------------------------------------------------------------------------
+
+    def call(self) -> Call:
+        """The state of a call that goes on behind the prompt."""
+        return Call(**self.facts, rows=len(self.ids), positions_used=True)
+
+    def behind(self, rows: int, queries: int, stored: int) -> Columns:
+        """What the cache holds of `stored` columns, and the `queries` new ones, in the caller's columns."""
+        done = stored - self.columns.short
+        held = self.columns if done >= 0 else self._cropped(-done)
+        return held.repeated(rows).followed(max(0, done) + queries)
+
+    def _cropped(self, lost: int) -> Columns:
+        """The prompt without its last `lost` columns, which were taken out of the cache; only text can be."""
+        tail = torch.arange(self.length - lost, self.length, device=self.ids.device)
+        text = lost < self.columns.short and bool((self.columns.columns[:, -lost:] == tail).all())
+        if not text or self.facts["cuts"]:
+            raise PruningError("the cache was cropped into what is left of an image: begin with the prompt again")
+        return Columns(self.columns.columns[:, :-lost], self.length - lost)
+
+
+def _same(given: Tensor, expected: Tensor, real: Tensor) -> bool:
+    return bool(((given == expected) | ~real).all())
+
+
+# -- on the cache -----------------------------------------------------------------------------------------------------
+
+
+class Spoken:
+    """`get_seq_length` of a cache: the caller's columns outside of the model, what is stored inside."""
+
+    def __init__(self, stored: Any, extra: int) -> None:
+        self.stored, self.extra = stored, extra
+
+    def __call__(self, layer_idx: int = 0) -> int:
+        length = type(self.stored).get_seq_length(self.stored, layer_idx)
+        return length if getattr(_inside, "depth", 0) or not length else length + self.extra
+
+
+@contextmanager
+def inside() -> Iterator[None]:
+    """While open, this thread is inside a pass of the model."""
+    _inside.depth = getattr(_inside, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _inside.depth -= 1
+
+
+def stored_length(stored: Any) -> int:
+    """How many columns a cache really holds in its first layer."""
+    return 0 if stored is None else int(type(stored).get_seq_length(stored))
+
+
+def remember(stored: Any, turn: Turn) -> None:
+    """Let a cache that holds a pruned prompt say so."""
+    if stored is None:
+        return
+    setattr(stored, MARK, turn)
+    if not getattr(stored, "is_compileable", False):
+        stored.get_seq_length = Spoken(stored, turn.length - turn.columns.short)
+
+
+def forget(stored: Any) -> None:
+    """A cache that is empty again holds no prompt."""
+    for name in (MARK, "get_seq_length"):
+        if name in getattr(stored, "__dict__", ()):
+            delattr(stored, name)
+
+
+def recall(arguments: Mapping[str, Any]) -> Turn | None:
+    """The prompt in the filled cache among these arguments, if it was pruned."""
+    stored = cache.given(arguments)
+    turn = None if stored is None else getattr(stored, MARK, None)
+    return turn if turn is not None and stored_length(stored) else None
