@@ -128,15 +128,6 @@ def serve(session: Session, core: nn.Module, name: str, output: Any, undo: Undo)
 
 
 def repeated(samples: Sequence[int], times: int) -> list[int]:
-    """Numbers of the images whose samples these are, the images of a sample together, as often as it is repeated."""
-    return [
-        image
-        for sample in dict.fromkeys(samples)
-        for image in [n for n, s in enumerate(samples) if s == sample] * times
-    ]
-
-
-def repeated(samples: Sequence[int], times: int) -> list[int]:
     """The numbers of the images whose samples are given, a sample's together, as often as `generate` repeats it."""
     groups = [[n for n, owner in enumerate(samples) if owner == sample] for sample in dict.fromkeys(samples)]
     return [image for group in groups for image in group * times]
