@@ -34,10 +34,9 @@ def resolve(spec: Spec, args: Mapping[str, Any] | None = None) -> list[PruningSt
         spec = [spec]
     if isinstance(spec, Mapping):
         return _of_mapping(spec, args or {})
-    if not isinstance(spec, (str, Path)) and not spec:
-        raise PruningError(f"no strategy was named; say '{NONE}' for the unpruned model")
     if not isinstance(spec, (str, Path)):
-        if spec and all(isinstance(part, str) for part in spec):
+        _check_list(spec)
+        if all(isinstance(part, str) for part in spec):
             return resolve("+".join(spec), args)
         if args:
             raise PruningError(f"hyper-parameters belong into the strategy objects, got {', '.join(args)} beside them")
@@ -45,6 +44,15 @@ def resolve(spec: Spec, args: Mapping[str, Any] | None = None) -> list[PruningSt
     fields, source = _read(spec)
     _distribute(fields, _spelled(args or {}))
     return _ordered([build(name, own, source) for name, own in fields.items()])
+
+
+def _check_list(spec: Any) -> None:
+    """Refuse what is no list of strategies, and an empty one."""
+    if not isinstance(spec, Sequence):
+        found = spec.__name__ if isinstance(spec, type) else repr(spec)
+        raise PruningError(f"expected a strategy's name, a YAML file, a strategy object or a list of these, got {found}")
+    if not spec:
+        raise PruningError(f"no strategy was named; say '{NONE}' for the unpruned model")
 
 
 def is_setting(spec: str) -> bool:
@@ -55,7 +63,7 @@ def is_setting(spec: str) -> bool:
 def _of_mapping(spec: Mapping[str, Any], args: Mapping[str, Any]) -> list[PruningStrategy]:
     """`{"strategy": NAME, field: value}` as in a file, or `{NAME: {field: value}}`."""
     if not spec or not all(isinstance(key, str) for key in spec):
-        raise PruningError(f"no strategy was named; say '{NONE}' for the unpruned model")
+        raise PruningError(f"no strategy was named in {dict(spec)}; say '{NONE}' for the unpruned model")
     if "strategy" in spec:
         return resolve(str(spec["strategy"]), {k: v for k, v in spec.items() if k != "strategy"} | dict(args))
     if "strategies" in spec:

@@ -58,7 +58,9 @@ class Prompt:
         if mask.ndim == 2:
             return mask.bool()
         seen = mask if mask.dtype is torch.bool else mask == 0
-        return seen.flatten(1, 2).any(1).expand(ids.shape)  # a column that nobody sees is padding
+        later = seen.any(1).tril(-1).any(1)  # [B, L]: padding is seen by nobody behind it
+        later[:, -1] = seen[:, :, -1, -1].any(1)
+        return later.expand(ids.shape)
 
     def shortened(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Columns | None, Any]:
         """Encode the images; the columns that are left (None: all of them) and the features to serve."""
