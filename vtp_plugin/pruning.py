@@ -13,7 +13,7 @@ from torch import nn
 from vtp_plugin import plugins, signals
 from vtp_plugin.adapter import Adapter, find_adapter
 from vtp_plugin.clock import clock
-from vtp_plugin.config import Spec, describe, resolve
+from vtp_plugin.config import NONE, Spec, describe, resolve
 from vtp_plugin.errors import NothingPruned, PruningError
 from vtp_plugin.hookspecs import hookimpl
 from vtp_plugin.metrics import counting, latency
@@ -227,4 +227,4 @@ class Pruned(OneAtATime):
 
 @hookimpl(trylast=True)
 def vtp_model_loaded(lm: Any, model: nn.Module, processor: Any, config: list[PruningStrategy]) -> Pruned:
-    return prune(model, config, processor=processor, measure=True)
+    return prune(model, config or NONE, processor=processor, measure=True)
