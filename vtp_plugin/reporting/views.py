@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from vtp_plugin.config import NONE
 from vtp_plugin.errors import PruningError
 from vtp_plugin.pruning import Pruned, prune
 from vtp_plugin.reporting import statistics
@@ -39,7 +40,7 @@ def view(
     target: str | None = None,
 ) -> View:
     """Ask the pruned model about the picture; `target`: the right answer. PruningError if tokens have no place."""
-    with prune(model, list(strategies), processor=processor) as pruned:
+    with prune(model, list(strategies) or NONE, processor=processor) as pruned:
         looking, looks = Looking(pruned), []
         pruned.finished.append(lambda call: looks.extend(looking.looks(call)))
         said = answer(model, processor, picture, question)
