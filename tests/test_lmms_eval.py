@@ -82,7 +82,7 @@ def test_record_is_complete(model: str, batch_size: int) -> None:
     json.dumps(record, allow_nan=False)
     assert set(record) == {
         *("schema", "versions", "model", "strategies", "visual_tokens", "samples", "seconds", "latency"),
-        *("prefill_flops", "flops", "kv_cache_bytes", "peak_bytes"),
+        *("prefill_flops", "flops", "kv_cache_bytes", "peak_bytes", "machine"),
     }
     assert record["schema"] == 2
     for package in ("vtp-plugin", "lmms-eval", "transformers", "torch", "llava-torch", "accelerate"):
@@ -235,10 +235,15 @@ class Session:
         return hosts.samples(self.folder / run, hosts.SCENES)
 
     @property
+    def said(self) -> str:
+        return self.process.stdout + self.process.stderr
+
+    @property
     def warnings(self) -> set[str]:
         """Every kind of line that warns, without times and numbers."""
-        text = self.process.stdout + self.process.stderr
-        found = [line for line in text.splitlines() if re.search(r"warn|\[transformers\]|deprecat|error", line, re.I)]
+        found = [
+            line for line in self.said.splitlines() if re.search(r"warn|\[transformers\]|deprecat|error", line, re.I)
+        ]
         return {re.sub(r"\d+", "#", re.sub(r"\x1b\[[\d;]*m", "", line)).strip() for line in found}
 
 
@@ -248,6 +253,7 @@ def run(name: str, model: str, arguments: str, **more: Any) -> dict[str, Any]:
     return given | {"output_path": name} | more
 
 
+OUTDATED = "LlavaLlamaForCausalLM.forward() got an unexpected keyword argument 'cache'"
 UNPRUNED = [(f"plain_{model}", model) for model in LAYOUTS]
 
 
@@ -292,13 +298,16 @@ def test_without_pruning_the_plugin_changes_nothing(bare: Session, unpruned: Ses
     assert bare.process.returncode == unpruned.process.returncode == 0
     for name, _ in UNPRUNED:
         plain = bare.samples(name)
-        assert len(plain) == 3
         assert unpruned.samples(name) == plain
+        if not plain:  # since transformers 5.24 the authors' package answers only with what `pruning=none` does for it
+            assert (name, OUTDATED in bare.said, OUTDATED in unpruned.said) == ("plain_llava", True, True)
+            continue
+        assert len(plain) == 3
         ours, theirs = unpruned.files(name), bare.files(name)
         assert set(ours) == set(theirs)
         assert ours["config"]["model_args"] == theirs["config"]["model_args"]
         assert ours["config"]["model_backend"] == theirs["config"]["model_backend"]
-    assert "vtp-plugin" not in unpruned.process.stdout + unpruned.process.stderr
+    assert "vtp-plugin" not in unpruned.said
 
 
 @pytest.mark.slow

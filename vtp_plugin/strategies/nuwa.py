@@ -78,7 +78,9 @@ class Nuwa(PlacedStrategy):
         for one in region.unique():
             members = order[region[order] == one]
             rank[members] = torch.arange(len(members), device=place.device)
-        first = order[rank[order].sort(stable=True).indices][: self.wanted(visual)]  # every region's best, its second ...
+        first = order[rank[order].sort(stable=True).indices][
+            : self.wanted(visual)
+        ]  # every region's best, its second ...
         return torch.zeros_like(place, dtype=torch.bool).index_fill_(0, first, True)
 
     def _smoothed(self, visual: VisualTokens, b: int, norms: Tensor, keep: Tensor) -> Tensor:

@@ -41,7 +41,9 @@ class Unpad(PruningStrategy):
     def select(self, visual: VisualTokens) -> Selection:
         color = torch.tensor(_levels(self.color), device=visual.pixels.device).view(3, 1, 1)
         blank = ((visual.pixels.int() - color).abs() <= self.tolerance).flatten(2).all(-1)  # [B, N]
-        keep = torch.stack([~self._padding(row, index, visual.grid) for row, index in zip(blank, visual.index, strict=True)])
+        keep = torch.stack(
+            [~self._padding(row, index, visual.grid) for row, index in zip(blank, visual.index, strict=True)]
+        )
         keep[:, 0] |= ~keep.any(1)
         return Selection(keep)
 
