@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vtp_plugin import PruningStrategy, Selection, Stage, VisualTokens, get_strategy
+from vtp_plugin import PruningStrategy, Selection, Stage, VisualTokens, get_strategy, prune
 from vtp_plugin.metrics.counting import selector_macs
 
 models = pytest.importorskip("models")
@@ -68,18 +68,22 @@ def test_signals_of_the_language_model(host: Any):
     row = models.prompts("single")
     wants = ("last_query_attention", "next_query_attention", "text_attention", "entry", "text_entry")
     wants = (*wants, "head_attention", "rotary_bias")
-    probe = Probe(wants=(*wants, "key_norms", "text_key_norms", "normed", "text_normed"))
+    wants = (*wants, "key_norms", "text_key_norms", "normed", "text_normed", "values", "outputs")
+    probe, outputs = Probe(wants=wants), []
     with host.prune(probe):
         host.forward(row)
     (seen,) = probe.seen
     inputs = host.inputs(row)
+    last = host.decoder.layers[LAYER - 1].self_attn.o_proj
+    handle = last.register_forward_pre_hook(lambda module, args: outputs.append(args[0][0]))
     full = host.model(**inputs, output_attentions=True, output_hidden_states=True, use_cache=True)
+    handle.remove()
     ids = inputs["input_ids"][0]
     image = (ids == models.PLACEHOLDER).nonzero().flatten()
     text = torch.arange(int(image[-1]) + 1, len(ids))
     before, behind = (full.attentions[layer][0].mean(0) for layer in (LAYER - 1, LAYER))
     keys = full.past_key_values.layers[LAYER - 1].keys[0].abs().sum((0, 2))
-    hidden, norm = full.hidden_states, host.decoder.norm
+    hidden, norm, heads = full.hidden_states, host.decoder.norm, host.decoder.config.num_attention_heads
     expected = {
         "last_query_attention": before[-1, image],
         "next_query_attention": behind[-1, image],
@@ -92,16 +96,63 @@ def test_signals_of_the_language_model(host: Any):
         "text_key_norms": keys[text],
         "normed": norm(hidden[LAYER][0, image]),
         "text_normed": norm(hidden[LAYER][0, text]),
+        "values": full.past_key_values.layers[LAYER - 1].values[0][:, image],
+        "outputs": outputs[0].unflatten(-1, (heads, -1)).transpose(0, 1)[:, text],
     }
     for name, value in expected.items():
         assert torch.allclose(getattr(seen, name)[0], value, **CLOSE), name
     assert (seen.cut, seen.entered, seen.layer) == ((0, 1), len(image), LAYER)
 
 
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "gemma3"])
+@torch.no_grad()
+def test_outputs_where_heads_share_keys_and_layers_have_windows(name: str):
+    """What the layer's output projection is given for the text behind the image."""
+    families = pytest.importorskip("families")
+    family, outputs = families.FAMILIES[name], []
+    model, inputs = family.build("sdpa"), family.batch([family.sample(0, 1)])
+    probe, layer = Probe(wants=("values", "outputs", "head_attention")), model.model.language_model.layers[LAYER - 1]
+    with prune(model, probe, processor=families.Processor()):
+        handle = layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: outputs.append(args[0][0]))
+        model(**inputs)
+        handle.remove()
+    (seen,), ids = probe.seen, inputs["input_ids"][0]
+    text = torch.arange(int((ids == families.IMAGE).nonzero()[-1]) + 1, len(ids))
+    heads, behind = seen.outputs.shape[1], seen.outputs[0][:, -len(text) :]  # in front of them: rows of newlines
+    assert torch.allclose(behind, outputs[0].unflatten(-1, (heads, -1)).transpose(0, 1)[:, text], **CLOSE)
+    assert seen.values.shape[1] == heads == seen.head_attention.shape[1]
+
+
+TOWER = ("projected", "class_query", "class_key", "raw_keys", "patch_values", "cls_attention", "heads")
+BLOCKS = {"shallow_attention": 1, "shallow_received": 1, "received": -1}
+
+
+@dataclass(kw_only=True)
+class Shallow(Probe):
+    shallow_layer = 1
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_attention_of_two_blocks(host: Any, name: str):
+    row, probe = models.prompts("single"), Shallow(at="projector", wants=(name,))
+    with host.prune(probe):
+        host.forward(row)
+    tower = host.tower(host.inputs(row)["pixel_values"], output_attentions=True)
+    heads = tower.attentions[BLOCKS[name]].mean(1)  # [B, 1 + N, 1 + N]
+    wanted = heads[:, 0] if name == "shallow_attention" else heads.mean(1)
+    assert torch.allclose(getattr(probe.seen[0], name), wanted[:, 1:], **CLOSE)
+
+
+def test_a_block_that_is_not_there_is_refused(host: Any):
+    with pytest.raises(ValueError, match=r"^hiprune: shallow must be in -4 \.\.\. 3 for this model, got 8$"):
+        host.prune("hiprune")
+
+
 @torch.no_grad()
 def test_signals_of_tower_and_projector(host: Any):
     row = models.prompts("single")
-    probe = Probe(at="projector", wants=("projected", "class_query", "class_key", "raw_keys", "cls_attention", "heads"))
+    probe = Probe(at="projector", wants=TOWER)
     with host.prune(probe):
         host.forward(row)
     (seen,) = probe.seen
@@ -114,6 +165,7 @@ def test_signals_of_tower_and_projector(host: Any):
     normed = block.layer_norm1(tower.hidden_states[-2])
     assert torch.allclose(seen.raw_keys, block.self_attn.k_proj(normed)[:, 1:], **CLOSE)
     assert torch.allclose(seen.class_query, block.self_attn.q_proj(normed)[:, 0], **CLOSE)
+    assert torch.allclose(seen.patch_values, block.self_attn.v_proj(normed)[:, 1:], **CLOSE)
     assert torch.allclose(seen.class_key, block.self_attn.k_proj(normed)[:, 0], **CLOSE)
     eager = host.tower(pixels, output_attentions=True).attentions[-1][:, :, 0, 1:]
     assert torch.allclose(seen.heads * seen.cls_attention, eager.sum(1), **CLOSE)
@@ -122,11 +174,14 @@ def test_signals_of_tower_and_projector(host: Any):
 # -- whole calls ------------------------------------------------------------------------------------------------------
 
 EVERY = ["fastervlm", "hired", "vispruner", "divprune", "cdpruner", "scope", "pooling", "prumerge", "prumerge_plus"]
-EVERY += ["dart", "pixelprune", "pyramiddrop", "sparsevlm", "vtp", "downsample"]
+EVERY += ["dart", "pixelprune", "pyramiddrop", "sparsevlm", "vtp", "downsample", "holov", "hiprune", "vscan", "nuwa"]
+EVERY += ["prunesid", "coreprune", "unpad"]
+SHALLOW = {"hiprune": {"shallow": 1}, "vscan": {"shallow": 1}, "coreprune": {"layer": 2}}  # towers of four blocks
 
 
 def make(host: Any, name: str, **hyper: Any) -> PruningStrategy:
     cls = get_strategy(name)
+    hyper = {**SHALLOW.get(name, {}), **hyper}
     return cls(**hyper, **({"clip": str(host.clip)} if "clip" in cls.fields() else {}))
 
 

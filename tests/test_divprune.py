@@ -10,10 +10,11 @@ from torch import Tensor
 from vtp_plugin import get_strategy
 
 
-def restated(z: Tensor, k: int) -> list[int]:
-    similarity = slow.cosines(z)
+def restated(z: Tensor, k: int, weight: list[float] | None = None, centred: bool = False) -> list[int]:
+    similarity = slow.cosines(z.double() - z.double().mean(0) if centred else z)
     n = len(similarity)
-    distance = [[1 - similarity[i][j] for j in range(n)] for i in range(n)]
+    weight = weight or [1.0] * n
+    distance = [[weight[j] * (1 - similarity[i][j]) for j in range(n)] for i in range(n)]
     picks: list[int] = []
     while len(picks) < k:
         others = [j for j in range(n) if j not in picks]
@@ -32,6 +33,24 @@ def test_as_described(n: int, k: int, dtype: torch.dtype):
     z = slow.tokens("random", n, d=9, dtype=dtype)
     kept = get_strategy("divprune")(keep_tokens=k).decide(slow.visual(torch.zeros(2, n, 3), projected=z))
     assert slow.columns(kept) == [restated(row, k) for row in z]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("weight", ["norm", "attention", "distinctiveness"])
+@pytest.mark.parametrize(("n", "k"), [(6, 1), (30, 7), (30, 29)])
+def test_weights(n: int, k: int, weight: str, dtype: torch.dtype):
+    z, attention = slow.tokens("random", n, d=9, dtype=dtype), slow.attention(2, n)
+    strategy = get_strategy("divprune")(keep_tokens=k, weight=weight)
+    assert ("cls_attention" in strategy.needs) is (weight == "attention")
+    kept = slow.columns(strategy.decide(slow.visual(torch.zeros(2, n, 3), projected=z, cls_attention=attention)))
+    for row, row_attention, columns in zip(z, attention, kept, strict=True):
+        similarity = slow.cosines(row)
+        weights = {
+            "norm": row.double().norm(dim=-1).tolist(),
+            "attention": row_attention.tolist(),
+            "distinctiveness": slow.minmax([-sum(alike) / n for alike in similarity]),
+        }
+        assert columns == restated(row, k, weights[weight], centred=weight == "distinctiveness")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

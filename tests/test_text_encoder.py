@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import families
+import models
 import pytest
 import torch
 from families import FAMILIES
@@ -66,16 +68,40 @@ def test_atp_keeps_what_resembles_the_question(name: str, sign: int):
         assert kept.tolist() == [rows[i] for i in chosen]
 
 
-@pytest.mark.parametrize("strategy", ["atp", "cdpruner", "divprune"])
+@pytest.mark.parametrize("strategy", ["atp", "cdpruner", "divprune", "mmtok"])
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl", "llava_onevision", "gemma3"])
 @torch.no_grad()
 def test_methods_that_read_the_question_run_without_a_text_tower(name: str, strategy: str):
     family, model = FAMILIES[name], model_of(name, "sdpa")
-    fields = {} if strategy == "divprune" else {"text_encoder": "llm"}
+    fields = {"text_encoder": "llm"} if strategy in ("atp", "cdpruner") else {}
     inputs = batched(family, prompts_of(name, "batch"))
     with vtp.prune(model, strategy, processor=Speaking(), keep_ratio=0.5, **fields) as pruned:
         model(**inputs)
     assert all(a < b for event in pruned.events for a, b in zip(event.after, event.before, strict=True))
+
+
+@torch.no_grad()
+def test_words_are_the_embeddings_of_each_images_own_question():
+    """Of a batch whose questions are of unequal length, filled up with zeros."""
+    host, seen = models.tiny("llava_hf"), []
+    named = {"decode": staticmethod(host.processor.tokenizer.decode), "__call__": staticmethod(numbers)}
+    processor = SimpleNamespace(image_processor=host.images, tokenizer=type("Numbers", (), named)())
+    strategy = vtp.get_strategy("mmtok")(keep_tokens=9)
+    select = strategy.select
+    object.__setattr__(strategy, "select", lambda visual: seen.append(visual.words) or select(visual))
+    rows = [[1, 5, models.picture(1), 8, 30, 31, 33], [1, 6, models.picture(2), 9]]
+    with vtp.prune(host.model, strategy, processor=processor) as pruned:
+        together = host.forward(rows).logits[:, -1]
+        kept = [k for event in pruned.events for k in event.kept]
+        pruned.events.clear()
+        alone = torch.cat([host.forward([row]).logits[:, -1] for row in rows])
+        assert all(a.equal(b) for a, b in zip(kept, [e.kept[0] for e in pruned.events], strict=True))
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    embed = host.model.get_input_embeddings()
+    long, short = (embed(torch.tensor([i for i in row if isinstance(i, int)])) for row in rows)
+    assert torch.allclose(seen[0][0], long)
+    assert torch.allclose(seen[0][1, : len(short)], short)
+    assert not seen[0][1, len(short) :].any()
 
 
 def test_another_question_keeps_other_tokens():

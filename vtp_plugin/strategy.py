@@ -96,6 +96,11 @@ class PruningStrategy(ABC):
         return None
 
     @property
+    def shallow_layer(self) -> int:
+        """Another, earlier block of the tower, of the signals that are named shallow."""
+        return 0
+
+    @property
     def clip_checkpoint(self) -> str | None:
         """The CLIP checkpoint behind `aligned` and `text`; None: the one that the vision tower comes from."""
         return None
@@ -225,6 +230,11 @@ class QuestionStrategy(PruningStrategy):
         self.check_choice("text_encoder", ("clip", "llm"))
         self.check("clip", self.clip is None or isinstance(self.clip, str), "must be the name of a checkpoint")
         self.check("clip", self.clip is None or self.text_encoder == "clip", "needs text_encoder=clip")
+
+    @property
+    def shallow_layer(self) -> int:
+        """Another, earlier block of the tower, of the signals that are named shallow."""
+        return 0
 
     @property
     def clip_checkpoint(self) -> str | None:

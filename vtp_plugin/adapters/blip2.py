@@ -123,7 +123,8 @@ def fused_block(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     module = block.attention
     hidden = args[0] if args else kwargs["hidden_states"]
     split = module.qkv(hidden).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, 1 + N, d]
-    return class_token_view(block, split[0][:, :, 0], split[1])
+    query, keys, values = split[0], split[1], split[2][:, :, block.prefix :]
+    return class_token_view(block, query[:, :, 0], keys, lambda: query, lambda: values)
 
 
 class QueriedLate(WholeLate):

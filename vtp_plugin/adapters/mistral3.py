@@ -37,7 +37,13 @@ def pixtral_block(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     query, keys = (attention.heads(module, name, hidden) for name in ("q_proj", "k_proj"))  # [1, H, S, d]
     turned = rotate(query, keys, *kwargs["position_embeddings"], unsqueeze_dim=0)
     return sequences_view(
-        turned[0][0], turned[1][0], keys[0], block.passing.lengths, attention.scale(module), equal=False
+        turned[0][0],
+        turned[1][0],
+        keys[0],
+        block.passing.lengths,
+        attention.scale(module),
+        equal=False,
+        values=lambda: attention.heads(module, "v_proj", hidden)[0],
     )
 
 

@@ -210,10 +210,11 @@ def packed_block(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     """A block that makes q, k and v at once, called with normed hidden states [S, D]."""
     module = block.attention
     hidden = args[0] if args else kwargs["hidden_states"]
-    query, key, _ = module.qkv(hidden).unflatten(-1, (3, module.num_heads, -1)).unbind(1)  # [S, H, d]
+    query, key, values = module.qkv(hidden).unflatten(-1, (3, module.num_heads, -1)).unbind(1)  # [S, H, d]
     turned = function_of(module, "apply_rotary_pos_emb_vision")(query, key, *kwargs["position_embeddings"])
     query, rotated, keys = (part.transpose(0, 1) for part in (*turned, key))  # [H, S, d]
-    return sequences_view(query, rotated, keys, kwargs["cu_seqlens"].diff().tolist(), attention.scale(module))
+    lengths, factor = kwargs["cu_seqlens"].diff().tolist(), attention.scale(module)
+    return sequences_view(query, rotated, keys, lengths, factor, values=lambda: values.transpose(0, 1))
 
 
 def every_patch(tower: Tower, passing: TowerPass) -> tuple[int, ...]:

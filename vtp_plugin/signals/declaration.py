@@ -60,7 +60,7 @@ class Signal:
     read: Callable[[Any], Any]
     taps: Callable[[Asking], Collection[Tap]]
     refuse: Callable[[Family, Asking], str]  # why a model cannot give it; "" if it can
-    block: int | None  # of the tower, where it is read in another block than `tower_layer`
+    block: int | str | None  # of the tower, or the property of a strategy that says it; None: `tower_layer`
     several_views: bool  # None for an image of one view
     sample: Callable[[Any], Any] | None  # of a `synthetic.Draw`; None: normal values of its shape
 
@@ -85,7 +85,7 @@ def signal(
     *,
     taps: Taps = (),
     refuse: Callable[[Family, Asking], str] = lambda family, strategy: "",
-    block: int | None = None,
+    block: int | str | None = None,
     several_views: bool = False,
     sample: Callable[[Any], Any] | None = None,
 ) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:

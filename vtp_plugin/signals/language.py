@@ -87,6 +87,21 @@ def cross_attention(at: LayerView) -> Tensor:
     return at.reading.strongest(at.sample, at.text)[:, at.image].sum(0)
 
 
+@signal("values", Stage.LLM, "[B, H, N, d] fp32: values of the layer before the cut, of every head", taps=Tap.LAYER)
+def values(at: LayerView) -> Tensor:
+    return at.reading.values(at.sample)[:, at.image]
+
+
+@signal(
+    "outputs",
+    Stage.LLM,
+    "[B, H, T, d] fp32: what attention makes of all values for every text token behind the image, of every head",
+    taps=Tap.LAYER,
+)
+def outputs(at: LayerView) -> Tensor:
+    return at.reading.outputs(at.sample, at.text)
+
+
 @signal("entry", Stage.LLM, "[B, M, D]: embeddings of the tokens that the strategy saw first", taps=Tap.ENTRY)
 def entry(at: LayerView) -> Tensor:
     return at.entry[at.sample, at.first]

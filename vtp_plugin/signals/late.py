@@ -40,6 +40,14 @@ def without_rows(family: Family, strategy: Asking) -> str:
     )
 
 
+def without_embeddings(family: Family, strategy: Asking) -> str:
+    """Why the language model's embeddings of a question cannot be compared with patches."""
+    if strategy.text_encoder != "llm":
+        return "the words of a question are the language model's, not CLIP's: it has to say text_encoder=llm"
+    reason = family.stages[Stage.LLM]
+    return f"it compares patches with the question's input embeddings, but {reason}" if reason else ""
+
+
 def without_alignment(family: Family, strategy: Asking) -> str:
     """Why a patch has no place where questions are."""
     return without_rows(family, strategy) if strategy.text_encoder == "llm" else without_text_tower(family, strategy)
@@ -73,6 +81,43 @@ def cls_attention(at: BlockView) -> Tensor:
 )
 def first_attention(at: BlockView) -> Tensor:
     return at.attention
+
+
+@signal(
+    "shallow_attention",
+    Stage.PROJECTOR,
+    "[B, N] fp32: as `cls_attention`, of block `shallow_layer`",
+    block="shallow_layer",
+    sample=attention_rows,
+)
+def shallow_attention(at: BlockView) -> Tensor:
+    return at.attention
+
+
+@signal(
+    "received",
+    Stage.PROJECTOR,
+    "[B, N] fp32: attention that a patch receives in block `tower_layer`, mean over heads and all queries",
+    sample=attention_rows,
+)
+def received(at: BlockView) -> Tensor:
+    return at.received
+
+
+@signal(
+    "shallow_received",
+    Stage.PROJECTOR,
+    "[B, N] fp32: the same in block `shallow_layer`",
+    block="shallow_layer",
+    sample=attention_rows,
+)
+def shallow_received(at: BlockView) -> Tensor:
+    return at.received
+
+
+@signal("patch_values", Stage.PROJECTOR, "[B, N, d'] fp32: values of block `tower_layer`, heads side by side")
+def patch_values(at: BlockView) -> Tensor:
+    return at.values.transpose(-3, -2).flatten(-2).float()
 
 
 @signal("keys", Stage.PROJECTOR, "[B, N, d] fp32: keys of block `tower_layer`, mean over heads, bias included")
@@ -147,6 +192,17 @@ def aligned(at: RowsView) -> Tensor:
 )
 def text(at: RowsView) -> Tensor:
     return at.space.text(at.questions).to(at.device)
+
+
+@signal(
+    "words",
+    Stage.PROJECTOR,
+    "[B, T, L]: input embeddings of the question's tokens in the language model; zeros fill up shorter questions",
+    taps=(Tap.QUESTION, Tap.SPACE),
+    refuse=without_embeddings,
+)
+def words(at: RowsView) -> Tensor:
+    return at.space.words(at.questions).to(at.device)
 
 
 @signal(

@@ -84,6 +84,20 @@ class BlockView(View):
     query: Tensor | None  # [B, H, d] of the class token, None where there is none
     attend: Callable[[], Tensor]
     class_key: Tensor | None = None  # [B, H, d] of the class token
+    receive: Callable[[], Tensor] | None = None  # None: as `attend`
+    project_values: Callable[[], Tensor] | None = None  # [..., H, N, d]
+
+    @cached_property
+    def received(self) -> Tensor:
+        """[..., N] fp32: the attention that a patch receives, mean over heads and all queries."""
+        return self.attention if self.receive is None else self.receive()
+
+    @property
+    def values(self) -> Tensor:
+        """[..., H, N, d]"""
+        if self.project_values is None:
+            raise PruningError("a signal reads the values of the tower, this host does not show them")
+        return self.project_values()
 
     @cached_property
     def attention(self) -> Tensor:
@@ -164,6 +178,12 @@ class Reading(Protocol):
 
     def norms(self, sample: int) -> Tensor:
         """L1 norms of the keys, heads side by side, [L]."""
+
+    def values(self, sample: int) -> Tensor:
+        """Of every query head, [H, L, d]."""
+
+    def outputs(self, sample: int, columns: Tensor) -> Tensor:
+        """What attention makes of the values for some columns [T], [H, T, d]."""
 
 
 @dataclass(frozen=True)

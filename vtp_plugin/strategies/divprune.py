@@ -4,6 +4,13 @@ Source: arXiv 2503.02175 (CVPR 2025): d_ij = 1 - cos(z_i, z_j) of the projected 
 the token with the farthest nearest neighbour, then repeatedly j* = argmax_j min_{i in S} d_ij, until K = round(r N);
 ascending order, positions renumbered. r -> `keep_ratio`, 0.098 in the paper (56 of 576).
 
+`weight` multiplies every candidate's distance, the first one's too, and covers what later papers add:
+* norm: |z_j|. On towers with a merger the sensitivity that ZOO-Prune estimates (arXiv 2509.24837) ranks like the norm
+  of the projected row (0.986), so this stands for it;
+* attention: the CLS attention of the projected block, as SCoRe's score;
+* distinctiveness: Cen-Prune (arXiv 2608.30263): distances are of *centred* tokens, the weight is the min-max of
+  g_j = - mean_i cos(z_i, z_j) of the raw ones. Centring alone is worse than none at tight budgets.
+
 Our reading: distances in fp32, and what is picked cannot be picked again: the released code returns fewer distinct
 tokens where tokens repeat each other.
 """
@@ -12,7 +19,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vtp_plugin.selectors import cosines, farthest_points, mask
+from torch import Tensor
+
+from vtp_plugin.selectors import centred, cosines, farthest_points, mask, minmax
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
@@ -25,12 +34,30 @@ class DivPrune(PruningStrategy):
     name = "divprune"
     stage = Stage.PROJECTOR
     paper = "DivPrune: Diversity-based Visual Token Pruning, https://arxiv.org/abs/2503.02175"
-    needs = ("projected",)
     default_keep_ratio = 0.098
+
+    weight: str = "none"  # of the distances: none, norm, attention or distinctiveness
+
+    def validate(self) -> None:
+        self.check_choice("weight", ("none", "norm", "attention", "distinctiveness"))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("projected",) + ("cls_attention",) * (self.weight == "attention")
 
     def rounded(self, exact: float) -> int:
         return round(exact)
 
     def select(self, visual: VisualTokens) -> Selection:
-        picks = farthest_points(1 - cosines(visual.projected), self.wanted(visual))
+        alike = cosines(visual.projected)
+        apart = 1 - (cosines(centred(visual.projected)) if self.weight == "distinctiveness" else alike)
+        picks = farthest_points(apart, self.wanted(visual), self._weights(visual, alike))
         return Selection(mask(picks, visual.tokens.shape[1]))
+
+    def _weights(self, visual: VisualTokens, alike: Tensor) -> Tensor | None:
+        """[B, N], of distances [B, N, N]."""
+        if self.weight == "norm":
+            return visual.projected.float().norm(dim=-1)
+        if self.weight == "attention":
+            return visual.cls_attention.float()
+        return minmax(-alike.mean(-1)) if self.weight == "distinctiveness" else None

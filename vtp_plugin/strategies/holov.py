@@ -1,4 +1,4 @@
-"""HoloV: every stretch of the picture gets a share of the tokens, so that attention does not spend them all in one place.
+"""HoloV: every stretch of the picture gets a share of the tokens; attention does not spend them all in one place.
 
 Source: arXiv 2510.02912 (NeurIPS 2025) and the authors' code, over projected tokens z and the CLS attention a of the
 projected block (mean over heads):

@@ -3,11 +3,11 @@
 Source: arXiv 2602.02951 (ICLR 2026), from notes on it. First stage, in front of the language model:
 1. the grid is cut into `regions` x `regions`; salience = CLS attention x norm of the key; every region keeps its most
    salient patches, K / regions^2 each;
-2. kept patches in the upper quartile of key norms (of all patches) stay as they are. Every other becomes the mean of the
-   patches around it, nearer than `radius` (0.26) of the largest distance in the grid, itself included, weighted with
-   the cosine of their values, negative ones 0 (`smooth=false` leaves them).
-Second stage, `at=llm`: the tokens whose hidden state in front of decoder layer `layer` is most similar to the mean state
-of the text behind the image (cosine) stay.
+2. kept patches in the upper quartile of key norms (of all patches) stay as they are. Every other becomes the mean of
+   the patches around it, nearer than `radius` (0.26) of the largest distance in the grid, itself included, weighted
+   with the cosine of their values, negative ones 0 (`smooth=false` leaves them).
+Second stage, `at=llm`: the tokens whose hidden state in front of decoder layer `layer` is most similar to the mean
+state of the text behind the image (cosine) stay; both after the language model's final norm.
 
 Our reading: keys and values of the projected block, keys as the mean over heads. What does not divide by the regions
 goes to those whose next patch is most salient. The paper stretches the positions of the kept tokens over the range that

@@ -53,15 +53,17 @@ def head_rows(
     return logits.softmax(-1)
 
 
-def received(queries: Tensor, keys: Tensor, factor: float) -> Tensor:
+def received(queries: Tensor, keys: Tensor, factor: float, bias: Tensor | None = None) -> Tensor:
     """Attention that every token receives, mean over queries and heads: [B, H, L, d] twice -> [B, L] fp32.
 
-    What stands in for the class token's attention in towers that have none. One head at a time: no [H, L, L] map.
+    `bias` [B, 1, L] is added to the logits. What stands in for the class token's attention in towers that have none.
+    One head at a time: no [H, L, L] map.
     """
     keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
     total = queries.new_zeros(len(queries), keys.shape[2], dtype=torch.float32)
     for query, key in zip(queries.float().unbind(1), keys.float().unbind(1), strict=True):
-        total += (query @ key.mT * factor).softmax(-1).mean(1)
+        logits = query @ key.mT * factor
+        total += (logits if bias is None else logits + bias).softmax(-1).mean(1)
     return total / queries.shape[1]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -52,29 +53,43 @@ def separate_projections(block: Block, args: tuple[Any, ...], kwargs: Mapping[st
     """A block whose attention has q_proj and k_proj, called with normed hidden states [B, prefix + N, D]."""
     module, hidden = block.attention, args[0] if args else kwargs["hidden_states"]
     keys = attention.heads(module, "k_proj", hidden)  # [B, H, prefix + N, d]
+    queries = partial(attention.heads, module, "q_proj", hidden)
+    values = partial(attention.heads, module, "v_proj", hidden[:, block.prefix :])
     if not block.prefix:
         return BlockView(
             keys,
             None,
-            lambda: attention.received(attention.heads(module, "q_proj", hidden), keys, attention.scale(module)),
+            lambda: attention.received(queries(), keys, attention.scale(module)),
+            project_values=values,
         )
     query = attention.heads(module, "q_proj", hidden[:, :1])[:, :, 0]  # [B, H, d]
-    return class_token_view(block, query, keys)
+    return class_token_view(block, query, keys, queries, values)
 
 
-def class_token_view(block: Block, query: Tensor, keys: Tensor) -> BlockView:
-    """What the class token sees: its query [B, H, d], keys [B, H, prefix + N, d]."""
+def class_token_view(
+    block: Block, query: Tensor, keys: Tensor, queries: Callable[[], Tensor], values: Callable[[], Tensor]
+) -> BlockView:
+    """What the class token sees: its query [B, H, d], keys and queries of all tokens [B, H, prefix + N, d]."""
     factor, prefix, bias = attention.scale(block.attention), block.prefix, block.passing.key_weights
     return BlockView(
         keys[:, :, prefix:],
         query,
         lambda: attention.row(query, keys, factor, bias=bias)[:, prefix:],
         keys[:, :, 0],
+        lambda: attention.received(queries(), keys, factor, bias=bias)[:, prefix:],
+        values,
     )
 
 
 def sequences_view(
-    query: Tensor, key: Tensor, keys: Tensor, lengths: Sequence[int], factor: float, *, equal: bool = True
+    query: Tensor,
+    key: Tensor,
+    keys: Tensor,
+    lengths: Sequence[int],
+    factor: float,
+    *,
+    equal: bool = True,
+    values: Callable[[], Tensor] | None = None,
 ) -> BlockView:
     """Sequences that attend to themselves, side by side: rotated queries and keys, and keys before, [H, S, d] each.
 
@@ -86,7 +101,7 @@ def sequences_view(
         rows = [attention.received(q[None], k[None], factor)[0] for q, k in spans]
         return torch.cat([row * len(row) if equal else row for row in rows])
 
-    return BlockView(keys, None, attend)
+    return BlockView(keys, None, attend, project_values=values)
 
 
 def of_tiles(tower: Tower, passing: TowerPass) -> tuple[int, ...]:

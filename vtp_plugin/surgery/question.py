@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.facts.conversation import framed, question_of
@@ -32,6 +33,10 @@ class EmbeddedQuestions:
         distinct = {question: self._embedded(question) for question in set(questions)}
         return torch.stack([distinct[question] for question in questions])
 
+    def words(self, questions: Sequence[str]) -> Tensor:
+        """Input embeddings of every question's tokens, [B, T, E] fp32, zeros behind shorter ones."""
+        return pad_sequence([self._tokens(question) for question in questions], batch_first=True)
+
     def patches(self, projected: Tensor) -> Tensor:
         """Projected patches as they are, fp32."""
         return projected.float()
@@ -41,7 +46,10 @@ class EmbeddedQuestions:
         return 0
 
     def _embedded(self, question: str) -> Tensor:
+        return self._tokens(question).mean(0)
+
+    def _tokens(self, question: str) -> Tensor:
         embed = self.adapter.language_model.get_input_embeddings()
         ids = self.adapter.encode_text(question)
         with torch.no_grad():
-            return embed(torch.tensor(ids, device=embed.weight.device)).float().mean(0)
+            return embed(torch.tensor(ids, device=embed.weight.device)).float()

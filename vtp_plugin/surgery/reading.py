@@ -23,6 +23,7 @@ class Reading:
     keys: Tensor  # [B, Hkv, L, d] rotated
     valid: Tensor  # [B, L] bool: columns that are not padding
     columns: Tensor  # [B, L] where they are in the whole prompt: what a sliding window counts
+    stored: Tensor | None = None  # [B, Hkv, L, d] values, where the cache holds them
 
     @classmethod
     def of(
@@ -36,10 +37,10 @@ class Reading:
     ) -> Reading:
         """From the layer's normed input, its rotary tables and the cache that holds its keys, if there is one."""
         cos, sin = (table[:, : hidden.shape[1]] for table in tables)
-        keys = _cached_keys(module, stored)
-        if keys is None or keys.shape[2] < hidden.shape[1]:  # a sliding window keeps only the last ones
+        keys, values = _cached(module, stored, hidden.shape[1])
+        if keys is None:
             keys = attention.rotated(module, attention.heads(module, "k_proj", hidden), cos, sin)
-        return cls(module, hidden, cos, sin, keys, valid, columns)
+        return cls(module, hidden, cos, sin, keys, valid, columns, values)
 
     def last_row(self) -> Tensor:
         """Attention of the last real column, mean over heads, [B, L] fp32."""
@@ -87,6 +88,18 @@ class Reading:
         """L1 norm of every column's key, heads side by side, [L] fp32."""
         return self.keys[sample].float().abs().sum((0, 2))
 
+    def values(self, sample: int) -> Tensor:
+        """Values of every query head of one sample, [H, L, d] fp32."""
+        if self.stored is None:
+            values = attention.heads(self.module, "v_proj", self.hidden[sample, None])[0]
+        else:
+            values = self.stored[sample]
+        return values.float().repeat_interleave(self.module.num_key_value_groups, dim=0)
+
+    def outputs(self, sample: int, columns: Tensor) -> Tensor:
+        """What attention makes of the values for some columns [T] of one sample, [H, T, d] fp32."""
+        return self.head_rows(sample, columns) @ self.values(sample)
+
     def _visible(self, sample: int, columns: Tensor) -> Tensor:
         """What some columns [T] of one sample attend to, [T, L] bool."""
         before = torch.arange(self.hidden.shape[1], device=columns.device) <= columns[:, None]
@@ -105,6 +118,8 @@ class Reading:
         return attention.rotated(self.module, query, attention.take(cos, columns), attention.take(sin, columns))
 
 
-def _cached_keys(module: nn.Module, cache: Any) -> Tensor | None:
-    """The rotated keys that the layer has just stored, [B, Hkv, L, d]."""
-    return None if cache is None else cache.layers[module.layer_idx].keys
+def _cached(module: nn.Module, cache: Any, length: int) -> tuple[Tensor | None, Tensor | None]:
+    """Rotated keys and values that the layer has just stored, [B, Hkv, L, d]; a window keeps only the last ones."""
+    layer = None if cache is None else cache.layers[module.layer_idx]
+    whole = layer is not None and layer.keys.shape[2] >= length
+    return (layer.keys, layer.values) if whole else (None, None)

@@ -46,9 +46,10 @@ class VisionCuts:
             if {Tap.PIXELS, Tap.CONTENT} & self.taps(strategy):
                 self.pixels = self.pixels or Pixels.of(self.family.image_processor)
         for strategy in self.at(Stage.PROJECTOR):
-            layer, blocks = strategy.tower_layer, len(self.tower.blocks)
-            if layer is not None and not -blocks <= layer < blocks:
-                raise strategy.error(f"layer must be in {-blocks} ... {blocks - 1} for this model, got {layer}")
+            blocks = len(self.tower.blocks)
+            for name, layer in (("layer", strategy.tower_layer), ("shallow", strategy.shallow_layer)):
+                if layer is not None and not -blocks <= layer < blocks:
+                    raise strategy.error(f"{name} must be in {-blocks} ... {blocks - 1} for this model, got {layer}")
         for strategy in self.tapping(Tap.SPACE):
             self.spaces[space_of(strategy)] = self._space(strategy)
         for strategy in self.at(Stage.PIXELS, Stage.VIT):
@@ -171,7 +172,8 @@ def space_of(strategy: PruningStrategy) -> Space:
 
 def block_of(family: Family, signal: Signal, strategy: PruningStrategy) -> int:
     """The block of the tower where a signal is read."""
-    return family.tower.number(strategy.tower_layer if signal.block is None else signal.block)
+    block = "tower_layer" if signal.block is None else signal.block
+    return family.tower.number(getattr(strategy, block) if isinstance(block, str) else block)
 
 
 def blocks_read(family: Family, strategies: Sequence[PruningStrategy]) -> dict[int, list[Signal]]:
