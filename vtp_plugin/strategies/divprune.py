@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vtp_plugin.selectors import cosines, farthest_points, mask
+from vtp_plugin.selectors import cosines, farthest_points
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
@@ -33,4 +33,4 @@ class DivPrune(PruningStrategy):
 
     def select(self, visual: VisualTokens) -> Selection:
         picks = farthest_points(1 - cosines(visual.projected), self.wanted(visual))
-        return Selection(mask(picks, visual.tokens.shape[1]))
+        return Selection.of(picks, visual.tokens.shape[1])
