@@ -50,7 +50,9 @@ def _check_list(spec: Any) -> None:
     """Refuse what is no list of strategies, and an empty one."""
     if not isinstance(spec, Sequence):
         found = spec.__name__ if isinstance(spec, type) else repr(spec)
-        raise PruningError(f"expected a strategy's name, a YAML file, a strategy object or a list of these, got {found}")
+        raise PruningError(
+            f"expected a strategy's name, a YAML file, a strategy object or a list of these, got {found}"
+        )
     if not spec:
         raise PruningError(f"no strategy was named; say '{NONE}' for the unpruned model")
 

@@ -68,7 +68,7 @@ class Pruned(OneAtATime):
         self.finished: list[Callable[[Call], None]] = [self._totals.add]  # called with every call that ended well
         self.failure: BaseException | None = None  # the first exception inside a call, even if the host swallowed it
         self._processed = 0.0  # seconds of image processing since the last call
-        self._called = False
+        self._called, self._measured = False, measure
         self.looking = False  # keep every decision until the call has ended
         self._undo = Undo()
         try:
@@ -163,18 +163,19 @@ class Pruned(OneAtATime):
     @contextmanager
     def calling(self) -> Iterator[Call]:
         """One call of the host model; proves at its end that every strategy has cut."""
-        call = Call(warmup=not self._called, decisions=[] if self.looking else None)
+        call = Call(warmup=not self._called, decisions=[] if self.looking else None, measured=self._measured)
         self._called = True
         call.spend("image_processing", self._processed)
-        self._processed, call.started = 0.0, clock(self.device)
+        self._processed, call.started = 0.0, clock(self.device, waiting=call.measured)
         try:
             with self.going_on(call):
                 yield call
             self._prove(call)
+            call.settle()
         except BaseException as error:
             self.failure = self.failure or error
             raise
-        call.spend("total", clock(self.device) - call.started)
+        call.spend("total", clock(self.device, waiting=call.measured) - call.started)
         call.first_token = call.seconds["total"] if call.first_token is None else call.first_token
         self.events.extend(call.events)
         for listener in self.finished:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.stages import Stage
-from vtp_plugin.tokens import Selection, VisualTokens, top_k
+from vtp_plugin.tokens import Selection, VisualTokens, best
 
 BUDGET = ("keep_ratio", "keep_tokens")
 POSITIONS = ("original", "compact")  # of the tokens that are left: as in the whole prompt, or counted anew
@@ -77,9 +77,16 @@ class PruningStrategy(ABC):
     def select(self, visual: VisualTokens) -> Selection:
         """Which tokens survive. By default the `count(N)` highest scores, ties by lower index, ascending order."""
         scores = self.score(visual)
-        if not torch.isfinite(scores).all():
+        ranked = best(-scores if self.invert else scores, self.wanted(visual))
+        finite = torch.isfinite(scores).all()
+        if not finite.is_cuda:  # where nobody waits for the answer
+            self.check_scores(bool(finite))
+        return Selection.of(ranked, scores.shape[1], scores=scores, finite=finite)
+
+    def check_scores(self, finite: bool) -> None:
+        """Refuse scores that are no numbers."""
+        if not finite:
             raise self.error("a score is not finite")
-        return Selection(top_k(-scores if self.invert else scores, self.wanted(visual)), scores=scores)
 
     def rounded(self, exact: float) -> int:
         """How keep_ratio * N becomes a whole number; int() unless the method's source says otherwise."""
@@ -142,7 +149,7 @@ class PruningStrategy(ABC):
         The choice has no gradient; new values of survivors, where the method merges, have that of their parts.
         """
         if self.budgeted and self.wanted(visual) == visual.tokens.shape[1]:
-            return Selection(torch.ones_like(visual.index, dtype=torch.bool))
+            return Selection.everything(visual.index)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.merges):
             return self.select(visual)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,21 +65,48 @@ class VisualTokens:
 
 @dataclass(frozen=True)
 class Selection:
-    """Decided once, then applied to every tensor with a token axis. Rows may keep different numbers of tokens."""
+    """Decided once, then applied to every tensor with a token axis. Rows may keep different numbers of tokens.
+
+    Where the method knows how many it keeps, `Selection.of` never asks the device what is in the mask.
+    """
 
     keep: Tensor  # [B, N] bool: True survives
     _: KW_ONLY
+    columns: Tensor | None = None  # [B, K] long, ascending: where `keep` is True; None: not known, the mask is asked
     tokens: tuple[Tensor, ...] | None = None  # per image [K, D]: new values, where the method merges or reorders
     source: tuple[Tensor, ...] | None = None  # per image [K] long: column of each new token, -1 for none (CLS)
     owner: Tensor | None = None  # inside a block, [B, N] long: the new token that every token becomes part of
     places: tuple[Tensor, ...] | None = None  # pixels stage, new patches: per image [K, 2], row and column in the grid
     scores: Tensor | None = None  # [B, N], higher is kept: what the method ranked by, for pictures only
+    finite: Tensor | None = None  # bool: whether all scores are numbers; on a GPU asked at the end of the call
     into: tuple[Tensor, ...] | None = None  # per image [N]: column that a token was merged into, -1: none; for pictures
 
-    @property
+    @classmethod
+    def of(cls, picks: Tensor, n: int, **more: Any) -> Selection:
+        """Keep the picks [B, K], in any order but no one twice, of n tokens."""
+        columns = picks.sort(dim=1).values
+        return cls(
+            torch.zeros(len(columns), n, dtype=torch.bool, device=columns.device).scatter_(1, columns, True),
+            columns=columns,
+            **more,
+        )
+
+    @classmethod
+    def everything(cls, index: Tensor) -> Selection:
+        """Keep all tokens of images with raster positions `index` [B, N]."""
+        columns = torch.arange(index.shape[1], device=index.device).expand(index.shape)
+        return cls(torch.ones_like(index, dtype=torch.bool), columns=columns)
+
+    @cached_property
     def sources(self) -> tuple[Tensor, ...]:
         """Per image, the columns of the survivors in their new order."""
-        return self.source if self.source is not None else tuple(row.nonzero().flatten() for row in self.keep)
+        if self.source is not None:
+            return self.source
+        if self.columns is not None:
+            return self.columns.unbind()
+        counts = self.keep.sum(1).tolist()
+        first = true_columns(self.keep, max(counts, default=0))
+        return tuple(row[:count] for row, count in zip(first, counts, strict=True))
 
     @property
     def counts(self) -> list[int]:
@@ -86,7 +114,7 @@ class Selection:
 
     @property
     def keeps_all(self) -> bool:
-        return self.tokens is None and self.source is None and bool(self.keep.all())
+        return self.tokens is None and self.source is None and min(self.counts, default=0) == self.keep.shape[1]
 
     def apply(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """The surviving rows of `tokens` [B, N, D], per image [K, D]; the method's own values where it merges."""
@@ -99,7 +127,7 @@ class Selection:
         flat, source = values.float().flatten(2) if values.ndim > 2 else values.float()[..., None], self.sources
         k, rows = len(source[0]), []
         for x, size, column, owner in zip(flat, sizes.float(), source, self.owner, strict=True):
-            moved = torch.ones_like(owner, dtype=torch.bool).index_fill_(0, column, False).nonzero().flatten()
+            moved = true_columns(torch.ones_like(owner, dtype=torch.bool).index_fill_(0, column, False), len(owner) - k)
             join = one_hot(owner[moved], k).T.to(x)  # [K, M]; a product, because index_add_ is random on CUDA
             total = size[column] + join @ size[moved]
             weighted = x[column] * size[column, None] + join @ (x[moved] * size[moved, None])
@@ -109,5 +137,14 @@ class Selection:
 
 def top_k(scores: Tensor, k: int) -> Tensor:
     """A mask [B, N] of the k highest scores of every row; ties go to the lower index."""
-    order = scores.float().sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best(scores, k), True)
+
+
+def best(scores: Tensor, k: int) -> Tensor:
+    """Columns of the k highest scores of every row [..., N], the highest first, ties by the lower index: [..., k]."""
+    return scores.float().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def true_columns(mask: Tensor, k: int) -> Tensor:
+    """Where a mask [..., N] with k True in every row is True, ascending: [..., k]; nobody waits for the device."""
+    return mask.byte().sort(dim=-1, descending=True, stable=True).indices[..., :k]

@@ -26,6 +26,18 @@ PATCH, BLOCK, PROJECTOR = "patch", "block", "projector"
 PARTS = ("tower", "selector", "projector", "prefill", "decode")
 
 
+@dataclass
+class Ends:
+    """What attends to each other in a packed sequence."""
+
+    cumulative: Tensor  # [S + 1]
+    lengths: list[int] = field(default_factory=list)  # once the call has ended
+
+    def take(self, cumulative: Tensor) -> None:
+        """The same numbers on the host."""
+        self.lengths = cumulative.diff().tolist()
+
+
 @dataclass(frozen=True)
 class Seen:
     """One part of the tower in one pass. Rows are tiles, [T, n, D], or one packed sequence, [S, D] or [1, S, D]."""
@@ -37,7 +49,7 @@ class Seen:
     owners: tuple[int, ...]  # image of every tile
     packed: tuple[int, ...]  # of a packed sequence: patches of every image in `images`
     images: tuple[int, ...]
-    ends: Tensor | None  # of a packed sequence: cumulative lengths of what attends to each other
+    ends: Ends | None  # of a packed sequence
 
     def shares(self) -> Iterator[tuple[int, int, int]]:
         """(image, tokens that entered, tokens that left) of every sequence."""
@@ -56,7 +68,7 @@ class Seen:
             yield from zip(self.images, own, strict=True)
             return
         place = 0
-        for length in self.ends.diff().tolist():
+        for length in self.ends.lengths:
             yield self.images[place], length
             own[place] -= length
             place += own[place] <= 0
@@ -88,11 +100,22 @@ def _observer(pruned: Session, part: str, number: int) -> Any:
             tuple(call.tower.tiles),
             tuple(call.tower.packed or patches),
             tuple(call.batch),
-            kwargs.get("cu_seqlens") if part == BLOCK else None,
+            _ends(call, kwargs.get("cu_seqlens")) if part == BLOCK else None,
         )
         call.seen.append(seen)
 
     return observe
+
+
+def _ends(call: Call, cumulative: Tensor | None) -> Ends | None:
+    """One object per tensor, however many blocks are given it."""
+    if cumulative is None:
+        return None
+    known = next((seen.ends for seen in reversed(call.seen) if seen.ends and seen.ends.cumulative is cumulative), None)
+    if known is None:
+        known = Ends(cumulative)
+        call.afterwards(cumulative, known.take)
+    return known
 
 
 def _rows(tensor: Tensor) -> tuple[int, int]:
@@ -230,11 +253,11 @@ def decoder_lengths(adapter: Family, call: Call, row: int) -> list[int]:
     """The prompt's length in every decoder layer; empty where there is no prompt."""
     if call.valid is None:
         return []
-    length, lengths = int(call.valid[row].sum()), []
+    length, lengths = call.lengths[row], []
     for layer in range(len(adapter.decoder_layers)):
         if layer in call.cuts:
-            cut = call.cuts[layer].valid
-            length = int(cut[row * (len(cut) // len(call.valid))].sum())
+            counts = call.cuts[layer].counts
+            length = counts[row * (len(counts) // len(call.valid))]
         lengths.append(length)
     return lengths
 

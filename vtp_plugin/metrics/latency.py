@@ -1,4 +1,4 @@
-"""Wall time of the parts of a call, with the device synchronised at every boundary.
+"""Wall time of the parts of a call; where it is measured, with the device synchronised at every boundary.
 
 A part that runs inside another one (a selector inside the tower) is taken out of it, so that parts add up. The time to
 the first token ends where the next pass through the language model begins, or with the call.
@@ -24,13 +24,13 @@ QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 
 def begin(call: Call, part: str, device: torch.device) -> None:
     """A part of a call begins, perhaps inside another one."""
-    call.running.append([part, clock(device), 0.0])
+    call.running.append([part, clock(device, waiting=call.measured), 0.0])
 
 
 def end(call: Call, device: torch.device) -> float:
     """The innermost part ends; its seconds, those of parts inside it included."""
     part, started, inside = call.running.pop()
-    spent = clock(device) - started
+    spent = clock(device, waiting=call.measured) - started
     call.spend(part, spent - inside)
     if call.running:
         call.running[-1][2] += spent

@@ -199,10 +199,20 @@ class LayerView(View):
     norm: Callable[[Tensor], Tensor]  # the language model's final one
     sample: int  # row of the batch
     image: Tensor  # [N] columns of the image among the L'
-    text: Tensor  # [T] the same of the text behind the image
+    find_text: Callable[[], Tensor]  # answers with `text`
     first: Tensor  # [M] columns of the whole prompt, of the tokens that the strategy saw first
-    words: Tensor  # [T] columns of the whole prompt, of that text
+    columns: Tensor  # [L'] columns of the whole prompt
     fingerprint: tuple[int, ...]  # of this image
+
+    @cached_property
+    def text(self) -> Tensor:
+        """Columns of the text behind the image among the L', [T]; looked for where a signal reads it."""
+        return self.find_text()
+
+    @property
+    def words(self) -> Tensor:
+        """Columns of the whole prompt, of that text, [T]."""
+        return self.columns[self.text]
 
     @property
     def reading(self) -> Reading:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from vtp_plugin.selectors import cosines, determinantal, mask
+from vtp_plugin.selectors import cosines, determinantal
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import QuestionStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
@@ -56,7 +56,7 @@ class CDPruner(QuestionStrategy):
         r = _scaled(relevance)
         kernel = r[:, :, None] * cosines(visual.projected) * r[:, None]
         picks = determinantal(kernel, self.wanted(visual), spare=relevance)
-        return Selection(mask(picks, r.shape[1]), scores=relevance)
+        return Selection.of(picks, r.shape[1], scores=relevance)
 
 
 def _scaled(relevance: Tensor) -> Tensor:

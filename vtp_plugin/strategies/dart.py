@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtp_plugin.selectors import mask
 from vtp_plugin.strategy import PlacedStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
 
@@ -54,7 +53,7 @@ class DART(PlacedStrategy):
 
     def select(self, visual: VisualTokens) -> Selection:
         k, n = self.wanted(visual), visual.tokens.shape[1]
-        return Selection(torch.cat([mask(self._kept(*image, k)[None], n) for image in self._images(visual)]))
+        return Selection.of(torch.stack([self._kept(*image, k) for image in self._images(visual)]), n)
 
     def _images(self, visual: VisualTokens) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Per image: norms [N] and tokens [N, D] to judge by, and the same of the text."""
@@ -73,10 +72,12 @@ class DART(PlacedStrategy):
         left = torch.ones_like(norms, dtype=torch.bool)
         kept = [own if self.pivots_extra else own[:k]]
         left[kept[0]] = False
+        number = len(norms) - len(kept[0])
         for row, quota in zip(similarity, quotas, strict=True):
             candidates = row.masked_fill(~left, float("inf"))
-            kept.append(candidates.sort(stable=True).indices[: min(quota, int(left.sum()))])
+            kept.append(candidates.sort(stable=True).indices[: min(quota, number)])
             left[kept[-1]] = False
+            number -= len(kept[-1])
         return torch.cat(kept)
 
     def _quotas(self, k: int, own: int, pivots: int) -> list[int]:

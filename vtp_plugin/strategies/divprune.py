@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vtp_plugin.selectors import centred, cosines, farthest_points, mask, minmax
+from vtp_plugin.selectors import centred, cosines, farthest_points, minmax
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
@@ -52,7 +52,7 @@ class DivPrune(PruningStrategy):
         alike = cosines(visual.projected)
         apart = 1 - (cosines(centred(visual.projected)) if self.weight == "distinctiveness" else alike)
         picks = farthest_points(apart, self.wanted(visual), self._weights(visual, alike))
-        return Selection(mask(picks, visual.tokens.shape[1]))
+        return Selection.of(picks, visual.tokens.shape[1])
 
     def _weights(self, visual: VisualTokens, alike: Tensor) -> Tensor | None:
         """[B, N], of distances [B, N, N]."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from vtp_plugin.selectors import cosines
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.tokens import Selection, VisualTokens
+from vtp_plugin.tokens import Selection, VisualTokens, true_columns
 
 
 @dataclass(kw_only=True)
@@ -68,7 +68,7 @@ class PruMerge(PruningStrategy):
         )
         keep = torch.zeros_like(visual.index, dtype=torch.bool)
         for row, source in zip(keep, sources, strict=True):
-            row[source[:-1]] = True
+            row.index_fill_(0, source[:-1], True)
         return Selection(keep, tokens=tuple(rows), source=tuple(sources), scores=attention)
 
     def chosen(self, attention: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class PruMerge(PruningStrategy):
         near = similarity[kept].scatter(1, kept[:, None], float("-inf"))  # not itself
         near = near.sort(dim=1, descending=True, stable=True).indices[:, : min(self.neighbours, len(x) - 1)]
         rows = torch.cat([x.float()[kept] + weighted[near].sum(1), (dropped[:, None] * x.float()).sum(0)[None]])
-        return rows, torch.cat([kept, kept.new_tensor([-1])])
+        return rows, torch.cat([kept, kept.new_full((1,), -1)])
 
 
 @dataclass(kw_only=True)
@@ -99,7 +99,9 @@ class PruMergePlus(PruMerge):
         if self.budgeted:
             k = self.count(n) - 1
             first = ranked[: round(k / 4)]
-            others = _without(torch.arange(n, device=first.device), first)
+            others = true_columns(
+                torch.ones_like(ranked, dtype=torch.bool).index_fill_(0, first, False), n - len(first)
+            )
             wanted = k - len(first)
             return torch.cat([first, others[torch.arange(wanted, device=first.device) * len(others) // max(1, wanted)]])
         share = outliers(attention)
@@ -112,7 +114,7 @@ class PruMergePlus(PruMerge):
 
 def outliers(attention: Tensor) -> float:
     """The share of scores [N] above Q3 + 1.5 (Q3 - Q1)."""
-    low, high = torch.quantile(attention, attention.new_tensor([0.25, 0.75])).tolist()
+    low, high = torch.quantile(attention, torch.arange(1, 4, 2, device=attention.device) / 4).double()
     return (attention > high + 1.5 * (high - low)).float().mean().item()
 
 

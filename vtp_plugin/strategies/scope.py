@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vtp_plugin.selectors import cosines, coverage, mask
+from vtp_plugin.selectors import cosines, coverage
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
@@ -50,4 +50,4 @@ class SCOPE(PruningStrategy):
         else:
             factor, bonus = torch.ones_like(attention), (visual.heads * attention) ** self.alpha
         picks = coverage(cosines(visual.tokens), factor, self.wanted(visual), bonus=bonus)
-        return Selection(mask(picks, visual.tokens.shape[1]), scores=attention**self.alpha)
+        return Selection.of(picks, visual.tokens.shape[1], scores=attention**self.alpha)

@@ -41,7 +41,7 @@ from torch import Tensor
 from vtp_plugin.selectors import mean_by_owner
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy, layer_numbers
-from vtp_plugin.tokens import Selection, VisualTokens, top_k
+from vtp_plugin.tokens import Selection, VisualTokens, best, top_k, true_columns
 
 OF = 576
 TABLES = {  # label -> tokens that stay at each stage, of 576
@@ -114,15 +114,14 @@ class SparseVLM(PruningStrategy):
         scores, k = self._scores(visual), self.wanted(visual)
         keep = top_k(scores, k)
         if not (self.version == 1 if self.recycle is None else self.recycle):
-            return Selection(keep, scores=scores)
+            return Selection(keep, columns=true_columns(keep, k), scores=scores)
         rows, sources, into = [], [], []
         for x, row, score in zip(visual.tokens.float(), keep, scores, strict=True):
-            values, centres, joined = recycled(x, row, score)
+            values, centres, joined = recycled(x, row, score, len(row) - k)
             into.append(joined)
-            row[centres] = True
-            x = x.index_copy(0, centres, values)
-            rows.append(x[row])
-            sources.append(row.nonzero().flatten())
+            columns = true_columns(row.index_fill_(0, centres, True), k + len(centres))
+            rows.append(x.index_copy(0, centres, values)[columns])
+            sources.append(columns)
         return Selection(keep, tokens=tuple(rows), source=tuple(sources), scores=scores, into=tuple(into))
 
     def _scores(self, visual: VisualTokens) -> Tensor:
@@ -153,15 +152,14 @@ def interpolated(label: float, stage: int, tables: Mapping[int, tuple[int, ...]]
     return tables[low][stage] + share * (tables[high][stage] - tables[low][stage])
 
 
-def recycled(x: Tensor, keep: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Clusters of the best pruned tokens; x [N, D], keep and score [N].
+def recycled(x: Tensor, keep: Tensor, score: Tensor, dropped: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Clusters of the best pruned tokens, of which there are `dropped`; x [N, D], keep and score [N].
 
     Their means [C, D] and centres [C], and the centre that every token went to, -1 for none, [N].
     """
-    pruned = (~keep).nonzero().flatten()
-    number = min(len(pruned), int(0.3 * len(pruned)) + 1)
-    best = top_k(score[pruned][None], number)[0]
-    candidates = pruned[best]
+    pruned = true_columns(~keep, dropped)
+    number = min(dropped, int(0.3 * dropped) + 1)
+    candidates = pruned[best(score[pruned], number).sort().values]
     owner, centres = clusters(x[candidates], int(number / 10) + 1)
     into = torch.full_like(keep, -1, dtype=torch.long)
     into[candidates] = candidates[centres[owner]]

@@ -23,6 +23,5 @@ class Stride(PlacedStrategy):
     def select(self, visual: VisualTokens) -> Selection:
         n = visual.tokens.shape[1]
         k = self.count(n)
-        keep = torch.zeros_like(visual.index, dtype=torch.bool)
-        keep[:, torch.arange(k, device=keep.device) * n // k] = True
-        return Selection(keep)
+        columns = torch.arange(k, device=visual.index.device) * n // k
+        return Selection.of(columns.expand(len(visual.index), k), n)

@@ -91,7 +91,7 @@ class ToMe(PruningStrategy):
 def _matched(keys: Tensor, k: int, first: int) -> Tensor:
     """The new token, of k, that every token [N] becomes part of; keys [N, d] behind `first` class tokens."""
     columns = torch.arange(len(keys), device=keys.device)
-    a, b = columns[(columns + first) % 2 == 0], columns[(columns + first) % 2 == 1]
+    a, b = columns[first::2], columns[1 - first :: 2]
     owner, r = torch.empty_like(columns), len(keys) - k
     if r == 0:
         owner[torch.cat([a, b])] = columns

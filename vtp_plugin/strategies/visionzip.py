@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 from vtp_plugin.selectors import mean_by_owner
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.tokens import Selection, VisualTokens, top_k
+from vtp_plugin.tokens import Selection, VisualTokens, top_k, true_columns
 
 
 @dataclass(kw_only=True)
@@ -64,17 +64,18 @@ class VisionZip(PruningStrategy):
         dominant, contextual = self.split(visual.tokens.shape[1])
         class_token = visual.cls is not None
         keep = top_k(visual.cls_attention, dominant - class_token)  # [B, N]
+        columns = true_columns(keep, dominant - class_token)
+        others = true_columns(~keep, keep.shape[1] - columns.shape[1])
         rows, sources, into = [], [], []
-        for b, chosen in enumerate(keep):
+        for b, (chosen, rest) in enumerate(zip(columns, others, strict=True)):
             x, keys = visual.tokens[b].float(), normalize(visual.keys[b], dim=-1)
-            rest = (~chosen).nonzero().flatten()  # [P]
             targets = _targets(rest, contextual)
             merged, joined = _merge(x, keys, rest, targets)
             first = visual.cls[b, None].float() if class_token else x[:0]
             rows.append(torch.cat([first, x[chosen], merged]))
-            sources.append(torch.cat([rest.new_full((len(first),), -1), chosen.nonzero().flatten(), targets]))
+            sources.append(torch.cat([rest.new_full((len(first),), -1), chosen, targets]))
             into.append(joined)
-            chosen[targets] = True
+            keep[b].index_fill_(0, targets, True)
         return Selection(keep, tokens=tuple(rows), source=tuple(sources), scores=visual.cls_attention, into=tuple(into))
 
 
@@ -87,7 +88,8 @@ def _targets(rest: Tensor, number: int) -> Tensor:
 
 def _merge(x: Tensor, keys: Tensor, rest: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Contextual tokens [M, D] of the targets [M] among the remaining columns [P], and where every column went [N]."""
-    others, into = rest[~torch.isin(rest, targets)], rest.new_full((len(x),), -1)
+    others = rest[true_columns(~torch.isin(rest, targets), len(rest) - len(targets))]
+    into = rest.new_full((len(x),), -1)
     if len(targets) == 0 or len(others) == 0:
         return x[targets], into
     owner = (keys[others] @ keys[targets].T).argmax(dim=-1)  # [P - M]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtp_plugin.selectors import cosines, mask
+from vtp_plugin.selectors import cosines
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
@@ -47,7 +47,7 @@ class VisPruner(PruningStrategy):
         first = int(k * self.important + 1e-9)
         rest = thinned(cosines(visual.tokens), order[:, first:], k - first)
         picks = torch.cat([order[:, :first], rest], dim=1)
-        return Selection(mask(picks, order.shape[1]), scores=visual.cls_attention)
+        return Selection.of(picks, order.shape[1], scores=visual.cls_attention)
 
 
 def thinned(similarity: Tensor, rest: Tensor, k: int) -> Tensor:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vtp_plugin.selectors import centred, distances, farthest_points, mask, mean_matching, minmax
+from vtp_plugin.selectors import centred, distances, farthest_points, mean_matching, minmax
 from vtp_plugin.strategy import PlacedStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
 
@@ -67,7 +67,7 @@ class VTP(PlacedStrategy):
     def select(self, visual: VisualTokens) -> Selection:
         x, k = centred(getattr(visual, self._features)), self.wanted(visual)
         picks = farthest_points(distances(x), self.different(k, x.shape[1]), self.weight(visual))
-        return Selection(mask(mean_matching(x, picks, k), x.shape[1]))
+        return Selection.of(mean_matching(x, picks, k), x.shape[1])
 
     def different(self, k: int, n: int) -> int:
         """How many of k tokens of n are picked by their difference, at least one."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vtp_plugin.facts.image import Image as Image
@@ -25,8 +27,9 @@ class PruningEvent:
     images: list[int]  # numbers of the images within the call
     before: list[int]  # tokens per image
     after: list[int]
-    kept: list[Tensor]  # per image, original raster positions of the survivors, -1 for a token without one
-    seconds: float  # for signals and selection, device synchronised
+    kept: list[Tensor]  # per image, original raster positions of the survivors, -1 for a token without one; next to
+    # the model while its call runs, on the CPU behind it
+    seconds: float  # for signals and selection; with measure=True the device is synchronised
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Call:
     positions_used: bool = False
     cuts: dict[int, Any] = field(default_factory=dict)  # llm stage: what was decided at each decoder layer
     events: list[PruningEvent] = field(default_factory=list)
+    wanted: list[tuple[Tensor, Callable[[Tensor], Any]]] = field(default_factory=list)  # see `afterwards`
+    measured: bool = False  # its parts are timed: the clock waits for the device
     seen: list[Any] = field(default_factory=list)  # shapes that passed the tower: metrics.counting.Seen
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by part, see metrics.latency
     running: list[list[Any]] = field(default_factory=list)  # parts that are being timed, the innermost last
@@ -86,6 +91,25 @@ class Call:
             yield tower
         finally:
             self.tower = before
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Real columns of every prompt that was assembled."""
+        return self.valid.sum(1).tolist()
+
+    def afterwards(self, values: Tensor, receive: Callable[[Tensor], Any]) -> None:
+        """Call receive(values [n] on the host) when the call has ended; whole numbers or bools."""
+        self.wanted.append((values, receive))
+
+    def settle(self) -> None:
+        """Hand over everything that was wanted on the host: one wait for each device."""
+        wanted, self.wanted = self.wanted, []
+        for device in dict.fromkeys(values.device for values, _ in wanted):
+            there = [(values, receive) for values, receive in wanted if values.device == device]
+            sizes = [len(values) for values, _ in there]
+            host = torch.cat([values.long() for values, _ in there]).cpu().split(sizes)
+            for one, (_, receive) in zip(host, there, strict=True):
+                receive(one)
 
     def spend(self, part: str, seconds: float) -> None:
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds

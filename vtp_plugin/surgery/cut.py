@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ class Cut:
     columns: Tensor  # [B, K] ascending
     valid: Tensor  # [B, K] bool: False for padding, and for columns kept only to make the rows equally long
     length: int  # columns of the whole prompt
+    counts: tuple[int, ...]  # [B] of them valid, on the host
     merged: tuple[tuple[slice, Tensor, Tensor], ...] = ()  # rows, columns [M] of the prompt, their new values [M, D]
     numbering: Numbering | None = None  # positions, where they are not those of the whole prompt
 
@@ -30,26 +30,34 @@ class Cut:
         numbering = self.numbering and self.numbering.to(device)
         return replace(self, columns=self.columns.to(device), valid=self.valid.to(device), numbering=numbering)
 
-    @cached_property
+    @property
     def whole(self) -> bool:
         """Whether every column may be attended to."""
-        return bool(self.valid.all())
+        return min(self.counts) == self.columns.shape[1]
 
 
-def equalised(before: Cut, keep: Tensor, merged: Sequence[tuple[slice, Tensor, Tensor]], *, compact: bool) -> Cut:
-    """The kept columns; shorter rows are filled up with columns that nobody will attend to."""
-    longest = int(keep.sum(1).max())
+def equalised(
+    before: Cut,
+    keep: Tensor,
+    counts: Sequence[int],
+    merged: Sequence[tuple[slice, Tensor, Tensor]],
+    *,
+    compact: bool,
+) -> Cut:
+    """The kept columns, `counts` [B] of them; shorter rows are filled up with columns that nobody will attend to.
+
+    Every merged column is among those that are kept.
+    """
+    longest = max(counts)
     spare = torch.where(keep, 2, (~before.valid).int())  # kept first, then padding, then dropped columns
     chosen = spare.sort(dim=1, descending=True, stable=True).indices[:, :longest].sort(dim=1).values
     columns = before.columns.gather(1, chosen)
-    kept = [(rows, where, torch.isin(where, columns[rows.start]), values) for rows, where, values in merged]
-    left = tuple((rows, where[mask], values[mask]) for rows, where, mask, values in kept)
     valid, numbering = keep.gather(1, chosen), before.numbering
     if compact:
         numbering = Numbering.counted(valid, before.valid.sum(1), numbering)
     elif numbering is not None:
         numbering = numbering.taken(chosen)
-    return Cut(columns, valid, before.length, left, numbering)
+    return Cut(columns, valid, before.length, tuple(counts), tuple(merged), numbering)
 
 
 def with_new(columns: Tensor, length: int, total: int) -> Tensor:

@@ -42,7 +42,7 @@ class Seen:
 def decide(session: Session, call: Call, strategies: Sequence[PruningStrategy], depth: int, seen: Seen) -> Cut:
     """Ask the strategies of one layer, in a model of `depth` layers, about every image of the call."""
     rows = len(seen.hidden) // len(call.valid)  # beams and returned sequences repeat a sample
-    keep, merged = seen.before.valid.clone(), []
+    keep, counts, merged = seen.before.valid.clone(), list(seen.before.counts), []
     text = _text(call, seen.before, rows)
     for strategy in strategies:
         cuts = strategy.cut_layers(depth)
@@ -53,23 +53,34 @@ def decide(session: Session, call: Call, strategies: Sequence[PruningStrategy], 
             image.columns = image.columns.to(seen.hidden.device)
             where, first = seen.where(row, image), image.entering.setdefault(strategy.name, image.columns)
             with session.judging(strategy, layer=seen.number) as cut:
-                view = _view(session, call, seen, image, row, where, text[row].nonzero().flatten(), first)
+                view = _view(session, call, seen, image, row, where, text[row], first)
                 facts = {"cut": (cuts.index(seen.number), len(cuts)), "entered": len(first)}
                 grid = image.grid or session.adapter.tower.grid
                 selection = cut.decide(seen.hidden[row, where][None], [number], grid, _read(strategy, view), **facts)
             columns = selection.sources[0]
             if selection.tokens is not None:
                 merged.append((slice(row, row + rows), image.columns[columns], selection.tokens[0]))
-            keep[row : row + rows, where] = False
-            keep[row : row + rows, where[columns]] = True
+            keep[row : row + rows] = (
+                keep[row : row + rows].index_fill(1, where, False).index_fill(1, where[columns], True)
+            )
+            for copy in range(row, row + rows):
+                counts[copy] -= len(where) - len(columns)
             image.columns = image.columns[columns]
-    return equalised(seen.before, keep, merged, compact=session.positions.layers[seen.number] == "compact")
+    if len(strategies) > 1:
+        merged = [_still(seen.before, keep, *one) for one in merged]
+    return equalised(seen.before, keep, counts, merged, compact=session.positions.layers[seen.number] == "compact")
+
+
+def _still(before: Cut, keep: Tensor, rows: slice, columns: Tensor, values: Tensor) -> tuple[slice, Tensor, Tensor]:
+    """Merged columns [M] and values [M, D] without what a later strategy of the same layer dropped."""
+    left = keep[rows.start, torch.searchsorted(before.columns[rows.start].contiguous(), columns)]
+    return rows, columns[left], values[left]
 
 
 def _view(
     session: Session, call: Call, seen: Seen, image: Image, row: int, where: Tensor, text: Tensor, first: Tensor
 ) -> LayerView:
-    """What signals of an image at the columns `where` [N] are read from; `text` [T] are those of the question."""
+    """What signals of an image at the columns `where` [N] are read from; `text` [L] bool marks those of the question."""
     device, entry = seen.hidden.device, call.prompt.entry
     return LayerView(
         before=seen.reading,
@@ -79,9 +90,9 @@ def _view(
         norm=session.adapter.language_model.norm.forward,
         sample=row,
         image=where,
-        text=text,
+        find_text=lambda: text.nonzero().flatten(),
         first=first.to(device),
-        words=seen.before.columns[row, text],
+        columns=seen.before.columns[row],
         fingerprint=(image.fingerprint,),
     )
 

@@ -180,7 +180,8 @@ class DecoderCuts:
             return cut
         valid = call.valid.to(hidden.device).repeat_interleave(len(hidden) // len(call.valid), dim=0)
         columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
-        return Cut(columns, valid, valid.shape[1])
+        counts = [count for count in call.lengths for _ in range(len(hidden) // len(call.valid))]
+        return Cut(columns, valid, valid.shape[1], tuple(counts))
 
     # -- small things ---------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ class Judgement:
         judged = [self.call.images[number] for number in images]
         index = torch.stack([image.index for image in judged]).to(tokens.device)
         selection = self.ask(tokens, index, grid, signals, [(number, 0) for number in images], **facts)
-        for number, image, columns, row in zip(images, judged, selection.sources, index, strict=True):
-            image.index = torch.where(columns >= 0, row[columns.clamp(min=0)], -1)
-            self.note(number, tokens.shape[1], image.index)
+        for number, image, left in zip(images, judged, _left(index, selection), strict=True):
+            image.index = left
+            self.note(number, tokens.shape[1], left)
         return selection
 
     def ask(
@@ -45,6 +46,8 @@ class Judgement:
         """Ask the strategy about rows of tokens [B, N, D] that need not be images; `owners` as in `Decision`."""
         visual = VisualTokens(tokens=tokens, grid=grid, index=index, layer=self.layer, signals=signals, **facts)
         selection = self.strategy.decide(visual)
+        if selection.finite is not None:
+            self.call.afterwards(selection.finite[None], lambda finite: self.strategy.check_scores(bool(finite)))
         if self.call.decisions is not None:
             self.call.decisions.append(Decision(self.strategy.name, owners, index, selection))
         return selection
@@ -52,10 +55,13 @@ class Judgement:
     def note(self, image: int, before: int, kept: Tensor) -> None:
         """Remember what was decided about (a part of) an image."""
         self.before[image] = self.before.get(image, 0) + before
-        self.kept.setdefault(image, []).append(kept.cpu())
+        self.kept.setdefault(image, []).append(kept)
 
     def event(self, seconds: float) -> PruningEvent:
+        """What was decided; the kept indices come to the host when the call has ended."""
         kept = [torch.cat(parts) for parts in self.kept.values()]
+        for place, index in enumerate(kept):
+            self.call.afterwards(index, partial(kept.__setitem__, place))
         return PruningEvent(
             self.strategy.name,
             self.strategy.stage,
@@ -66,3 +72,11 @@ class Judgement:
             kept,
             seconds,
         )
+
+
+def _left(index: Tensor, selection: Selection) -> Sequence[Tensor]:
+    """Raster positions of what is left of `index` [B, N], per image; -1 for a token without one."""
+    if selection.source is None and selection.columns is not None:
+        return index.gather(1, selection.columns).unbind()
+    pairs = zip(index, selection.sources, strict=True)
+    return [torch.where(columns >= 0, row[columns.clamp(min=0)], -1) for row, columns in pairs]
