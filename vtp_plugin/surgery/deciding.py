@@ -80,7 +80,7 @@ def _still(before: Cut, keep: Tensor, rows: slice, columns: Tensor, values: Tens
 def _view(
     session: Session, call: Call, seen: Seen, image: Image, row: int, where: Tensor, text: Tensor, first: Tensor
 ) -> LayerView:
-    """What signals of an image at the columns `where` [N] are read from; `text` [L] bool marks those of the question."""
+    """What signals of an image at the columns `where` [N] are read from; `text` [L] bool: those of the question."""
     device, entry = seen.hidden.device, call.prompt.entry
     return LayerView(
         before=seen.reading,
