@@ -114,22 +114,23 @@ def test_a_call_inside_a_call_is_its_own():
 @pytest.mark.parametrize("case", ["l2", "vprune+stride", "fastv"])
 @torch.no_grad()
 def test_a_copy_is_an_unpruned_model_of_its_own(case: str, way: str):
-    host = build_hf("sdpa")
+    host = build_hf("sdpa")  # never called: transformers puts hooks on a model that no pickle holds
     first = host.inputs(prompts("single"))
-    whole, clean = host.model(**first).logits, set(vars(host.model))
+    whole, clean = tiny("llava_hf").model(**first).logits, set(vars(host.model))
     with host.prune(case) as pruned:
-        wanted, events = host.model(**first).logits, len(pruned.events)
         twin = SAVED[way](host.model)
-        assert twin(**first).logits.equal(whole)
-        assert twin.generate(**first, max_new_tokens=2, do_sample=False).shape[1] == first["input_ids"].shape[1] + 2
-        assert len(pruned.events) == events
         assert set(vars(twin)) == clean
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in twin.modules())
+        assert twin(**first).logits.equal(whole)
+        assert twin.generate(**first, max_new_tokens=2, do_sample=False).shape[1] == first["input_ids"].shape[1] + 2
+        assert not pruned.events
+        fresh = SAVED[way](host.model)
+        wanted = host.model(**first).logits
         for weights in twin.parameters():
             weights.zero_()
         assert not twin(**first).logits.any()
         assert host.model(**first).logits.equal(wanted)
-        with vtp.prune(SAVED[way](host.model), case, processor=host.processor) as again:
+        with vtp.prune(fresh, case, processor=host.processor) as again:
             assert again.model(**first).logits.equal(wanted)
     assert host.model(**first).logits.equal(whole)
 
@@ -288,8 +289,7 @@ def test_values_of_dictionaries_are_not_dropped(spec: Any):
     (strategy,) = resolve(spec)
     assert (strategy.name, strategy.keep_ratio) == ("l2", 0.3)
     both = resolve({"l2": {"keep_ratio": 0.3}, "fastv": {"layer": 1}})
-    assert [(s.name, s.keep_ratio) for s in both][0] == ("l2", 0.3)
-    assert both[1].layer == 1
+    assert (both[0].keep_ratio, both[1].layer) == (0.3, 1)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vtp_plugin.adapter import Adapter, SharedSpace
 from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.clip import clip_tower, space_of
-from vtp_plugin.adapters.rows import repeated
+from vtp_plugin.adapters.rows import repeated, serve
 from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
@@ -81,14 +81,12 @@ class LlavaHf(Adapter):
             yield
             return
         with Undo() as undo:
-            undo.override(self.core, "get_image_features", lambda *args, **kwargs: features)
+            serve(self.pruned, self.core, "get_image_features", features, undo)
             if v5_17.is_host():
-                samples, rows = [image.sample for image in self.pruned.call.images], features.pooler_output
-
-                def repeat(times: int) -> None:
-                    features.pooler_output = [rows[image] for image in repeated(samples, times)]
-
-                v5_17.repeat_features(self.core, self.model, undo, repeat)
+                answer = {"image": features}
+                v5_17.repeat_features(self.core, self.model, undo, lambda times: self._expanded(None, answer, times))
+            else:
+                undo.override(self.model, "_expand_multimodal_outputs", self._expanded)
             yield
 
     def _expanded(self, input_ids: Tensor | None, outputs: Any, expand_size: int = 1, **kwargs: Any) -> Any:

@@ -47,6 +47,6 @@ def translated(model: nn.Module, call: Call) -> Iterator[None]:
 
 def _original(model: nn.Module) -> Callable[..., Any]:
     """The model's own function, or that of the file in which `generate` stands."""
-    generate = getattr(type(model), "generate", None)
-    module = sys.modules.get(getattr(generate, "__module__", ""), None)
-    return getattr(model, NAME, None) or getattr(module, NAME, None)
+    modules = (sys.modules[cls.__module__] for cls in type(model).__mro__ if "generate" in vars(cls))
+    found = (getattr(model, NAME, None), *(getattr(module, NAME, None) for module in modules))
+    return next(function for function in found if function is not None)

@@ -27,6 +27,8 @@ class Override:
         update_wrapper(self, self.hidden, updated=())  # hosts inspect name and signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.owner:  # bound once more, by who takes this for a function of the class
+            args = args[1:]
         return (self.replacement or self.hidden)(*args, **kwargs)
 
     def take_back(self) -> None:
