@@ -99,7 +99,8 @@ def test_an_empty_folder_and_an_unreachable_share_are_refused(tmp_path: Path, pi
 def test_a_target_that_cannot_be_met_says_what_limits_it(picture: Path) -> None:
     flat = program("calibrate", "vprune", picture, "--target", 0.02, "--size", 168)
     assert flat.returncode == 2
-    assert "at least 3" in flat.stderr
+    assert "vprune: at least " in flat.stderr
+    assert "2.0% asked" in flat.stderr
     assert "no other number lets it" in flat.stderr
     noisy = program("calibrate", "vprune", picture, "--target", 0.7, "--size", 168)
     assert noisy.returncode == 2

@@ -211,7 +211,7 @@ def _distribute(fields_of: dict[str, dict[str, Any]], args: Mapping[str, Any]) -
         if len(owners) > 1:
             options = " or ".join(f"{owner}.{key}" for owner in owners)
             raise PruningError(f"'{key}' is a field of several strategies; say {options}")
-        if args.get(own := f"{owners[0]}.{key}", value) != value:
+        if (own := f"{owners[0]}.{key}") in args and args[own] != value:
             raise PruningError(f"given twice with different values: {key}={value!r} and {own}={args[own]!r}")
         fields_of[owners[0]][key] = value
 

@@ -122,20 +122,55 @@ class Host(Left):
 
 class Ratio(Left):
     ratio: Number
+    convention: str = ""
 
 
 class Total(Left):
     total: int
 
 
-class Record(Left):
-    """The parts of the record (docs/record.md) that are compared."""
+class Seconds(Left):
+    """Of the parts of all calls."""
 
-    visual_tokens: dict[str, Any]
+    image_processing: Number = 0
+    tower: Number = 0
+    selector: Number = 0
+    projector: Number = 0
+    prefill: Number
+
+
+class Median(Left):
+    p50: Number
+
+
+class Latency(Left):
+    ttft: Median | Annotated[dict[str, Number], Field(max_length=0)] | None = None  # empty: nothing was timed
+    ttft_spread: Number | None = None
+
+
+class Machine(Left):
+    cores: int
+    threads: int
+    load: list[Number] | None = None
+
+
+class Model(Left):
+    device: str | None = None
+    family: str | None = None
+
+
+class Record(Left):
+    """The parts of the record (docs/record.md) that are compared; what is there must not be null."""
+
+    visual_tokens: dict[str, Number]
     samples: Total
-    prefill_flops: Ratio | None = None
-    kv_cache_bytes: Ratio | None = None
-    seconds: dict[str, Any] | None = None
+    prefill_flops: Ratio = None
+    kv_cache_bytes: Ratio = None
+    seconds: Seconds = None
+    latency: Latency = None
+    machine: Machine = None
+    model: Model = None
+    versions: dict[str, Any] = {}
 
 
 class Results(Left):
