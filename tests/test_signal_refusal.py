@@ -15,6 +15,9 @@ from vtp_plugin.errors import PruningError
 SHALLOW: dict[str, dict[str, Any]] = {  # the layers that models of four have
     "pyramiddrop": {"layers": "2 3"},
     "fitprune": {"start": 2, "keep_ratio": 0.75},
+    "hiprune": {"shallow": 1},
+    "vscan": {"shallow": 1},
+    "coreprune": {"layer": 3},
 }
 FIRST = {"fastv": 2, "dart": 2, "pyramiddrop": 2, "fitprune": 2, "sparsevlm": 1}  # where they cut first, in 12 layers
 

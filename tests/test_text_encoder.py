@@ -122,7 +122,7 @@ def test_the_default_is_refused_and_names_the_alternative():
         vtp.get_strategy("atp")(text_encoder="llm", clip="somewhere")
     with pytest.raises(PruningError, match=r"^cdpruner: text_encoder must be one of clip, llm"):
         vtp.get_strategy("cdpruner")(text_encoder="bert")
-    with pytest.raises(PruningError, match="the language model of BLIP-2 does not see the projected patches"):
+    with pytest.raises(PruningError, match="of every token, the one of BLIP-2 answers with tokens of its own"):
         vtp.prune(blip2(), "atp", processor=Speaking(), text_encoder="llm")
 
 

@@ -248,14 +248,8 @@ def _matters(cls: type[PruningStrategy], base: dict[str, Any], field: str) -> bo
 
 def _behaviour(strategy: PruningStrategy) -> Any:
     """Everything that a model would notice of a configuration."""
-    where = (
-        strategy.stage,
-        sorted(strategy.needs),
-        strategy.tower_layer,
-        strategy.shallow_layer,
-        strategy.clip_checkpoint,
-    )
-    where += (strategy.proportional, strategy.segments)
+    where = (strategy.stage, sorted(strategy.needs), strategy.tower_layer, strategy.shallow_layer)
+    where += (strategy.clip_checkpoint, strategy.proportional, strategy.segments)
     kept = [
         ([own.tolist() for own in s.sources], [round(float(v.float().sum()), 3) for v in s.tokens or ()])
         for kind in ("random", "repeated", *["zero"] * (strategy.stage is Stage.PIXELS))  # black pictures

@@ -19,6 +19,7 @@ from vtp_plugin.adapter import Adapter, SharedSpace
 from vtp_plugin.adapters.clip import ClipSpace, clip_tower
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.llava import contract, frozen
+from vtp_plugin.signals import reads_question
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery import answers, asking, cache, lengths, losses, masks, turns
 from vtp_plugin.surgery.binding import bound
@@ -214,7 +215,7 @@ class Llava(Adapter):
         return owners
 
     def _questions(self, prompts: Sequence[Tensor]) -> list[str]:
-        if not any("text" in s.needs for s in self.pruned.strategies):
+        if not reads_question(self.pruned.strategies):
             return [""] * len(prompts)
         return [question_of(self.decode(ids[ids != PLACEHOLDER])) for ids in prompts]
 

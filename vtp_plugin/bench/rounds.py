@@ -23,6 +23,7 @@ from vtp_plugin.hosts.transformers.shapes import Shape, random_text
 from vtp_plugin.metrics.latency import percentiles
 from vtp_plugin.pruning import Pruned, prune
 from vtp_plugin.reporting.record import samples_of
+from vtp_plugin.signals import reads_question
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.call import Call
@@ -118,6 +119,8 @@ def refuse(strategies: Sequence[PruningStrategy], shape: Shape) -> None:
                 "it reads the question through a CLIP text tower, which random weights lack"
                 + (": give alpha=0 to measure the rest" if "alpha" in strategy.fields() else "")
             )
+        if reads_question([strategy]):
+            raise strategy.error("it reads the question, and random weights come without a tokenizer")
         if not shape.decodes and strategy.stage not in EARLY:
             raise strategy.error(f"an encoder has no {strategy.stage.value} stage; strategies of pixels and vit apply")
 

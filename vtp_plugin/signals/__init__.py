@@ -5,7 +5,18 @@ what a reader of a signal gets to see, `synthetic` makes samples without a model
 other modules declare the built-in signals. A new file here is found by itself; a package of yours needs `signal` only.
 """
 
-from vtp_plugin.signals.declaration import Signal, Tap, found_in, given, names, needed, signal, taps, wrong
+from vtp_plugin.signals.declaration import (
+    Signal,
+    Tap,
+    found_in,
+    given,
+    names,
+    needed,
+    reads_question,
+    signal,
+    taps,
+    wrong,
+)
 from vtp_plugin.signals.views import BlockView, EmbeddingView, LayerView, MergingView, PatchesView, RowsView, View
 
 from vtp_plugin.signals import early, language, late  # isort: skip  # the built-in declarations
@@ -27,6 +38,7 @@ __all__ = [
     "late",
     "names",
     "needed",
+    "reads_question",
     "signal",
     "taps",
     "wrong",

@@ -168,6 +168,11 @@ def taps(strategy: Asking, *, inside: bool = False) -> set[Tap]:
     return {tap for one in needed(strategy, inside=inside) for tap in one.taps(strategy)}
 
 
+def reads_question(strategies: Collection[Asking]) -> bool:
+    """Whether one of them compares patches with the question of an image."""
+    return any(Tap.QUESTION in taps(strategy) for strategy in strategies)
+
+
 def wrong(strategy: Asking, *, inside: bool = False) -> str:
     """Which of its needs the stage of a strategy does not give; "" if it gives all."""
     offered = given(strategy.stage, inside=inside)

@@ -34,6 +34,7 @@ class MMTok(PruningStrategy):
     stage = Stage.PROJECTOR
     paper = "MMTok: Multimodal Coverage Maximization for Visual Token Selection, https://arxiv.org/abs/2508.18264"
     needs = ("projected", "words")
+    text_encoder = "llm"
     default_keep_ratio = 64 / 576
 
     alpha: float = 0.5  # weight of the picture's own rows

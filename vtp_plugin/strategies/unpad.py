@@ -1,7 +1,7 @@
 """unpad: drop what the image processor added around a picture; nothing of the picture itself is lost.
 
-No paper: a control. LLaVA-1.5 pads pictures to squares with CLIP's mean colour, so that of a 4:3 photograph a quarter
-of the patches holds nothing, and whatever a method saves on such pictures has to be held against this.
+Source: no paper, a control. LLaVA-1.5 pads pictures to squares with CLIP's mean colour, so that of a 4:3 photograph a
+quarter of the patches holds nothing, and whatever a method saves on such pictures has to be held against this.
 A row or a column of patches at the edge is padding when all of its pixels have the colour `color` (up to one level,
 which normalising and resizing may cost), and so are the rows or columns behind it, one after the other, as long as they
 are; a patch that also holds a part of the picture stays. `color`: clip, CLIP's mean colour as LLaVA rounds it; black,

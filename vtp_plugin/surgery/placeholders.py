@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtp_plugin.errors import PruningError
+from vtp_plugin.signals import reads_question
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.columns import Columns, Rows
 from vtp_plugin.surgery.question import question_of
@@ -102,7 +103,7 @@ class Prompt:
         return columns.split(wanted)
 
     def _read_questions(self, call: Call, ids: Tensor, real: Tensor) -> None:
-        if not any("text" in s.needs for s in self.pruned.strategies):
+        if not reads_question(self.pruned.strategies):
             return
         tokens = [self.family.image_token, *(image.token for image in call.images if image.token is not None)]
         text = real & ~torch.isin(ids, torch.tensor(tokens, device=ids.device))

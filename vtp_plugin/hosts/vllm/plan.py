@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def reads_question(self) -> bool:
-        return any(Tap.QUESTION in signals.taps(s) for s in self.strategies)
+        return signals.reads_question(self.strategies)
 
     @property
     def whole_tower(self) -> bool:
@@ -128,6 +128,8 @@ class Plan:
         if not self.any_positions and (strategy.positions or strategy.default_positions) == "original":
             raise strategy.error("vLLM counts positions by columns of the prompt: say positions=compact")
         if strategy.text_encoder == "llm" and Tap.QUESTION in signals.taps(strategy):
+            if "text_encoder" not in strategy.fields():
+                raise strategy.error("the language model's embeddings of a question are not possible inside vLLM")
             raise strategy.error("text_encoder=llm is not possible inside vLLM: say text_encoder=clip")
         if strategy.budget != "per_image":
             raise strategy.error(f"budget={strategy.budget} is not possible inside vLLM, which caches single images")
