@@ -6,7 +6,7 @@ are taken within a round and the median over rounds is reported, so that a machi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtp_plugin.bench.journal import Item
 from vtp_plugin.clock import clock
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.transformers.ideals import ideal
@@ -30,7 +31,8 @@ from vtp_plugin.surgery.call import Call
 from vtp_plugin.surgery.undo import Undo
 
 SIDES = ("unpruned", "ideal", "pruned")
-DECODING = 8  # steps that are timed
+DECODING, DECODED = 8, 3  # steps that are timed in a round, and rounds
+LEAST = 2  # rounds, however little time there is
 EARLY = (Stage.PIXELS, Stage.VIT)
 
 
@@ -60,6 +62,7 @@ class Timing:
     peak_bytes: dict[str, int] | None = None  # by side; CUDA only
     prefill: dict[str, list[float]] = field(default_factory=dict)  # in the language model: unpruned and pruned
     decoding: dict[str, list[float]] = field(default_factory=dict)  # per step: pruned, and unpruned at equal KV length
+    config: dict[str, Any] = field(default_factory=dict)  # of the strategy
 
     @property
     def flops_ratio(self) -> float:
@@ -67,17 +70,20 @@ class Timing:
 
     @property
     def ttft_ratio(self) -> float:
-        return self._ratio("pruned", "unpruned")
+        return median(self._ratios("pruned", "unpruned"))
 
     @property
     def over_ideal(self) -> float:
-        return self._ratio("pruned", "ideal")
+        return median(self._ratios("pruned", "ideal"))
 
     @property
     def realised(self) -> float | None:
         """Share of the theoretical gain in FLOPs that arrives as time."""
+        return self._realised(self.ttft_ratio)
+
+    def _realised(self, ttft_ratio: float) -> float | None:
         gain = 1 - self.flops_ratio
-        return (1 - self.ttft_ratio) / gain if gain > 0 else None
+        return (1 - ttft_ratio) / gain if gain > 0 else None
 
     @property
     def break_even(self) -> float | None:
@@ -89,26 +95,49 @@ class Timing:
     @property
     def prefill_ratio(self) -> float | None:
         """The language model's part of the time to first token, pruned against unpruned."""
-        pairs = zip(self.prefill["pruned"], self.prefill["unpruned"], strict=True) if self.prefill else ()
-        return median(a / b for a, b in pairs) if self.prefill else None
+        return median(self._paired(self.prefill)) if self.prefill else None
 
     @property
     def decode_ratio(self) -> float | None:
         """A decoding step of the pruned model against one of the unpruned model with as many KV entries."""
-        return median(self.decoding["pruned"]) / median(self.decoding["unpruned"]) if self.decoding else None
+        return median(self._paired(self._decoded)) if self.decoding else None
+
+    @property
+    def _decoded(self) -> dict[str, list[float]]:
+        """Per round, the median step."""
+        return {
+            side: [median(steps[i : i + DECODING]) for i in range(0, len(steps), DECODING)]
+            for side, steps in self.decoding.items()
+        }
+
+    @property
+    def spread(self) -> dict[str, tuple[float, float] | None]:
+        """The smallest and the largest value that a round gave, of every ratio."""
+        ttft = self._ratios("pruned", "unpruned")
+        rounds = {
+            "ttft_ratio": ttft,
+            "over_ideal": self._ratios("pruned", "ideal"),
+            "realised": [self._realised(ratio) for ratio in ttft] if self.realised is not None else [],
+            "prefill_ratio": self._paired(self.prefill) if self.prefill else [],
+            "decode_ratio": self._paired(self._decoded) if self.decoding else [],
+        }
+        return {name: (min(values), max(values)) if values else None for name, values in rounds.items()}
 
     @property
     def images_per_second(self) -> dict[str, float]:
         return {side: self.batch / median(seconds) for side, seconds in self.seconds.items()}
 
-    def _ratio(self, side: str, other: str) -> float:
-        return median(a / b for a, b in zip(self.seconds[side], self.seconds[other], strict=True))
+    def _ratios(self, side: str, other: str) -> list[float]:
+        return [a / b for a, b in zip(self.seconds[side], self.seconds[other], strict=True)]
+
+    def _paired(self, sides: dict[str, list[float]]) -> list[float]:
+        return [a / b for a, b in zip(sides["pruned"], sides["unpruned"], strict=True)]
 
     def as_json(self) -> dict[str, Any]:
         derived = ("flops_ratio", "ttft_ratio", "over_ideal", "realised", "break_even", "prefill_ratio", "decode_ratio")
         summary = {name: getattr(self, name) for name in (*derived, "images_per_second")}
-        spread = {side: percentiles(seconds) for side, seconds in self.seconds.items()}
-        return asdict(self) | summary | {"seconds_percentiles": spread}
+        times = {side: percentiles(seconds) for side, seconds in self.seconds.items()}
+        return asdict(self) | summary | {"spread": self.spread, "seconds_percentiles": times}
 
 
 def refuse(strategies: Sequence[PruningStrategy], shape: Shape) -> None:
@@ -126,47 +155,115 @@ def refuse(strategies: Sequence[PruningStrategy], shape: Shape) -> None:
 
 
 def compare(
-    shape: Shape, model: nn.Module, strategies: Sequence[PruningStrategy], batch: int, repeats: int = 5
+    shape: Shape,
+    model: nn.Module,
+    strategies: Sequence[PruningStrategy],
+    batch: int,
+    repeats: int = 5,
+    seconds: float = float("inf"),
 ) -> list[Timing]:
     """Time every strategy against the unpruned model and its ideal, in turn. Works for encoders, too.
 
-    `model` comes from `shape.build`; `batch` images, one per prompt. Raises PruningError for what `refuse` refuses.
+    `model` comes from `shape.build`; `batch` images, one per prompt. `seconds`: no further round begins behind them,
+    once there are two. Raises PruningError for what `refuse` refuses.
     """
     refuse(strategies, shape)
     inputs = shape.inputs(model, batch)
-    return [_Bench(shape, model, inputs, strategy).run(repeats) for strategy in strategies]
+    return [_Bench(shape, model, inputs, strategy).run(repeats, seconds) for strategy in strategies]
 
 
-class _Bench:
+def items(
+    shape: Shape,
+    model: Callable[[], nn.Module],
+    strategies: Sequence[PruningStrategy],
+    batches: Sequence[int],
+    repeats: int,
+    seconds: float = float("inf"),
+) -> list[Item]:
+    """Every strategy at every batch size, as rows of a journal; the model is asked for when a row is measured."""
+
+    def item(strategy: PruningStrategy, batch: int) -> Item:
+        key = {"strategy": strategy.name, "config": strategy.config(), "batch": batch}
+        keep = f" {strategy.keep_ratio:g}" if strategy.keep_ratio else ""
+        return Item(
+            key,
+            f"{strategy.name}{keep}, batch {batch}",
+            lambda: compare(shape, model(), [strategy], batch, repeats, seconds)[0].as_json(),
+        )
+
+    return [item(strategy, batch) for batch in batches for strategy in strategies]
+
+
+def built(shape: Shape, facts: Mapping[str, Any], device: torch.device) -> nn.Module:
+    """The model of a record: its layers, dtype and attention."""
+    return shape.build(facts["layers"] or None, device, getattr(torch, facts["dtype"]), facts["attention"])
+
+
+def estimated(
+    shape: Shape, model: nn.Module, strategies: Sequence[PruningStrategy], batches: Sequence[int], repeats: int
+) -> float:
+    """About how many seconds everything takes, from one unpruned pass at the smallest batch."""
+    smallest = min(batches)
+    one = _Unpruned(shape, model, shape.inputs(model, smallest))
+    one.forward()
+    started = clock(one.device)
+    one.forward()
+    per_prompt = (clock(one.device) - started) / smallest
+    shares = [(1 + (strategy.keep_ratio or 1.0)) / 2 for strategy in strategies]  # of a pass, pruned or ideal
+    passes = [share + (repeats + 1) * (1 + 2 * share) for share in shares]
+    if shape.decodes:  # prefills by themselves, and generations of about a pass more than their prefill
+        passes = [n + (repeats + DECODED) * (1 + share) + DECODED for n, share in zip(passes, shares, strict=True)]
+    return per_prompt * sum(batches) * sum(passes)
+
+
+class _Unpruned:
+    """The model itself on one batch."""
+
+    def __init__(self, shape: Shape, model: nn.Module, inputs: dict[str, Tensor]) -> None:
+        self.shape, self.model, self.inputs = shape, model, inputs
+        self.device = next(model.parameters()).device
+
+    def forward(self) -> None:
+        with torch.no_grad():
+            if self.shape.decodes:
+                self.model(**self.inputs, use_cache=True, logits_to_keep=1)
+            else:
+                self.model(**self.inputs)
+
+
+class _Bench(_Unpruned):
     """One strategy on one model and one batch."""
 
     def __init__(self, shape: Shape, model: nn.Module, inputs: dict[str, Tensor], strategy: PruningStrategy) -> None:
-        self.shape, self.model, self.inputs, self.strategy = shape, model, inputs, strategy
-        self.device = next(model.parameters()).device
+        super().__init__(shape, model, inputs)
+        self.strategy = strategy
         self.calls: list[Call] = []
         with self._pruned() as pruned:
-            self._forward()
+            self.forward()
             self.reports = samples_of(pruned, self.calls[-1])
         images = [image for report in self.reports for image in report["images"]]
         self.before = images[0]["before"]
         self.after = sum(image["after"] for image in images) / len(images)
         self.lengths = list(self.reports[0].get("prompt_tokens", {}).get("by_layer", []))
 
-    def run(self, repeats: int) -> Timing:
+    def run(self, repeats: int, budget: float = float("inf")) -> Timing:
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-        attaching, peaks = [], {}
+        attaching, peaks, began = [], {}, clock(self.device)
         for repeat in range(repeats + 1):
-            took = {"unpruned": self._timed(self._forward, peaks, "unpruned")}
+            if repeat > LEAST and clock(self.device) - began > budget:
+                break
+            took = {"unpruned": self._timed(self.forward, peaks, "unpruned")}
             took["ideal"] = self._timed(self._ideal, peaks, "ideal")
             started = clock(self.device)
             with self._pruned():
                 attached = clock(self.device) - started
-                took["pruned"] = self._timed(self._forward, peaks, "pruned")
+                took["pruned"] = self._timed(self.forward, peaks, "pruned")
                 started = clock(self.device)
             if repeat:  # the first round warms up
                 attaching.append(attached + clock(self.device) - started)
                 for side, value in took.items():
                     seconds[side].append(value)
+        repeats = len(attaching)
         kv = [report["kv_cache_bytes"] for report in self.reports if "kv_cache_bytes" in report]
         return Timing(
             strategy=self.strategy.name,
@@ -182,6 +279,7 @@ class _Bench:
             peak_bytes=peaks or None,
             prefill=self._prefill(repeats) if self.shape.decodes else {},
             decoding=self._decoding() if self.shape.decodes else {},
+            config=self.strategy.config(),
         )
 
     def _macs(self, when: str) -> dict[str, int]:
@@ -195,13 +293,6 @@ class _Bench:
         pruned = prune(self.model, self.strategy, processor=Levels())
         pruned.finished.append(self.calls.append)
         return pruned
-
-    def _forward(self) -> None:
-        with torch.no_grad():
-            if self.shape.decodes:
-                self.model(**self.inputs, use_cache=True, logits_to_keep=1)
-            else:
-                self.model(**self.inputs)
 
     def _ideal(self) -> None:
         kept = round(self.after)
@@ -229,7 +320,7 @@ class _Bench:
         ids = random_text(len(self.reports), length, torch.Generator().manual_seed(1)).to(self.device)
         text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         steps: dict[str, list[float]] = {"unpruned": [], "pruned": []}
-        for _ in range(2):
+        for _ in range(DECODED):
             steps["unpruned"] += self._steps(text)
             with self._pruned():
                 steps["pruned"] += self._steps(self.inputs)
@@ -242,7 +333,7 @@ class _Bench:
         for side, around in [("unpruned", nullcontext), ("pruned", self._pruned)] * repeats:
             with around(), Undo() as undo:
                 marks = self._marks(undo, decoder)
-                self._forward()
+                self.forward()
             seconds[side].append(marks[-1] - marks[0])
         return seconds
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 
+from vtp_plugin.bench.journal import Item
 from vtp_plugin.clock import clock
 from vtp_plugin.hosts.transformers.shapes import QUESTION_TOKENS, SHAPES
 from vtp_plugin.samples import REAL, run, sample
@@ -45,7 +47,7 @@ class Cost:
         return asdict(self) | {"share": self.share}
 
 
-def costs(
+def measurable(
     strategies: Sequence[PruningStrategy],
     tokens: Sequence[int] = TOKENS,
     batches: Sequence[int] = (1, 16),
@@ -54,15 +56,22 @@ def costs(
     repeats: int = 3,
     device: torch.device,
     dtype: torch.dtype,
-) -> list[Cost]:
-    """Time every strategy on every number of tokens and batch size; `layers` decoder layers are timed."""
-    prefill = {n: prefill_seconds(n + QUESTION_TOKENS, layers, repeats, device, dtype) for n in tokens}
-    return [
-        _cost(strategy, n, batch, prefill[n] * batch, repeats, device, dtype)
-        for strategy in strategies
-        for n in tokens
-        for batch in batches
-    ]
+) -> list[Item]:
+    """Every strategy on every number of tokens and batch size; `layers` decoder layers are timed for the prefill."""
+
+    @cache
+    def prefill(n: int) -> float:
+        return prefill_seconds(n + QUESTION_TOKENS, layers, repeats, device, dtype)
+
+    def item(strategy: PruningStrategy, n: int, batch: int) -> Item:
+        key = {"strategy": strategy.name, "tokens": n, "batch": batch, "config": strategy.config()}
+        return Item(
+            key,
+            f"{strategy.name} at {n} tokens, batch {batch}",
+            lambda: _cost(strategy, n, batch, prefill(n) * batch, repeats, device, dtype).as_json(),
+        )
+
+    return [item(strategy, n, batch) for strategy in strategies for n in tokens for batch in batches]
 
 
 def prefill_seconds(length: int, layers: int, repeats: int, device: torch.device, dtype: torch.dtype) -> float:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import platform
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import track
 
 from vtp_plugin import config, files, plugins
 from vtp_plugin.errors import PruningError, unknown
@@ -31,9 +27,13 @@ def command(
     device: Annotated[str, typer.Option(help="cpu or cuda; chosen by itself.")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; chosen by itself.")] = "",
     attention: Annotated[str, typer.Option(help="eager, sdpa or flash_attention_2.")] = "sdpa",
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write JSON here, a table beside it.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write JSON here row by row, a table beside it.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure rows anew that the file has already.")] = False,
 ) -> None:
     from vtp_plugin.bench import rounds as bench
+    from vtp_plugin.bench.journal import Journal
     from vtp_plugin.hosts.transformers import shapes
 
     sizes, ratios = shapes.shape_of(shape), _numbers(keep, float, "--keep")
@@ -45,57 +45,49 @@ def command(
     if output is not None:
         files.check_output(output, kinds=(".json",))
         files.check_output(output.with_suffix(".md"))
+    facts = {"shape": shape, "layers": layers, "attention": attention, "dtype": precision, "repeats": repeats}
+    journal = Journal(output, facts, where, again)
     if selectors:
-        rows, table = _selectors(chosen, layers, batches, repeats, where, precision)
+        table = _selectors(journal, chosen, layers, batches, repeats, where, precision)
     else:
         bench.refuse(chosen, sizes)
-        rows, table = _timings(shape, chosen, layers, batches, repeats, where, precision, attention)
+        table = _timings(journal, sizes, chosen, batches, where)
     table.show(console())
     if output is not None:
-        facts = {"shape": shape, "layers": layers, "attention": attention, "dtype": precision}
-        files.write_json(output, _record(rows, facts, where))
         files.write(output.with_suffix(".md"), table.markdown() + "\n")
 
 
-def _timings(
-    shape: str, chosen: list[Any], layers: int, batches: list[int], repeats: int, where: Any, dtype: str, attention: str
-) -> tuple[list[Any], Any]:
-    """Build the model and time every strategy at every batch size."""
-    import torch
+def _timings(journal: Any, sizes: Any, chosen: list[Any], batches: list[int], where: Any) -> Any:
+    """Build the model, say how long it takes, and time what is missing."""
+    from vtp_plugin.bench import rounds, tables
+    from vtp_plugin.bench.journal import duration, say
 
-    from vtp_plugin.bench import rounds as bench
-    from vtp_plugin.hosts.transformers import shapes
-
-    sizes = shapes.shape_of(shape)
-    model = sizes.build(layers or None, where, getattr(torch, dtype), attention)
-    timings = [
-        timing
-        for size in batches
-        for strategy in track(chosen, description=f"batch {size}", transient=True)
-        for timing in bench.compare(sizes, model, [strategy], size, repeats)
-    ]
-    title = shape + (f", {layers} layers" if layers else "")
-    return timings, _table(timings, title) if sizes.decodes else _encoder_table(timings, title)
+    facts, model = journal.head, None
+    items = rounds.items(sizes, lambda: model, chosen, batches, facts["repeats"])
+    missing = [item for item in items if journal.row(item.key) is None]
+    if missing:
+        model = rounds.built(sizes, facts, where)
+        seconds = len(missing) / len(items) * rounds.estimated(sizes, model, chosen, batches, facts["repeats"])
+        say(f"{len(missing)} rows to measure, about {duration(seconds)}")
+    rows = journal.fill(items)
+    title = facts["shape"] + (f", {facts['layers']} layers" if facts["layers"] else "")
+    return (tables.timings if sizes.decodes else tables.encoders)(rows, title)
 
 
 def _selectors(
-    chosen: list[Any], layers: int, batches: list[int], repeats: int, where: Any, dtype: str
-) -> tuple[list[Any], Any]:
+    journal: Any, chosen: list[Any], layers: int, batches: list[int], repeats: int, where: Any, dtype: str
+) -> Any:
     """Time the strategies on synthetic signals."""
     import torch
 
-    from vtp_plugin.bench import selectors as selector_cost
-    from vtp_plugin.reporting.tables import Table
+    from vtp_plugin.bench import selectors, tables
 
     timed = layers or 1
-    found = selector_cost.costs(
-        chosen, batches=batches, layers=timed, repeats=repeats, device=where, dtype=getattr(torch, dtype)
+    items = selectors.measurable(
+        chosen, selectors.TOKENS, batches, layers=timed, repeats=repeats, device=where, dtype=getattr(torch, dtype)
     )
     title = f"selection beside the prefill of a LLaVA-1.5-7B ({timed} of 32 decoder layers timed, scaled)"
-    table = Table(("strategy", "stage", "tokens", "batch", "kept", "seconds", "of the prefill"), title=title, keys=4)
-    for c in found:
-        table.add(c.strategy, c.stage, c.tokens, c.batch, f"{c.kept:.0f}", f"{c.seconds:.4f}", f"{c.share:.2%}")
-    return found, table
+    return tables.selectors(journal.fill(items), title)
 
 
 def _usual(selectors: bool, decodes: bool) -> str:
@@ -150,70 +142,3 @@ def _numbers(text: str, kind: type, option: str) -> list[Any]:
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise PruningError(f"{option} must be numbers separated by commas, got '{text}'") from None
-
-
-# -- what is shown and written ----------------------------------------------------------------------------------------
-
-
-def _table(timings: list[Any], title: str) -> Any:
-    from vtp_plugin.reporting.tables import Table
-
-    columns = ("strategy", "keep", "batch", "tokens", "FLOPs", "TTFT", "prefill", "realised", "of ideal", "selector")
-    table = Table((*columns, "break-even", "KV bytes", "peak bytes", "decode", "attach"), title=title, keys=3)
-    for t in timings:
-        table.add(
-            *_first_columns(t),
-            f"{t.ttft_ratio:.2f}x",
-            f"{t.prefill_ratio:.2f}x",
-            _share(t.realised),
-            f"{t.over_ideal:.3f}x",
-            _milliseconds(t.selector),
-            f"{t.break_even:.0f}" if t.break_even is not None else "-",
-            f"{t.kv_bytes['after'] / t.kv_bytes['before']:.2f}x",
-            f"{t.peak_bytes['pruned'] / t.peak_bytes['unpruned']:.2f}x" if t.peak_bytes else "-",
-            f"{t.decode_ratio:.2f}x",
-            _milliseconds(t.attaching),
-        )
-    return table
-
-
-def _encoder_table(timings: list[Any], title: str) -> Any:
-    from vtp_plugin.reporting.tables import Table
-
-    columns = ("strategy", "keep", "batch", "tokens", "FLOPs", "images/s", "unpruned", "speed", "realised", "of ideal")
-    table = Table(columns, title=title, keys=3)
-    for t in timings:
-        rates = (f"{t.images_per_second[side]:.1f}" for side in ("pruned", "unpruned"))
-        shares = (f"{1 / t.ttft_ratio:.2f}x", _share(t.realised), f"{t.over_ideal:.3f}x")
-        table.add(*_first_columns(t), *rates, *shares)
-    return table
-
-
-def _first_columns(t: Any) -> tuple[Any, ...]:
-    keep, tokens = f"{t.keep:g}" if t.keep else "-", f"{t.tokens_after:.0f}/{t.tokens_before}"
-    return t.strategy, keep, t.batch, tokens, f"{t.flops_ratio:.2f}x"
-
-
-def _share(value: float | None) -> str:
-    return f"{value:.0%}" if value is not None else "-"
-
-
-def _milliseconds(seconds: list[float]) -> str:
-    from statistics import median
-
-    return f"{median(seconds) * 1e3:.1f} ms"
-
-
-def _record(rows: list[Any], facts: dict[str, Any], device: Any) -> dict[str, Any]:
-    import torch
-
-    from vtp_plugin.reporting.record import versions
-
-    return {
-        "command": shlex.join(["vtp", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        **facts,
-        "versions": versions(),
-        "timings": [row.as_json() for row in rows],
-    }

@@ -62,7 +62,7 @@ def command(
 
 def _show(table: Any) -> None:
     """As wide as a page, on a terminal and in a log."""
-    Console(width=80, markup=False, emoji=False, highlight=False).print(table.rich())
+    table.show(Console(width=80, markup=False, emoji=False, highlight=False))
     console().print()
 
 

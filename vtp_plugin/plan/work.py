@@ -14,12 +14,13 @@ import torch
 from vtp_plugin import plugins
 from vtp_plugin.adapter import Adapter, find_adapter
 from vtp_plugin.errors import PruningError
+from vtp_plugin.facts.costs import Costs
+from vtp_plugin.facts.image import Image
 from vtp_plugin.hosts.transformers.shapes import Shape
-from vtp_plugin.metrics.flops import Costs
+from vtp_plugin.signals import Tap, taps
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.surgery.call import ROW_SIGNALS, Image
-from vtp_plugin.surgery.vision import behind_projector
+from vtp_plugin.surgery.vision import blocks_read
 from vtp_plugin.tokens import VisualTokens
 
 PARTS = ("tower", "projector", "selector", "prefill")
@@ -235,20 +236,18 @@ def _projected(model: Model, strategy: PruningStrategy, left: int, before: int) 
 
 def _selector(model: Model, strategy: PruningStrategy, rows: int) -> float:
     """Reading attention rows of the tower once more, and projecting the candidates."""
-    found = rows * sum(model.costs.projectors[:1]) if behind_projector(strategy) else 0
-    if set(strategy.needs) & set(ROW_SIGNALS):
-        layer = model.adapter.tower.projected if strategy.tower_layer is None else strategy.tower_layer
-        block, lengths = model.costs.blocks[layer], model.sequences[layer]
+    found = rows * sum(model.costs.projectors[:1]) if Tap.PROJECTED in taps(strategy) else 0
+    for number in blocks_read(model.adapter, [strategy]):
+        block, lengths = model.costs.blocks[number], model.sequences[number]
         found += sum(block.reading(length, model.adapter.tower.prefix) for length in lengths)
     return found
 
 
 def _next_keys(model: Model, strategy: PruningStrategy, lengths: Sequence[float]) -> float:
     """Keys that are projected before a cut for a strategy that asks the layer behind it, per picture."""
-    if "next_query_attention" not in strategy.needs:
+    if Tap.BEHIND not in taps(strategy):
         return 0.0
-    cuts = strategy.cut_layers(len(lengths))
-    return sum(model.costs.layers[cut].keys * lengths[cut - 1] for cut in cuts)
+    return sum(model.costs.layers[cut].keys * lengths[cut - 1] for cut in strategy.cut_layers(len(lengths)))
 
 
 def scaled(model: Model, tokens: int) -> Model:
