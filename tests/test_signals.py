@@ -208,11 +208,11 @@ def test_vprune_sees_the_image_that_left_the_watched_processor(dtype: torch.dtyp
 
 
 def test_a_fingerprint_is_the_same_in_single_and_half_precision():
-    from vtp_plugin.surgery.pixels import fingerprint
+    from vtp_plugin.surgery.pixels import fingerprints
 
     values = processor()([photo(s) for s in range(6)], return_tensors="pt")["pixel_values"]
     pixels = Pixels.of(processor())
-    prints = [[fingerprint(image) for image in pixels.images(values.to(d))] for d in (torch.float32, torch.float16)]
+    prints = [fingerprints(pixels.images(values.to(d))) for d in (torch.float32, torch.float16)]
     assert prints[0] == prints[1]
     assert len(set(prints[0])) == 6
 

@@ -48,7 +48,7 @@ def greedy(gain: Callable[[], Tensor], pick: Callable[[Tensor], None], taken: Te
     picks = []
     for _ in range(k):
         best = gain().masked_fill(taken, float("-inf")).argmax(-1)
-        taken[torch.arange(len(best), device=best.device), best] = True
+        taken.scatter_(1, best[:, None], True)
         pick(best)
         picks.append(best)
     return torch.stack(picks, dim=1)

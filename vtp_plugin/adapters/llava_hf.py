@@ -66,12 +66,11 @@ class LlavaHf(Adapter):
     def encode(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Any, list[Rows]]:
         pixels = inputs["pixel_values"]
         chosen = {k: inputs[k] for k in ("vision_feature_layer", "vision_feature_select_strategy") if k in inputs}
-        everything = list(range(len(pixels)))
-        batches = [[i] for i in everything] if self.pruned.one_by_one else [everything]
-        outputs = []
-        for batch in batches:
-            with call.in_tower(batch):
-                outputs.append(self.core.get_image_features(pixels[batch], return_dict=True, **chosen))
+        outputs, start = [], 0
+        for part in pixels.split(1 if self.pruned.one_by_one else len(pixels)):
+            with call.in_tower(range(start, start + len(part))):
+                outputs.append(self.core.get_image_features(part, return_dict=True, **chosen))
+            start += len(part)
         outputs[0].pooler_output = [rows for output in outputs for rows in output.pooler_output]
         return outputs[0], [Rows(image.index, torch.ones_like(image.index, dtype=torch.bool)) for image in call.images]
 

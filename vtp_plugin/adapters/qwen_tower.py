@@ -22,7 +22,7 @@ from vtp_plugin.surgery import attention
 from vtp_plugin.surgery.judging import Judgement
 from vtp_plugin.surgery.layout import Block, Layout, sequences_view
 from vtp_plugin.surgery.passes import TowerPass
-from vtp_plugin.surgery.pixels import fingerprint
+from vtp_plugin.surgery.pixels import fingerprints
 from vtp_plugin.surgery.rows import RowsLate
 from vtp_plugin.surgery.tiles import refuse_shared_number
 from vtp_plugin.surgery.undo import Undo
@@ -70,8 +70,9 @@ def identify(early: Cutting, levels: Tensor | None, unit: int) -> None:
     if not early.vision.tapping(Tap.CONTENT):
         return
     patches = [(b - a) * unit for a, b in pairwise(passing.offsets)]
-    for number, own in zip(passing.batch, levels.split(patches), strict=True):
-        early.call.images[number].fingerprint = fingerprint(own.transpose(0, 1).flatten(2))
+    marks = fingerprints(own.transpose(0, 1).flatten(2) for own in levels.split(patches))
+    for number, mark in zip(passing.batch, marks, strict=True):
+        early.call.images[number].fingerprint = mark
 
 
 def levels_of(early: Cutting, values: Tensor) -> Tensor | None:

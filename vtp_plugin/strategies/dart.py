@@ -71,12 +71,12 @@ class DART(PlacedStrategy):
         quotas = self._quotas(k, len(own), len(pivots))
         left = torch.ones_like(norms, dtype=torch.bool)
         kept = [own if self.pivots_extra else own[:k]]
-        left[kept[0]] = False
+        left.index_fill_(0, kept[0], False)
         number = len(norms) - len(kept[0])
         for row, quota in zip(similarity, quotas, strict=True):
             candidates = row.masked_fill(~left, float("inf"))
             kept.append(candidates.sort(stable=True).indices[: min(quota, number)])
-            left[kept[-1]] = False
+            left.index_fill_(0, kept[-1], False)
             number -= len(kept[-1])
         return torch.cat(kept)
 

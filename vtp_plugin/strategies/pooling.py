@@ -8,8 +8,9 @@ and every cell becomes the mean of its tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -32,27 +33,36 @@ class Pooling(PruningStrategy):
 
     def select(self, visual: VisualTokens) -> Selection:
         k = self.wanted(visual)
-        found = [cells(index, visual.grid, k) for index in visual.index]
-        rows = [mean_by_owner(x.float(), owner, k) for x, (owner, _) in zip(visual.tokens, found, strict=True)]
-        sources = [middle for _, middle in found]
-        keep = torch.zeros_like(visual.index, dtype=torch.bool)
-        into = tuple(middle[owner] for owner, middle in found)
-        keep.scatter_(1, torch.stack(sources), True)
-        return Selection(keep, tokens=tuple(rows), source=tuple(sources), into=into)
+        owners, middles = cells(visual.index, visual.grid, k)
+        rows = [mean_by_owner(x.float(), owner, k) for x, owner in zip(visual.tokens, owners, strict=True)]
+        keep = torch.zeros_like(visual.index, dtype=torch.bool).scatter_(1, middles, True)
+        into = middles.gather(1, owners).unbind()
+        return Selection(keep, tokens=tuple(rows), source=middles.unbind(), into=into)
 
 
 def cells(index: Tensor, grid: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:
-    """The cell of every token [N] of raster positions `index`, and the token in the middle of every cell [k]."""
-    counts = strip_counts(grid, k)
+    """The cell of every token [B, N] of raster positions `index`, and the token in the middle of every cell [B, k]."""
+    n, plan = index.shape[1], torch.tensor(_plan(strip_counts(grid, k), index.shape[1]))
+    strips, owners, middles = plan.to(index.device).split([n, n, k])
+    raster = index.argsort(dim=1, stable=True)
+    columns = index.gather(1, raster) % grid[1]
+    order = raster.gather(1, (strips * grid[1] + columns).argsort(dim=1, stable=True))  # by strip, column and row
+    owner = torch.empty_like(index).scatter_(1, order, owners.expand_as(order))
+    return owner, order.gather(1, middles.expand(len(order), k))
+
+
+def _plan(counts: Sequence[int], n: int) -> list[int]:
+    """Where n tokens go, for `counts` cells in every strip.
+
+    The strip of every token in raster order; then, in the order of strips and columns, the cell of every token and the
+    middle of every cell.
+    """
     ends = [0, *accumulate(counts)]  # cells before each strip
-    bounds = [end * len(index) // k for end in ends]  # tokens before each strip
-    raster = index.argsort(stable=True)
-    owner, middle = torch.empty_like(index), index.new_empty(k)
-    for strip, number in enumerate(counts):
-        members = raster[bounds[strip] : bounds[strip + 1]]
-        members = members[(index[members] % grid[1]).argsort(stable=True)]  # by column, then by row
-        edges = [cell * len(members) // number for cell in range(number + 1)]
-        for cell in range(number):
-            own = members[edges[cell] : edges[cell + 1]]
-            owner[own], middle[ends[strip] + cell] = ends[strip] + cell, own[len(own) // 2]
-    return owner, middle
+    bounds = [end * n // ends[-1] for end in ends]  # tokens before each strip
+    strips = [strip for strip, (a, b) in enumerate(pairwise(bounds)) for _ in range(b - a)]
+    edges = []  # tokens before each cell
+    for (a, b), number in zip(pairwise(bounds), counts, strict=True):
+        edges += [a + cell * (b - a) // number for cell in range(number)]
+    spans = list(pairwise([*edges, n]))
+    owners = [cell for cell, (a, b) in enumerate(spans) for _ in range(b - a)]
+    return [*strips, *owners, *(a + (b - a) // 2 for a, b in spans)]

@@ -99,9 +99,8 @@ class PruMergePlus(PruMerge):
         if self.budgeted:
             k = self.count(n) - 1
             first = ranked[: round(k / 4)]
-            others = true_columns(
-                torch.ones_like(ranked, dtype=torch.bool).index_fill_(0, first, False), n - len(first)
-            )
+            left = torch.ones_like(ranked, dtype=torch.bool).index_fill_(0, first, False)
+            others = true_columns(left, n - len(first))
             wanted = k - len(first)
             return torch.cat([first, others[torch.arange(wanted, device=first.device) * len(others) // max(1, wanted)]])
         share = outliers(attention)

@@ -41,13 +41,21 @@ class Wanted:
         named = self.given.nonzero()[:, -1] if chosen else self.given.flatten() % self.length
         return int(named.min()) if named.numel() else self.length - 1
 
+    def at_the_end(self, left: Columns) -> bool:
+        """Whether they are the last columns of what is left."""
+        return not self.positions and 0 < self.given <= left.tail
+
     def window(self, left: Columns) -> int:
         """How many of the last columns that are left hold all of them; at least one."""
+        if self.at_the_end(left):
+            return self.given
         wanted = (left.columns >= self.first).any(0)
         return left.short - int(wanted.int().argmax()) if wanted.any() else 1
 
     def of(self, short: Tensor, left: Columns) -> Tensor:
         """Logits [B, K, V] of the last of the columns that are left -> those that the caller wants."""
+        if self.at_the_end(left) and short.shape[1] == self.given:
+            return short
         first = self.first
         last = left.columns[:, -short.shape[1] :]
         full = Columns(torch.where(last >= first, last - first, -1), left.length - first).put(short)

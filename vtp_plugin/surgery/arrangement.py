@@ -19,6 +19,7 @@ from vtp_plugin.facts.tower import Tower
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.vision import VisionCuts
+from vtp_plugin.tokens import true_columns
 
 MIXED = 0.02  # the variance of token numbers within a row that is made of several
 WHOLE = 1e-4  # a row whose tokens are all left has this much of them missing at most
@@ -68,7 +69,8 @@ class Arrangement:
         self.shape = vision.layout.shape(vision.tower, vision.passing)
         self._made: dict[Any, list[Tensor]] = {}
         late = bool(vision.at(Stage.PROJECTOR))
-        self.tokenwise = vision.family.tokenwise and late and self._one_token_a_row()
+        self._blurred = self._mixing() if vision.family.tokenwise and late else []
+        self.tokenwise = False  # whether a row is one token, which `parts` finds out
 
     def host(self, maps: Tensor) -> Sequence[Tensor]:
         """Channels of maps, [*shape, C] -> per image [n, C]."""
@@ -94,17 +96,23 @@ class Arrangement:
 
     def parts(self, features: Sequence[Tensor]) -> list[ImageRows]:
         """The rows of every image, tokens beside features [n, D'] where the projector works token by token."""
+        left, parts = self._left(), []
+        masks = [(~alive.isnan() & (alive > 0.5), alive.isnan()) for alive, _ in left]
+        mixed = [(~alive.isnan() & (alive > WHOLE) & (alive < 1 - WHOLE)).any() for alive, _ in left]
+        found = [torch.stack([bad, *(mask.sum() for mask in pair)]) for bad, pair in zip(mixed, masks, strict=True)]
+        known = torch.cat([*found, *(each[None].long() for each in self._blurred)]).tolist()
+        counts, blurred = [known[3 * n : 3 * n + 3] for n in range(len(left))], known[3 * len(left) :]
+        if any(bad for bad, *_ in counts):
+            raise PruningError(
+                f"{self.vision.at(Stage.PIXELS, Stage.VIT)[0].name}: the model interpolates the tower's output of "
+                f"this {self.kind}, so no patch can be dropped before: use a strategy of the projector or llm stage"
+            )
+        self.tokenwise = bool(self._blurred) and not any(blurred)
         tokens = self.rows("features", self.passing.features) if self.tokenwise else features
-        parts = []
-        for number, rows, seen, (alive, tile) in zip(self.passing.batch, features, tokens, self._left(), strict=True):
-            newline = alive.isnan()
-            if (~newline & (alive > WHOLE) & (alive < 1 - WHOLE)).any():
-                raise PruningError(
-                    f"{self.vision.at(Stage.PIXELS, Stage.VIT)[0].name}: the model interpolates the tower's output of "
-                    f"this {self.kind}, so no patch can be dropped before: use a strategy of the projector or llm stage"
-                )
-            source = (~newline & (alive > 0.5)).nonzero().flatten()
-            parts.append(ImageRows(number, source, seen[source], rows[source], tile, newline.nonzero().flatten()))
+        whole = zip(self.passing.batch, features, tokens, left, masks, counts, strict=True)
+        for number, rows, seen, (_, tile), (there, newline), (_, k, fixed) in whole:
+            source = true_columns(there, k)
+            parts.append(ImageRows(number, source, seen[source], rows[source], tile, true_columns(newline, fixed)))
         return parts
 
     def _left(self) -> list[tuple[Tensor, Tensor]]:
@@ -115,11 +123,11 @@ class Arrangement:
         tile = self.vision.layout.tile(self.tower, self.passing).to(alive.device)
         return [rows.unbind(-1) for rows in self.host(torch.stack([alive.float(), tile], dim=-1))]
 
-    def _one_token_a_row(self) -> bool:
-        """Whether the host takes tokens as they are; one that interpolates would have projected them before."""
+    def _mixing(self) -> list[Tensor]:
+        """Per image, whether the host makes rows of several tokens; one that interpolates has projected them before."""
         numbers = torch.arange(math.prod(self.shape), device=self.device).view(self.shape) % 251.0
         means = [rows.unbind(-1) for rows in self.host(torch.stack([numbers, numbers**2], dim=-1))]
-        return not any((square - mean**2 > MIXED).any() for mean, square in means)
+        return [(square - mean**2 > MIXED).any() for mean, square in means]
 
     def groups(self, strategy: PruningStrategy, parts: Sequence[ImageRows]) -> list[Group]:
         """The rows that share one budget."""

@@ -114,8 +114,12 @@ class Call:
     def spend(self, part: str, seconds: float) -> None:
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
-    def place(self, valid: Tensor, columns: Sequence[Tensor], samples: Sequence[int]) -> None:
-        """The prompt was assembled: which columns are real, and where each image's tokens are."""
+    def place(
+        self, valid: Tensor, columns: Sequence[Tensor], samples: Sequence[int], lengths: Sequence[int] | None = None
+    ) -> None:
+        """The prompt was assembled: which columns are real (so many), and where each image's tokens are."""
         self.valid = valid
+        if lengths is not None:
+            self.lengths = list(lengths)
         for image, where, sample in zip(self.images, columns, samples, strict=True):
             image.columns, image.sample = where, sample

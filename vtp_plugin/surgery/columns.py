@@ -7,7 +7,7 @@ dropped. Columns that were appended behind the prompt stay where they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.surgery import attention
+from vtp_plugin.tokens import true_columns
 
 IGNORED = -100  # the label that every loss of transformers leaves out
 
@@ -26,18 +27,24 @@ class Rows:
 
     source: Tensor  # [K] long: number of the row among those that the host makes, -1 for a row that is none of them
     judged: Tensor  # [K] bool: False for a row that no strategy may drop (a newline)
+    fixed: int = 0  # how many are no such rows
 
-    @property
-    def slots(self) -> Tensor:
-        """The placeholders that hold the rows, [K] ascending: their own, and the first free ones for the others."""
-        own = self.source[self.source >= 0].unique()
-        spare = torch.arange(len(self.source) + len(own), device=own.device)
-        spare = spare[~torch.isin(spare, own)][: len(self.source) - len(own)]
-        return torch.cat([own, spare]).sort().values
+    def slots(self, total: int) -> Tensor:
+        """The placeholders that hold the rows, of `total`: their own, and the first free ones for the others.
+
+        [K] ascending.
+        """
+        own = torch.zeros(total + 1, dtype=torch.bool, device=self.source.device)
+        own.index_fill_(0, torch.where(self.source >= 0, self.source, total), True)
+        return true_columns(own[:total], len(self.source)).sort().values
+
+    def only_judged(self, values: Tensor) -> Tensor:
+        """Of values [K, ...] those of rows that a strategy may drop."""
+        return values[true_columns(self.judged, len(values) - self.fixed)] if self.fixed else values
 
     def to(self, device: torch.device) -> Rows:
         """The same next to the prompt, which may live on another device than the tower."""
-        return Rows(self.source.to(device), self.judged.to(device))
+        return replace(self, source=self.source.to(device), judged=self.judged.to(device))
 
 
 @dataclass(frozen=True)
@@ -47,21 +54,30 @@ class Columns:
     columns: Tensor  # [B, L'] long, ascending: column of the caller's prompt, -1 for padding
     length: int  # of the caller's prompt
     origin: Tensor | None = None  # [B, L'] long: the column whose position a token has, where it is not its own
+    padded: bool | None = None  # whether there is padding; None: the device knows
+    tail: int = 0  # at least so many of the caller's last columns are the last ones here, in every row
 
     @classmethod
-    def of(cls, keep: Tensor, real: Tensor, left: bool) -> Columns:
-        """Keep columns [B, L] that are wanted and real, padded on the given side to the longest row."""
-        rows = [row.nonzero().flatten() for row in keep & real]
-        columns = keep.new_full((len(rows), max(map(len, rows))), -1, dtype=torch.long)
-        for target, row in zip(columns, rows, strict=True):
-            target[len(target) - len(row) :] = row if left else target[len(target) - len(row) :]
-            target[: len(row)] = target[: len(row)] if left else row
-        return cls(columns, keep.shape[1])
+    def of(cls, wanted: Tensor, counts: Sequence[int], left: bool, tail: int) -> Columns:
+        """The wanted columns [B, L], `counts` of them, padded on the given side to the longest row."""
+        longest = max(counts)
+        columns = true_columns(wanted, longest)
+        if min(counts) < longest:
+            number = wanted.sum(1, keepdim=True)
+            place = torch.arange(longest, device=wanted.device) - (longest - number if left else 0)
+            inside = (place >= 0) & (place < number)
+            columns = torch.where(inside, columns.gather(1, place.clamp(min=0)), -1)
+        return cls(columns, wanted.shape[1], padded=min(counts) < longest, tail=tail)
 
     @classmethod
     def whole(cls, rows: int, length: int, device: torch.device) -> Columns:
         """Every column of prompts that nothing was taken from."""
-        return cls(torch.arange(length, device=device).expand(rows, -1), length)
+        return cls(torch.arange(length, device=device).expand(rows, -1), length, padded=False, tail=length)
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no padding."""
+        return bool(self.valid.all()) if self.padded is None else not self.padded
 
     @property
     def valid(self) -> Tensor:
@@ -94,11 +110,12 @@ class Columns:
             return self
         behind = torch.arange(self.length, self.length + new, device=self.columns.device).expand(len(self.columns), -1)
         origin = None if self.origin is None else torch.cat([self.origin, behind], 1)
-        return Columns(torch.cat([self.columns, behind], 1), self.length + new, origin)
+        columns = torch.cat([self.columns, behind], 1)
+        return replace(self, columns=columns, length=self.length + new, origin=origin, tail=self.tail + new)
 
     def within(self, columns: Tensor, valid: Tensor) -> Columns:
         """What a later cut leaves of it: `columns` [B, K] of ours, where `valid` [B, K]."""
-        return Columns(torch.where(valid, self.columns.gather(1, columns), -1), self.length)
+        return Columns(torch.where(valid, self.columns.gather(1, columns), -1), self.length, tail=self.tail)
 
     def take(self, tensor: Tensor, padding: Any, dim: int = 1) -> Tensor:
         """The columns of a tensor [B, ...] that has the caller's along `dim`, with `padding` where there is none."""
@@ -110,11 +127,10 @@ class Columns:
     def put(self, short: Tensor, dim: int = 1) -> Tensor:
         """A tensor [B, ...] with our columns along `dim` at the caller's; zero where there is none."""
         moved = short.movedim(dim, 1)
-        full = moved.new_zeros(len(moved), self.length, *moved.shape[2:])
+        full = moved.new_zeros(len(moved), self.length + 1, *moved.shape[2:])  # padding goes behind it
         columns = self.columns.to(moved.device)
-        row, column = (columns >= 0).nonzero(as_tuple=True)
-        full[row, columns[row, column]] = moved[row, column]
-        return full.movedim(1, dim)
+        columns = torch.where(columns >= 0, columns, self.length).view(*columns.shape, *[1] * (moved.ndim - 2))
+        return full.scatter(1, columns.expand_as(moved), moved)[:, : self.length].movedim(1, dim)
 
     def mask(self, given: Any, queries: int) -> Any:
         """A mask for `queries` columns at the end, of the form that the caller gave: [B, S], [B, 1, Q, S], by layer."""

@@ -17,6 +17,7 @@ from vtp_plugin.surgery.call import Call
 from vtp_plugin.surgery.cut import Cut, equalised
 from vtp_plugin.surgery.reading import Reading
 from vtp_plugin.surgery.session import Session
+from vtp_plugin.tokens import true_columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ def decide(session: Session, call: Call, strategies: Sequence[PruningStrategy], 
     """Ask the strategies of one layer, in a model of `depth` layers, about every image of the call."""
     rows = len(seen.hidden) // len(call.valid)  # beams and returned sequences repeat a sample
     keep, counts, merged = seen.before.valid.clone(), list(seen.before.counts), []
-    text = _text(call, seen.before, rows)
+    text = Text(call, seen.before, rows)
     for strategy in strategies:
         cuts = strategy.cut_layers(depth)
         for number, image in enumerate(call.images):
@@ -53,16 +54,14 @@ def decide(session: Session, call: Call, strategies: Sequence[PruningStrategy], 
             image.columns = image.columns.to(seen.hidden.device)
             where, first = seen.where(row, image), image.entering.setdefault(strategy.name, image.columns)
             with session.judging(strategy, layer=seen.number) as cut:
-                view = _view(session, call, seen, image, row, where, text[row], first)
+                view = _view(session, call, seen, image, row, where, text, first)
                 facts = {"cut": (cuts.index(seen.number), len(cuts)), "entered": len(first)}
                 grid = image.grid or session.adapter.tower.grid
                 selection = cut.decide(seen.hidden[row, where][None], [number], grid, _read(strategy, view), **facts)
             columns = selection.sources[0]
             if selection.tokens is not None:
                 merged.append((slice(row, row + rows), image.columns[columns], selection.tokens[0]))
-            keep[row : row + rows] = (
-                keep[row : row + rows].index_fill(1, where, False).index_fill(1, where[columns], True)
-            )
+            keep[row : row + rows].index_fill_(1, where, False).index_fill_(1, where[columns], True)
             for copy in range(row, row + rows):
                 counts[copy] -= len(where) - len(columns)
             image.columns = image.columns[columns]
@@ -78,9 +77,9 @@ def _still(before: Cut, keep: Tensor, rows: slice, columns: Tensor, values: Tens
 
 
 def _view(
-    session: Session, call: Call, seen: Seen, image: Image, row: int, where: Tensor, text: Tensor, first: Tensor
+    session: Session, call: Call, seen: Seen, image: Image, row: int, where: Tensor, text: Text, first: Tensor
 ) -> LayerView:
-    """What signals of an image at the columns `where` [N] are read from; `text` [L] bool: those of the question."""
+    """What signals of an image at the columns `where` [N] are read from; `text` finds those of the question."""
     device, entry = seen.hidden.device, call.prompt.entry
     return LayerView(
         before=seen.reading,
@@ -90,7 +89,7 @@ def _view(
         norm=session.adapter.language_model.norm.forward,
         sample=row,
         image=where,
-        find_text=lambda: text.nonzero().flatten(),
+        find_text=lambda: text.of(row),
         first=first.to(device),
         columns=seen.before.columns[row],
         fingerprint=(image.fingerprint,),
@@ -104,16 +103,49 @@ def _read(strategy: PruningStrategy, view: LayerView) -> dict[str, Any]:
     return {name: value[None] if isinstance(value, Tensor) else value for name, value in found.items()}
 
 
-def _text(call: Call, before: Cut, rows: int) -> Tensor:
-    """The columns behind the first image that belong to no image, [B, L] bool; at least the last real one."""
-    text, column = before.valid.clone(), torch.arange(before.valid.shape[1], device=before.valid.device)
-    last = (before.valid * (column + 1)).argmax(1)
-    for image in call.images:
-        if image.columns is None or len(image.columns) == 0:
-            continue
-        sample = slice(image.sample * rows, (image.sample + 1) * rows)
-        where = torch.searchsorted(before.columns[sample.start].contiguous(), image.columns.to(text.device))
-        text[sample, where] = False
-        text[sample] &= column > where.min()
-    text[torch.arange(len(text), device=text.device), last] |= ~text.any(1)
-    return text
+class Text:
+    """The columns behind the first image that belong to no image; at least the last real one of every row.
+
+    Cuts take none of them away, so a row is asked for its text once per call, all rows together; only where a row has
+    other columns among those of an image, or no text at all, the next cut may see another text.
+    """
+
+    def __init__(self, call: Call, before: Cut, rows: int) -> None:
+        self.call, self.before, self.rows = call, before, rows
+        self.images = [(image.sample * rows, image.columns) for image in call.images if image.columns is not None]
+
+    def of(self, row: int) -> Tensor:
+        """Of one row of the batch, [T] among the columns that are still there."""
+        words = self.call.prompt.words
+        if row not in words:
+            return self._found[row]
+        columns = self.before.columns[row].contiguous()
+        return torch.searchsorted(columns, words[row].to(columns.device))
+
+    @cached_property
+    def _found(self) -> dict[int, Tensor]:
+        text, mixed = self._marked()
+        counts = torch.stack([text.sum(1), mixed]).tolist()
+        found = {row: true_columns(own, count) for row, (own, count) in enumerate(zip(text, counts[0], strict=True))}
+        fixed = {row: self.before.columns[row, own] for row, own in found.items() if not counts[1][row]}
+        self.call.prompt.words.update(fixed)
+        return found
+
+    def _marked(self) -> tuple[Tensor, Tensor]:
+        """The text [B, L] bool, and whether the next cut may see another one [B]."""
+        before = self.before
+        text, column = before.valid.clone(), torch.arange(before.valid.shape[1], device=before.valid.device)
+        last, ends = (before.valid * (column + 1)).argmax(1), []
+        for row, columns in self.images:
+            if len(columns) == 0:
+                continue
+            sample = slice(row, row + self.rows)
+            where = torch.searchsorted(before.columns[row].contiguous(), columns.to(text.device))
+            text[sample].index_fill_(1, where, False)
+            text[sample] &= column > where.min()
+            ends.append((sample, where.max()))
+        mixed = ~text.any(1)
+        for sample, end in ends:
+            mixed[sample] |= (text[sample] & (column < end)).any(1)
+        text = text.scatter(1, last[:, None], text.gather(1, last[:, None]) | ~text.any(1, keepdim=True))
+        return text, mixed

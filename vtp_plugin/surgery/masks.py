@@ -35,7 +35,7 @@ def translated(model: nn.Module, call: Call) -> Iterator[None]:
         left = turn.behind(len(embeds), embeds.shape[1], length)
         if mask is not None:
             mask = left.mask(mask, embeds.shape[1])
-        elif not left.valid.all():
+        elif not left.full:
             mask = left.valid.long()
         return original(**{**kwargs, "attention_mask": mask})
 

@@ -73,6 +73,7 @@ class PromptPass:
 
     entry: Tensor | None = None  # [B, L, D] embeddings of the prompt
     readings: dict[int, Any] = field(default_factory=dict)  # attention of the layer before a cut, until it is decided
+    words: dict[int, Tensor] = field(default_factory=dict)  # by row: columns of the text behind its images
     made: dict[str, list[tuple[Any, Any, Any]]] = field(default_factory=dict)
 
     def once(self, name: str, key: tuple[Any, ...], source: Any, make: Callable[[], Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -47,8 +47,14 @@ class Pixels:
 
     def levels(self, values: Tensor) -> Tensor:
         """Nearest grey levels, [B, 3, H, W] normalised -> uint8."""
-        mean, std = self.mean.to(values.device), self.std.to(values.device)
+        mean, std = self.scale(values.device)
         return ((values.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation on a device, copied there once."""
+        if self.mean.device != device:
+            self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self.mean, self.std
 
     def images(self, values: Tensor) -> Tensor:
         """The uint8 images behind pixel values [B, 3, H, W]."""
@@ -104,7 +110,7 @@ def patches(images: Tensor, size: int) -> Tensor:
     return tiles.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
 
 
-def fingerprint(image: Tensor) -> int:
-    """A number that stands for the content of one uint8 image, coarse enough to survive half precision."""
-    small = torch.nn.functional.adaptive_avg_pool2d(image.float(), 8).round().to(torch.uint8)
-    return zlib.crc32(small.cpu().contiguous().numpy().tobytes())
+def fingerprints(images: Iterable[Tensor]) -> list[int]:
+    """Numbers that stand for the content of uint8 images [3, H, W], coarse enough to survive half precision."""
+    small = [torch.nn.functional.adaptive_avg_pool2d(image.float(), 8).round().to(torch.uint8) for image in images]
+    return [zlib.crc32(one.contiguous().numpy().tobytes()) for one in torch.stack(small).cpu()]

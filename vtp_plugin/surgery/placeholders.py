@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from vtp_plugin.signals import reads_question
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.columns import Columns, Rows
 from vtp_plugin.surgery.question import question_of
+from vtp_plugin.tokens import true_columns
 
 if TYPE_CHECKING:
     from vtp_plugin.surgery.session import Session
@@ -43,6 +44,30 @@ class PlaceholderModel(Protocol):
         """The text of prompt ids."""
 
 
+@dataclass(frozen=True)
+class Read:
+    """A prompt on the host: read once per call."""
+
+    ids: Tensor  # [B, L]
+    real: Tensor  # [B, L] bool
+
+    @classmethod
+    def of(cls, ids: Tensor, real: Tensor) -> Read:
+        """One copy, one wait."""
+        ids, real = torch.stack([ids, real.to(ids)]).cpu()
+        return cls(ids, real.bool())
+
+    @property
+    def lengths(self) -> list[int]:
+        """Real columns of every row."""
+        return self.real.sum(1).tolist()
+
+    @property
+    def tail(self) -> int:
+        """The last columns that are real in every row."""
+        return int(self.real.all(0).flip(0).cumprod(0).sum())
+
+
 class Prompt:
     """Decides what is left of a prompt; the arguments stay as they are."""
 
@@ -67,20 +92,38 @@ class Prompt:
         """Encode the images; the columns that are left (None: all of them) and the features to serve."""
         ids, real = inputs["input_ids"], self.real(inputs)
         call.images = self.family.images(inputs)
-        columns = self._placeholders(call, ids)
-        self._read_questions(call, ids, real)
+        read = Read.of(ids, real)
+        places = self._placeholders(call, read.ids)
+        self._read_questions(call, read)
         features, left = self.family.encode(call, inputs)
         left = [rows.to(ids.device) for rows in left]
-        keep = torch.ones_like(real)
-        for image, where, rows in zip(call.images, columns, left, strict=True):
-            keep[image.sample, where] = False
-            keep[image.sample, where[rows.slots]] = True
-        if keep.all():
-            judged = [where[rows.judged] for where, rows in zip(columns, left, strict=True)]
-            call.place(real, judged, [image.sample for image in call.images])
+        columns = torch.cat([ids.new_zeros(0, device="cpu"), *places]).to(ids.device).split([len(p) for p in places])
+        if all(len(rows.source) == image.total for image, rows in zip(call.images, left, strict=True)):
+            judged = [rows.only_judged(where) for where, rows in zip(columns, left, strict=True)]
+            call.place(real, judged, [image.sample for image in call.images], read.lengths)
             return None, features
-        shortened = Columns.of(keep, real, left=bool(real[:, -1].all()))
-        return self._place(call, shortened, columns, left), features
+        shortened, counts = self._left(call, read, real, places, columns, left)
+        return self._place(call, shortened, columns, left, counts), features
+
+    def _left(
+        self,
+        call: Call,
+        read: Read,
+        real: Tensor,
+        places: Sequence[Tensor],
+        columns: Sequence[Tensor],
+        left: Sequence[Rows],
+    ) -> tuple[Columns, list[int]]:
+        """The columns that are left, and how many, where images have the `columns` [n], on the host `places` [n]."""
+        wanted, counts, tail = real.clone(), list(read.lengths), read.tail
+        for image, place, where, rows in zip(call.images, places, columns, left, strict=True):
+            if not read.real[image.sample, place].all():
+                raise PruningError(f"a placeholder of an {image.kind} is padding, as the attention mask says")
+            row = wanted[image.sample].index_fill_(0, where, False)
+            row.index_fill_(0, where[rows.slots(image.total)], True)
+            counts[image.sample] -= image.total - len(rows.source)
+            tail = min(tail, read.ids.shape[1] - 1 - int(place.max()) if len(place) else tail)
+        return Columns.of(wanted, counts, left=bool(read.real[:, -1].all()), tail=tail), counts
 
     def _placeholders(self, call: Call, ids: Tensor) -> list[Tensor]:
         """The columns of every image; sets its sample. The placeholders of a kind are handed out in order."""
@@ -102,23 +145,31 @@ class Prompt:
             image.sample = int(row[0])
         return columns.split(wanted)
 
-    def _read_questions(self, call: Call, ids: Tensor, real: Tensor) -> None:
+    def _read_questions(self, call: Call, read: Read) -> None:
         if not reads_question(self.pruned.strategies):
             return
         tokens = [self.family.image_token, *(image.token for image in call.images if image.token is not None)]
-        text = real & ~torch.isin(ids, torch.tensor(tokens, device=ids.device))
-        questions = [question_of(self.family.decode(row[mask])) for row, mask in zip(ids, text, strict=True)]
+        text = read.real & ~torch.isin(read.ids, torch.tensor(tokens))
+        questions = [question_of(self.family.decode(row[mask])) for row, mask in zip(read.ids, text, strict=True)]
         for image in call.images:
             image.question = questions[image.sample]
 
-    def _place(self, call: Call, shortened: Columns, columns: Sequence[Tensor], left: Sequence[Rows]) -> Columns:
+    def _place(
+        self,
+        call: Call,
+        shortened: Columns,
+        columns: Sequence[Tensor],
+        left: Sequence[Rows],
+        counts: Sequence[int],
+    ) -> Columns:
         """Tell the call where the images are in the shorter prompt; the prompt with every token's own position."""
         origin, places = shortened.columns.clone(), []
         for image, where, rows in zip(call.images, columns, left, strict=True):
-            place = torch.isin(shortened.columns[image.sample], where[rows.slots]).nonzero().flatten()
-            origin[image.sample, place] = where[rows.source.clamp(min=0)]
-            places.append(place[rows.judged])
-        call.place(shortened.valid, places, [image.sample for image in call.images])
+            held = torch.isin(shortened.columns[image.sample], where[rows.slots(image.total)])
+            place = true_columns(held, len(rows.source))
+            origin[image.sample].index_copy_(0, place, where[rows.source.clamp(min=0)])
+            places.append(rows.only_judged(place))
+        call.place(shortened.valid, places, [image.sample for image in call.images], counts)
         return replace(shortened, origin=origin)
 
 

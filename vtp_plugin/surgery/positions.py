@@ -64,15 +64,14 @@ def _agreed(strategies: Sequence[PruningStrategy], otherwise: str) -> str:
 
 
 def lookup(positions: Tensor, valid: Tensor, lengths: Tensor) -> Tensor:
-    """What the host counts -> original position, [B, n + 1]; the last column belongs to a new token.
+    """What the host counts -> original position, [B, L + 1]; the last column belongs to a new token.
 
     `positions` [B, L] of the tokens that are left where `valid` [B, L]; `lengths` [B] of the whole prompts.
     """
-    counts = valid.sum(1, keepdim=True)
-    table = lengths[:, None] + torch.arange(int(counts.max()) + 1, device=valid.device) - counts
-    row, column = valid.nonzero(as_tuple=True)
-    table[row, (valid.cumsum(1) - 1)[row, column]] = positions[row, column]
-    return table
+    counts, width = valid.sum(1, keepdim=True), valid.shape[1]
+    table = lengths[:, None] + torch.arange(width + 2, device=valid.device) - counts
+    rank = torch.where(valid, valid.cumsum(1) - 1, width + 1)  # what is no token goes behind the table
+    return table.scatter_(1, rank, positions)[:, : width + 1]
 
 
 def looked_up(table: Tensor, counted: Tensor) -> Tensor:

@@ -123,8 +123,8 @@ class PlaceholderCalls:
         if turn is not None and known is turn:
             fixed = getattr(cache.given(inputs), "is_compileable", False)
             return self._behind(call, turn, inputs, made=fixed)
-        ids, stored = inputs.get("input_ids"), cache.given(inputs)
-        if turn is not None and ids is not None and not turns.stored_length(stored) and turn.begins(ids):
+        ids, empty = inputs.get("input_ids"), not turns.stored_length(cache.given(inputs))
+        if turn is not None and ids is not None and empty and turn.begins(ids, inputs.get("position_ids")):
             return self._whole(call, inputs)
         if turn is None and known is None:
             return self.forward(**inputs)
@@ -181,7 +181,7 @@ class PlaceholderCalls:
         inputs["input_ids"] = left.take(ids, padding(self.model))
         if mask is not None:
             inputs["attention_mask"] = left.mask(mask, left.short)
-        elif not left.valid.all():
+        elif not left.full:
             inputs["attention_mask"] = left.valid.long()
         if positions is not None:
             inputs["position_ids"] = positions
@@ -227,7 +227,7 @@ class PlaceholderCalls:
         mask = inputs.get("attention_mask")
         if mask is not None:
             inputs["attention_mask"] = mask if made else left.mask(mask, queries)
-        elif mask is None and not left.valid.all():
+        elif not left.full:
             inputs["attention_mask"] = left.valid.long()
         inputs |= {name: inputs[name][:, -queries:] for name in PER_TOKEN if inputs.get(name) is not None}
         if inputs.get("position_ids") is not None:

@@ -23,6 +23,7 @@ from vtp_plugin.surgery.columns import Rows
 from vtp_plugin.surgery.judging import Judgement
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.surgery.vision import Cutting, space_of
+from vtp_plugin.tokens import true_columns
 
 
 class RowsLate(Cutting):
@@ -71,7 +72,9 @@ class RowsLate(Cutting):
             features = self.family.projector(tokens[None])[0] if made.tokenwise else tokens
         source = torch.where(chosen >= 0, source[chosen.clamp(min=0)], -1)
         owner = torch.where(chosen >= 0, owner[chosen.clamp(min=0)], 0)
-        left = [owner == number for number in range(len(group))]
+        if len(group) == 1:
+            return [(group[0][0], source, tokens, features)]
+        left = _owned(owner, len(group))
         return [(part, source[m], tokens[m], features[m]) for (part, _), m in zip(group, left, strict=True)]
 
     def _finished(self, part: ImageRows, rows: Tensor) -> tuple[Tensor, Rows]:
@@ -82,11 +85,18 @@ class RowsLate(Cutting):
         source = torch.cat([part.source, part.fixed])
         features = torch.cat([part.features, rows[part.fixed].to(part.features)])
         judged = torch.arange(len(source), device=source.device) < len(part.source)
-        if len(part.fixed) or (part.source >= 0).all():
-            order = source.sort(stable=True).indices
-            source, features, judged = source[order], features[order], judged[order]
-            image.index = source[judged]
-        return features, Rows(source, judged)
+        place, fixed = torch.arange(len(source), device=source.device), len(part.fixed)
+        raster = torch.ones_like(judged) if fixed else (source >= 0).all()
+        order = torch.where(raster, source, place).sort(stable=True).indices
+        left = Rows(source[order], judged[order], fixed)
+        image.index = left.only_judged(left.source)
+        return features[order], left
+
+
+def _owned(owner: Tensor, parts: int) -> list[Tensor]:
+    """Which of the rows [K] belong to each of several parts."""
+    every = owner == torch.arange(parts, device=owner.device)[:, None]
+    return [true_columns(own, count) for own, count in zip(every, every.sum(1).tolist(), strict=True)]
 
 
 class GroupRows(RowsView):
@@ -123,6 +133,8 @@ class GroupRows(RowsView):
     @property
     def index(self) -> Tensor:
         """Raster positions [1, N]; those of later images are counted on."""
+        if len(self.group) == 1:
+            return self.source[None]
         return (self.source + self._offsets.to(self.source.device)[self.owner])[None]
 
     @property

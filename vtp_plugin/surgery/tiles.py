@@ -20,7 +20,7 @@ from vtp_plugin.surgery import attention
 from vtp_plugin.surgery.judging import Judgement
 from vtp_plugin.surgery.layout import Layout
 from vtp_plugin.surgery.passes import TowerPass
-from vtp_plugin.surgery.pixels import fingerprint, patches
+from vtp_plugin.surgery.pixels import fingerprints, patches
 from vtp_plugin.surgery.rows import RowsLate
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.surgery.vision import Cutting
@@ -133,7 +133,7 @@ class TiledEarly(Cutting):
         """Set the fingerprints of tiles [T, 3, H, W] uint8; an image has that of its first tile."""
         if not self.vision.tapping(Tap.CONTENT):
             return
-        self.passing.fingerprints = [fingerprint(image) for image in images]
+        self.passing.fingerprints = fingerprints(images)
         marks = zip(reversed(self.passing.tiles), reversed(self.passing.fingerprints), strict=True)
         for owner, mark in marks:
             self.call.images[owner].fingerprint = mark

@@ -39,6 +39,7 @@ class Turn:
     untouched: bool = False  # nothing was dropped before the language model
     by_column: bool = True  # the host counts columns, padding included; else real tokens
     shift: Tensor | None = None  # [B] or [A, B]: what a new token's number becomes, where the caller counts
+    known: tuple[Tensor, list[bool]] | None = None  # position ids of the prompt, and how they count: `_counting`
     facts: dict[str, Any] = field(default_factory=dict)  # of the call: images, valid, cuts, positions
     carried: dict[str, Any] = field(default_factory=dict)  # attributes of the model that its passes share
 
@@ -53,12 +54,20 @@ class Turn:
         lost = self.real.sum(1) - self.columns.valid.sum(1)
         return torch.zeros_like(lost) if self.untouched else lost  # its columns are all there, padding included
 
-    def begins(self, ids: Tensor) -> bool:
-        """Whether these ids [B', L + n] are the prompt, perhaps repeated, and what was generated behind it."""
+    def begins(self, ids: Tensor, given: Tensor | None = None) -> bool:
+        """Whether these ids [B', L + n] are the prompt, perhaps repeated, and what was generated behind it.
+
+        How the position ids that come with them count is asked at once, for `shortened`.
+        """
         rows, more = divmod(len(ids), len(self.ids))
         if more or ids.shape[1] < self.length:
             return False
-        return bool((ids[:, : self.length] == self.ids.repeat_interleave(rows, 0)).all())
+        asked = [(ids[:, : self.length] == self.ids.repeat_interleave(rows, 0)).all()]
+        if given is not None and given.ndim == 2 and not self.untouched:
+            asked += self._counting(given, ids.shape[1] - self.length)
+        same, *counting = torch.stack(asked).tolist()
+        self.known = (given, counting) if counting else None
+        return same
 
     # -- positions ------------------------------------------------------------------------------------------------
 
@@ -67,23 +76,35 @@ class Turn:
         if given is None or self.untouched:
             self.by_column, self.shift = given is None, None
             return given
-        at = self.columns.followed(new)
-        real = torch.cat([self.real, self.real.new_ones(len(self.real), new)], 1)
-        if given.shape[-2] == 1:
-            given = given.expand(*given.shape[:-2], len(real), -1)
-        at, real = at.repeated(given.shape[-2]), real.repeat_interleave(given.shape[-2] // len(real), 0)
+        known, self.known = self.known, None
+        at, positions = self.columns.followed(new), given
+        given, real = self._beside(given, new)
+        at = at.repeated(given.shape[-2])
         if given.ndim == 3:
             return self._axes(given, at, real)
-        every = torch.arange(real.shape[1], device=given.device).expand_as(given)
-        counted = (real.cumsum(1) - 1).clamp(min=0)
-        self.by_column = not _same(given, counted, real)
-        if self.by_column and not _same(given, every, real):
+        told = known is not None and known[0] is positions
+        by_token, by_column = known[1] if told else torch.stack(self._counting(positions, new)).tolist()
+        self.by_column = not by_token
+        if self.by_column and not by_column:
             raise PruningError(REFUSED_POSITIONS)
         if self.by_column:
             self.shift = torch.full_like(self.dropped, self.columns.short - self.length)
             return torch.arange(at.short, device=given.device).expand(len(at.columns), -1)
         self.shift = -self.dropped
         return (at.valid.cumsum(1) - 1).clamp(min=0)
+
+    def _beside(self, given: Tensor, new: int) -> tuple[Tensor, Tensor]:
+        """Position ids with one row per sequence, and which columns are real [B', L + new]."""
+        real = torch.cat([self.real, self.real.new_ones(len(self.real), new)], 1)
+        if given.shape[-2] == 1:
+            given = given.expand(*given.shape[:-2], len(real), -1)
+        return given, real.repeat_interleave(given.shape[-2] // len(real), 0)
+
+    def _counting(self, given: Tensor, new: int) -> list[Tensor]:
+        """Whether position ids [B' or 1, L + new] count real tokens, and whether they count columns."""
+        given, real = self._beside(given, new)
+        every = torch.arange(real.shape[1], device=given.device).expand_as(given)
+        return [_same(given, (real.cumsum(1) - 1).clamp(min=0), real), _same(given, every, real)]
 
     def _axes(self, given: Tensor, at: Columns, real: Tensor) -> Tensor:
         """The same of several axes, [A, B, L]; of four, the first counts text, for the masks."""
@@ -136,14 +157,16 @@ class Turn:
     def _cropped(self, lost: int) -> Columns:
         """The prompt without its last `lost` columns, which were taken out of the cache; only text can be."""
         tail = torch.arange(self.length - lost, self.length, device=self.ids.device)
-        text = lost < self.columns.short and bool((self.columns.columns[:, -lost:] == tail).all())
+        text = lost < self.columns.short and (
+            lost <= self.columns.tail or bool((self.columns.columns[:, -lost:] == tail).all())
+        )
         if not text or self.facts["cuts"]:
             raise PruningError("the cache was cropped into what is left of an image: begin with the prompt again")
         return Columns(self.columns.columns[:, :-lost], self.length - lost)
 
 
-def _same(given: Tensor, expected: Tensor, real: Tensor) -> bool:
-    return bool(((given == expected) | ~real).all())
+def _same(given: Tensor, expected: Tensor, real: Tensor) -> Tensor:
+    return ((given == expected) | ~real).all()
 
 
 # -- on the cache -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
 from vtp_plugin.surgery.layout import Layout
-from vtp_plugin.surgery.pixels import fingerprint, patches
+from vtp_plugin.surgery.pixels import fingerprints, patches
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.surgery.vision import Cutting, VisionCuts, space_of
 from vtp_plugin.tokens import Selection
@@ -81,7 +81,7 @@ class WholeEarly(Cutting):
     def _remade(self, selection: Selection, values: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Pixel values (one row of patches) and embeddings [B, prefix + K, D] of new patches at new places."""
         size, embed, pixels = self.tower.patch_size, self.tower.patch_embedding, self.vision.pixels
-        mean, std = pixels.mean.to(values.device), pixels.std.to(values.device)
+        mean, std = pixels.scale(values.device)
         tiles = torch.stack(selection.tokens).unflatten(2, (3, size, size)).permute(0, 2, 3, 1, 4).flatten(3)
         row = ((tiles.float() / 255 - mean) / std).to(embed.weight.dtype)  # [B, 3, p, K p]
         nothing = torch.zeros_like(values[:1], dtype=embed.weight.dtype)
@@ -102,8 +102,8 @@ class WholeEarly(Cutting):
     def _identify(self, images: Tensor | None) -> None:
         """Set the fingerprints of the images [B, 3, H, W] uint8."""
         if self.vision.tapping(Tap.CONTENT):
-            for number, image in zip(self.passing.batch, images, strict=True):
-                self.call.images[number].fingerprint = fingerprint(image)
+            for number, mark in zip(self.passing.batch, fingerprints(images), strict=True):
+                self.call.images[number].fingerprint = mark
 
 
 def centered(vision: VisionCuts, values: Tensor, columns: Tensor) -> Tensor:
