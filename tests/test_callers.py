@@ -9,6 +9,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from vtp_plugin.config import resolve
 from vtp_plugin.errors import PruningError
 from vtp_plugin.surgery.undo import Override
 
+MODES = (Path(__file__).parents[1] / "docs" / "modes.md").read_text()
 CASES = ["none", "l2", "stride", "fastv"]
 SAVED: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,
@@ -44,6 +46,13 @@ def host(request: pytest.FixtureRequest) -> Tiny:
     if request.param == "llava":
         pytest.importorskip("llava")
     return tiny(request.param)
+
+
+def test_every_row_of_the_table_has_its_test():
+    table = MODES.split("## Calls, copies, wrappers")[1].split("\n\n")[1]
+    named = [line.strip("|").split("|")[-1].strip() for line in table.splitlines()[2:]]
+    mine = [name for name in globals() if name.startswith("test_") and "row_of_the_table" not in name]
+    assert named == mine
 
 
 # -- threads ----------------------------------------------------------------------------------------------------------

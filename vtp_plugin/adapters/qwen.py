@@ -9,8 +9,8 @@ per frame.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,6 @@ from vtp_plugin.adapters.qwen_tower import PACKED, function_of, packed_tower
 from vtp_plugin.adapters.rows import VALUES, RowsAdapter
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
-from vtp_plugin.surgery.columns import Columns
-from vtp_plugin.surgery.undo import Undo
 
 GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
@@ -79,28 +77,17 @@ class QwenVL(RowsAdapter):
 
     # -- positions ------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def positions(self, shortened: Columns, ids: Tensor, real: Tensor, *, compact: bool) -> Iterator[None]:
-        """Let the model compute positions for the full prompt, and give the kept columns theirs.
+    def axes(self, inputs: Mapping[str, Any], ids: Tensor, real: Tensor) -> Tensor:
+        """Positions of the whole prompt ids [B, L] as the host computes them, [3, B, L]; it keeps its offset behind it."""
+        if inputs.get("mm_token_type_ids") is None:  # the host counts such a prompt like text
+            self.core.rope_deltas = torch.zeros(len(ids), 1, dtype=torch.long, device=ids.device)
+            return (real.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
+        index = self.core.get_rope_index
+        given = {name: inputs[name] for name in inspect.signature(index).parameters if inputs.get(name) is not None}
+        positions, self.core.rope_deltas = index(**given | {"input_ids": ids, "attention_mask": real.long()})
+        return positions
 
-        `compact`: prompts that lost tokens are counted like text instead, the same number on all three axes.
-        """
-        types = sum((ids == token).int() * number for number, token in enumerate(self.tokens.values(), 1))
-        dropped = real.sum(1, keepdim=True) - shortened.valid.sum(1, keepdim=True)
-
-        def index(input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            times = len(input_ids) // len(ids)
-            full = {"mm_token_type_ids": types, "attention_mask": real.long()}
-            table, delta = original(ids, **{k: v for k, v in kwargs.items() if k not in full}, **full)
-            columns = shortened.origin.clamp(min=0).expand(3, -1, -1)
-            table = torch.where(shortened.valid, table.gather(2, columns), 0)
-            delta = delta + dropped
-            if compact:
-                counted = (shortened.valid.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
-                table = torch.where(dropped > 0, counted, table)
-                delta = torch.where(dropped > 0, 0, delta)
-            return table.repeat_interleave(times, 1), delta.repeat_interleave(times, 0)
-
-        with Undo() as undo:
-            original = undo.override(self.core, "get_rope_index", index)
-            yield
+    def following(self, counted: Tensor) -> Tensor:
+        """Positions of tokens behind the prompt, [3, B, q], of their numbers [B or 1, q] among the real ones."""
+        offset = self.core.rope_deltas
+        return (counted + offset.repeat_interleave(max(1, len(counted) // len(offset)), 0)).expand(3, -1, -1)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class PlaceholderModel(Protocol):
-    """What an adapter tells about its family."""
+    """What an adapter tells about its family; one with several axes of positions has `axes` and `following`, too."""
 
     model: nn.Module
     core: nn.Module  # the backbone, which the model calls

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -155,14 +155,12 @@ class PlaceholderCalls:
         wanted = answers.Wanted(inputs.get("logits_to_keep", 0), length)
         labelled = any(inputs.get(name) is not None for name in losses.LABELS)
         self._shorten(turn, inputs, left)
-        axes = hasattr(self.family, "positions")  # it says itself what the kept columns have
-        call.positions = None if axes else turn.table()
+        call.positions = None if hasattr(self.family, "axes") else turn.table()
         if "logits_to_keep" in inputs and not wanted.every:
             inputs["logits_to_keep"] = wanted.window(left)
         translate = _labelled(call, left, wanted)
         with (
             turns.inside(),
-            self._numbered(turn, inputs),
             losses.translated(self.model, labelled, translate),
         ):
             output = self.forward(**inputs, return_dict=True)
@@ -175,6 +173,8 @@ class PlaceholderCalls:
     def _shorten(self, turn: Turn, inputs: dict[str, Any], left: Columns) -> None:
         """Every argument with one entry per column of the prompt, for what is left of it."""
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if hasattr(self.family, "axes") and not turn.untouched and inputs.get("position_ids") is None:
+            inputs["position_ids"] = self.family.axes(inputs, turn.ids, turn.real)
         positions = turn.shortened(inputs.get("position_ids"), ids.shape[1] - turn.length)
         if turn.untouched:
             return
@@ -191,13 +191,6 @@ class PlaceholderCalls:
                 continue
             if name in PER_TOKEN or (name not in known and name not in TRANSLATED):
                 inputs[name] = left.take(value, 0)
-
-    def _numbered(self, turn: Turn, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """While open, a family that computes positions of several axes does so for the prompt as it was."""
-        family = getattr(self.family, "positions", None)
-        if family is None or turn.untouched or inputs.get("position_ids") is not None:
-            return nullcontext()
-        return family(turn.columns, turn.ids, turn.real, compact=turn.numbering == "compact")
 
     def _remember(self, call: Call, turn: Turn, output: Any) -> None:
         names = ("images", "valid", "cuts", "positions")
@@ -230,6 +223,10 @@ class PlaceholderCalls:
         elif not left.full:
             inputs["attention_mask"] = left.valid.long()
         inputs |= {name: inputs[name][:, -queries:] for name in PER_TOKEN if inputs.get(name) is not None}
+        if hasattr(self.family, "axes") and inputs.get("position_ids") is None:
+            known = isinstance(mask, Tensor) and mask.ndim == 2
+            real = mask if known else torch.ones(1, left.length, device=given.device)
+            inputs["position_ids"] = self.family.following(real.long().cumsum(1) - 1)
         if inputs.get("position_ids") is not None:
             inputs["position_ids"] = turn.moved(inputs["position_ids"][..., -queries:])
         with turns.inside():

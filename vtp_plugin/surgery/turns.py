@@ -117,8 +117,8 @@ class Turn:
             taken = torch.where(lost[:, None], counted, taken)
         if len(given) == 4:
             taken[0] = counted
-        shift = torch.stack([axis[:, -1] for axis in taken]) - given[:, :, -1]
-        self.shift = shift[:, :: max(1, shift.shape[1] // len(self.ids))]
+        shift = _last(taken, at.valid) - _last(given, real)
+        self.shift = shift[:, :: len(real) // len(self.ids)]
         return taken
 
     def moved(self, given: Tensor | None) -> Tensor | None:
@@ -128,6 +128,9 @@ class Turn:
         if given.ndim != self.shift.ndim + 1:
             raise PruningError("position_ids of new tokens have other axes than those of the prompt in the cache")
         shift = self.shift.to(given.device)
+        if given.ndim == 3:  # one, three, or four with that of text first; those of images move alike
+            text = -self.dropped[None].to(given.device) if len(given) == 4 else shift[:0]
+            shift = torch.cat([text, shift[-1:].expand(len(given) - len(text), -1)])
         if given.shape[-2] > shift.shape[-1]:
             shift = shift.repeat_interleave(given.shape[-2] // shift.shape[-1], -1)
         return given + shift[..., None]
@@ -163,6 +166,12 @@ class Turn:
         if not text or self.facts["cuts"]:
             raise PruningError("the cache was cropped into what is left of an image: begin with the prompt again")
         return Columns(self.columns.columns[:, :-lost], self.length - lost)
+
+
+def _last(positions: Tensor, real: Tensor) -> Tensor:
+    """The positions [A, B, L] of the last real columns, [A, B]."""
+    last = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1)
+    return positions.gather(2, last[None, :, None].expand(len(positions), -1, -1))[..., 0]
 
 
 def _same(given: Tensor, expected: Tensor, real: Tensor) -> Tensor:
