@@ -168,6 +168,18 @@ class Case:
                 ["study", text or "x", f"--set={text}"],
                 ["study", "poster-l2", f"--set={text}={text}", "-o", str(self.folder / "file" / "x")],
                 ["check", text or "x"],
+                ["leaderboard", missing, "-o", self._output() + ".html"],
+                ["leaderboard", self.written("r.json", self.raw()), "-o", str(self.folder / "page.html")],
+                ["reproduce", text or "x", "--dry-run"],
+                ["reproduce", "llava-1.5-7b", f"--pruning={text}", f"--tokens={text}", "--dry-run"],
+                ["reproduce", self.written("t.yaml", self.raw()), "--dry-run"],
+                ["plan", f"--pruning={text}", f"--kept={number}", f"--rate={text}"],
+                ["plan", f"--model={text}", f"--device={text}"],
+                ["plan", f"--model={self.written('config.json', self.raw())}"],
+                ["plan", f"--device={self.written('card.yaml', self.raw())}", f"--price={number}"],
+                ["plan", f"--pictures={self.draw.choice((0, -1))}", f"--text={self.draw.choice((0, -5))}"],
+                ["plan", f"--check={self.written('bench.json', self.raw())}"],
+                ["plan", f"--layers={self.draw.choice((-1, 999))}", f"--save-device={self._output()}"],
                 [text or "x"],
             ]
         )  # fmt: skip

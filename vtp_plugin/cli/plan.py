@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from vtp_plugin import config
+from vtp_plugin import config, files
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting.terminal import console
 
@@ -45,12 +44,14 @@ def command(
         return
     asked = pages.Workload(pictures, text, answer, concurrency, dtype, overhead / 1e3)
     asked.check()
+    if save_device is not None:
+        files.check_output(save_device)
     chosen = config.resolve(pruning, config.parse_pairs(pruning_args))
     planned = pages.planned(model, layers)
     queued = _rates(rate, cards)
     card = known.card_of(device or "h100", dtype)
     if save_device is not None:
-        save_device.write_text(json.dumps(card.as_json(), indent=1) + "\n")
+        files.write_json(save_device, card.as_json())
     sides = pages.sides(planned, card, chosen, asked, kept)
     tables = [pages.parts_table(sides), pages.summary_table(sides, asked, price)]
     for table in tables:

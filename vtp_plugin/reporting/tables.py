@@ -68,7 +68,9 @@ class Table:
             console.print(Text(self.title, "bold"), soft_wrap=False)
         for finding in self.findings:
             console.print(Text(finding), soft_wrap=False)
-        for columns in self.fitted(console.width):
+        for number, columns in enumerate(self.fitted(console.width)):
+            if number:
+                console.print()
             console.print(self.rich(columns, console.width), soft_wrap=False)
 
     def fitted(self, width: int) -> list[list[int]]:
