@@ -82,6 +82,8 @@ def test_a_study_on_a_handful_of_samples(
     if name not in REAL:
         request.getfixturevalue("stand_in")
     said = {"limit": 3, **SMALL[name]}
+    if name == "vprune-design":
+        said["images"] = str(some_pictures(tmp_path / "images", 16))
     path = conduct(name, said, tmp_path / "study", console)
     record = read(path.parent)
     assert (record["schema"], record["study"]) == (SCHEMA, name)
@@ -91,6 +93,14 @@ def test_a_study_on_a_handful_of_samples(
     assert {"vtp-plugin", "torch", "transformers"} <= set(record["versions"])
     assert list(path.parent.glob("*.png"))
     CHECKS[name](record["results"], (path.parent / "table.md").read_text())
+
+
+def some_pictures(folder: Path, count: int) -> Path:
+    """So many of the embedded scenes, enough to calibrate on."""
+    folder.mkdir()
+    for number, picture in enumerate(poster_l2.embedded()[1][:count]):
+        picture.save(folder / f"{number}.png")
+    return folder
 
 
 def check_efficiency(results: dict, table: str) -> None:
