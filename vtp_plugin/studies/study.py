@@ -100,7 +100,8 @@ def _kind(value: Any) -> str:
 
 def conduct(name: str, said: Mapping[str, Any], folder: Path, console: Console, jobs: int = 1) -> Path:
     """Run a study, or go on with it, and write record.json, table.md and the figures; the record's path."""
-    study = studies()[name](settings_of(name, said), folder, console, jobs)
+    settings = settings_of(name, said)  # refuses an unknown name
+    study = studies()[name](settings, folder, console, jobs)
     study.check()
     _claim(folder, name, study.settings)
     began = time.monotonic()

@@ -103,7 +103,7 @@ class VPruneDesign(Evaluated):
             except PruningError as error:
                 found.append({"data": data, "error": str(error), "targets": targets})
                 continue
-            fields = {"cosine_threshold": first.cosine_threshold}
+            fields = {"cosine_threshold": first.strategy.cosine_threshold}
             shares = {t: removed_share(build(LEADER, {**fields, **at(t)}), tiles, side) for t in thresholds}
             found.append({"data": data, **fields, "targets": targets, "removed": shares})
         return found
