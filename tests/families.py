@@ -127,6 +127,7 @@ def _model(cls: type, config: Any, attention: str) -> nn.Module:
             nn.init.normal_(parameter, std=0.02)
         elif parameter.ndim > 1 and "embed" not in name:
             parameter.data.mul_(4)
+    model.lm_head.weight.data[[IMAGE, VIDEO]] = 0  # hosts fail on an answer with placeholders
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None
     return model
