@@ -275,7 +275,7 @@ REFUSED = {
     "--pruning fastv --pruning-args layer=3": "--pruning-args: 'layer' must be STRATEGY.FIELD, with one of fastv",
     "--pruning fastv --pruning-args fastv.layr=3": "unknown field 'layr' for 'fastv'. Did you mean 'layer'?",
     "--shape clip-vit-l-14 --pruning fastv": "fastv: an encoder has no llm stage",
-    "-o nowhere/bench.json": "folder not found: nowhere",
+    "-o nowhere/bench.json": "no such folder: nowhere",
 }
 
 
