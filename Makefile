@@ -2,6 +2,7 @@
 # make test-vllm: the tests of vLLM, in .venv-vllm, because vLLM pins its own releases of torch and transformers.
 # make test-hosts: a short suite with the oldest, the pinned and the newest releases of the hosts.
 # make test-full: the tests with every family, stage, layout and kernel. make constraints, make compatibility: see below.
+# make gpu: what a CUDA device is asked, in under nine minutes, by the PYTHON that is there: see docs/measuring.md.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -20,7 +21,7 @@ pins     = $(shell $(PYTHON) -c 'import sys; print("--constraint $(1)" if sys.ve
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 ENVIRON  := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: demo test test-full test-vllm test-hosts lint format setup readme constraints compatibility clean
+.PHONY: demo gpu test test-full test-vllm test-hosts lint format setup readme constraints compatibility clean
 .PHONY: lane-oldest lane-pinned lane-newest newest
 
 demo: $(READY)
@@ -112,6 +113,10 @@ compatibility: test-hosts test-vllm
 	for one in $(OLDEST)/lane $(VENV)/lane $(NEWEST)/lane $(NEWEST)/beyond $(SERVING)/lane; do \
 		test ! -f $$one.json || $(BIN)/python tools/compatibility.py --keep $$one.json $(LANES); done
 	$(BIN)/python tools/compatibility.py $(LANES) > docs/compatibility.md
+
+# No environment is made: a GPU machine has its own torch and transformers. ARGS: -o FOLDER, --small, --seconds N, --again.
+gpu:
+	PYTHONPATH=. HF_HUB_OFFLINE=1 $(PYTHON) -m vtp_plugin.bench.gpu $(ARGS)
 
 readme: $(READY)
 	$(BIN)/python -m vtp_plugin.reporting.readme

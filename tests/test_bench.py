@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -19,8 +20,9 @@ from typer.testing import CliRunner
 from vtp_plugin import plugins, prune
 from vtp_plugin.bench import rounds as bench
 from vtp_plugin.bench import selectors as selector_cost
+from vtp_plugin.bench import tables
 from vtp_plugin.cli import app, vtp_register_commands
-from vtp_plugin.errors import PruningError
+from vtp_plugin.errors import Interrupted, PruningError
 from vtp_plugin.hosts.transformers import shapes
 from vtp_plugin.hosts.transformers.ideals import ideal
 from vtp_plugin.reporting.record import samples_of
@@ -134,6 +136,37 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert timing.break_even == pytest.approx((2.2 - 1.1) / ((4.4 - 1.1) / 100))
 
 
+def test_every_ratio_has_the_spread_of_its_rounds() -> None:
+    seconds = {"unpruned": [4.0, 8.0, 4.4], "ideal": [1.0, 2.0, 1.1], "pruned": [2.0, 4.8, 2.2]}
+    macs = {"before": {"prefill": 100}, "after": {"prefill": 25}}
+    prefill = {"unpruned": [2.0, 2.0, 2.0], "pruned": [1.0, 2.0, 3.0]}
+    steps = {"unpruned": [1.0] * 16, "pruned": [1.5] * 8 + [1.2] * 8}
+    timing = bench.Timing(
+        "x",
+        0.25,
+        1,
+        100,
+        25,
+        macs,
+        seconds,
+        [0.1],
+        [0.01],
+        prefill=prefill,
+        decoding=steps,
+        kv_bytes={"before": 2, "after": 1},
+    )
+    assert timing.spread == {
+        "ttft_ratio": pytest.approx((0.5, 0.6)),
+        "over_ideal": pytest.approx((2.0, 2.4)),
+        "realised": pytest.approx((0.4 / 0.75, 0.5 / 0.75)),
+        "prefill_ratio": (0.5, 1.5),
+        "decode_ratio": (1.2, 1.5),
+    }
+    row = tables.timings([timing.as_json()], "").rows[0]
+    assert row[5:9] == ("**0.50x**", "1.00x", "67%", "**2.000x**")  # the prefill was faster and slower
+    assert row[13] == "**1.35x**"
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +208,59 @@ def test_selectors_of_the_whole_catalogue_are_timed(tmp_path: Path, monkeypatch:
         assert row["batch"] == 2
 
 
+BENCH = ["bench", "--shape", "small", "--pruning", "stride,l2", "--keep", "0.5", "--repeats", "2"]
+
+
+def test_a_bench_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted behind its first row, begun again: the row is in the file, and is not measured twice."""
+    target, compare, asked = tmp_path / "bench.json", bench.compare, []
+
+    def stop(shape: Any, model: Any, strategies: Any, *rest: Any) -> Any:
+        asked.append(strategies[0].name)
+        if strategies[0].name == "l2" and asked.count("l2") == 1:
+            raise KeyboardInterrupt
+        return compare(shape, model, strategies, *rest)
+
+    monkeypatch.setattr(bench, "compare", stop)
+    result = CliRunner().invoke(app, [*BENCH, "-o", str(target)])
+    assert isinstance(result.exception, Interrupted)
+    assert "stopped at l2 0.5, batch 1" in str(result.exception)
+    assert "keeps 1 rows" in str(result.exception)
+    (kept,) = json.loads(target.read_text())["timings"]
+    again = CliRunner().invoke(app, [*BENCH, "-o", str(target)], catch_exceptions=False)
+    assert again.exit_code == 0
+    assert asked == ["stride", "l2", "l2"]
+    rows = json.loads(target.read_text())["timings"]
+    assert [row["strategy"] for row in rows] == ["stride", "l2"]
+    assert rows[0] == kept
+    assert re.search(r"2 rows to measure, about \d+ (s|min)", result.stderr)
+    assert "1 of 2, stride 0.5, batch 1: " in result.stderr
+    assert "1 of 2 rows were measured already" in again.stderr
+    monkeypatch.setattr(shapes.Shape, "build", None)  # a whole record needs no model
+    assert CliRunner().invoke(app, [*BENCH, "-o", str(target)], catch_exceptions=False).exit_code == 0
+
+
+def test_a_record_of_other_settings_is_not_mixed(tmp_path: Path) -> None:
+    target = tmp_path / "bench.json"
+    one = ["bench", "--shape", "small", "--pruning", "stride", "--keep", "0.5", "--repeats"]
+    CliRunner().invoke(app, [*one, "2", "-o", str(target)], catch_exceptions=False)
+    before = target.read_text()
+    result = CliRunner().invoke(app, [*one, "3", "-o", str(target)])
+    assert isinstance(result.exception, PruningError)
+    assert "is a record of other settings (repeats: 2, now 3)" in str(result.exception)
+    assert target.read_text() == before
+    CliRunner().invoke(app, [*one, "3", "--again", "-o", str(target)], catch_exceptions=False)
+    (row,) = json.loads(target.read_text())["timings"]
+    assert len(row["seconds"]["pruned"]) == 3
+
+
+def test_rows_have_a_budget_of_time() -> None:
+    """Behind it no round begins, but two are always there."""
+    shape, strategy = shapes.shape_of("small"), plugins.get_strategy("stride")()
+    (timing,) = bench.compare(shape, built("small"), [strategy], 1, repeats=50, seconds=0.0)
+    assert len(timing.seconds["pruned"]) == bench.LEAST
+
+
 REFUSED = {
     "--shape lava-1.5-7b": "unknown shape 'lava-1.5-7b'. Did you mean 'llava-1.5-7b'?",
     "--pruning fastvv": "unknown strategy 'fastvv'. Did you mean 'fastv'?",
@@ -187,9 +273,9 @@ REFUSED = {
     "--device tpux": "unknown device 'tpux'",
     "--pruning cdpruner": "cdpruner: it reads the question through a CLIP text tower, which random weights lack",
     "--pruning fastv --pruning-args layer=3": "--pruning-args: 'layer' must be STRATEGY.FIELD, with one of fastv",
-    "--pruning fastv --pruning-args fastv.layr=3": "unknown field 'layr' for strategy 'fastv'",
+    "--pruning fastv --pruning-args fastv.layr=3": "unknown field 'layr' for 'fastv'. Did you mean 'layer'?",
     "--shape clip-vit-l-14 --pruning fastv": "fastv: an encoder has no llm stage",
-    "-o nowhere/bench.json": "folder not found: nowhere",
+    "-o nowhere/bench.json": "no such folder: nowhere",
 }
 
 

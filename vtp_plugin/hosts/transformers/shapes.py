@@ -29,6 +29,11 @@ class Shape(ABC):
     text: Mapping[str, Any] | None = None  # None: an encoder
     decodes: ClassVar[bool] = True
 
+    @property
+    def first_cut(self) -> int:
+        """The first decoder layer that may see fewer tokens."""
+        return max(1, len(self.vision.get("deepstack_visual_indexes", ())))
+
     @abstractmethod
     def model(self, layers: int | None, attention: str) -> nn.Module:
         """The model; `layers` cuts the language model short."""

@@ -1,0 +1,222 @@
+"""Everything that a GPU is asked, in one command and less than nine minutes: `make gpu`.
+
+Random weights in real shapes at full depth, the tests marked `gpu`, a minute of training, and vLLM where it is
+installed; no network, no lmms-eval. The work is ordered so that a run that is cut off leaves what matters most, every
+part has its share of the time, rows are written as they are measured, and the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vtp_plugin import config, files
+from vtp_plugin.bench import gpu_page, rounds
+from vtp_plugin.bench.journal import Journal, machine, say
+from vtp_plugin.errors import PruningError, sentence
+from vtp_plugin.hosts.transformers.shapes import Shape, shape_of
+from vtp_plugin.plugins import get_strategy
+from vtp_plugin.strategy import PruningStrategy
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "results" / "gpu"
+TOTAL = 520.0  # seconds; under nine minutes with what a process needs to begin and end
+ROW = 6.0  # seconds that the rounds of one row may take
+REPEATS = 5
+KEEPS, BATCHES = (0.25, 0.11, 0.5), (8, 1)
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "l2": {},
+    "fastv": {},
+    "visionzip": {},
+    "atp": {"alpha": 0.0},  # its other half reads the question through a text tower, which random weights lack
+    "divprune": {},
+    "vtp": {},
+    "vprune": {},
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that is measured: until when, counted in seconds from the beginning, its turn lasts."""
+
+    name: str
+    until: float
+    work: Callable[[Asked, float], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Where, on what, and how large."""
+
+    folder: Path
+    device: torch.device
+    dtype: str
+    small: bool  # shapes to try the command with
+    again: bool = False
+
+
+# -- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def bench(name: str, asked: Asked, until: float) -> None:
+    """One shape: every strategy at every budget and batch size, the most telling first."""
+    shape = shape_of(name)
+    facts = {"shape": name, "layers": 0, "attention": "sdpa", "dtype": asked.dtype, "repeats": REPEATS}
+    journal = Journal(asked.folder / f"{name}.json", facts, asked.device, asked.again)
+    held: list[Any] = []
+
+    def model() -> Any:
+        if not held:
+            say(f"{name}: building")
+            held.append(rounds.built(shape, facts, asked.device))
+        return held[0]
+
+    for keep in KEEPS:
+        chosen = strategies(shape, keep, budgeted_only=keep != KEEPS[0])
+        journal.fill(rounds.items(shape, model, chosen, BATCHES, REPEATS, ROW), until)
+    held.clear()
+    gc.collect()
+    if asked.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def strategies(shape: Shape, keep: float, budgeted_only: bool) -> list[PruningStrategy]:
+    """The strategies of the run at one budget; a layer to cut at is the first that the shape allows behind its own."""
+    found = []
+    for name, fields in STRATEGIES.items():
+        cls = get_strategy(name)
+        if cls.budgeted:
+            cut = {"layer": max(2, shape.first_cut)} if name == "fastv" else {}
+            found.append(config.build(name, {"keep_ratio": keep, **fields, **cut}))
+        elif not budgeted_only:
+            found.append(config.build(name, fields))
+    return found
+
+
+# -- tests, training, vLLM --------------------------------------------------------------------------------------------
+
+
+def tests(asked: Asked, until: float) -> None:
+    """The tests marked gpu; with small shapes, a few of those that run anywhere."""
+    chosen = ["-k", "tiny and budgets"] if asked.small else ["-m", "gpu"]
+    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", *chosen]
+    ran = _process(command, until)
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", ran["said"])}
+    _write(asked, "tests", command, {**ran, **counts})
+
+
+def training(asked: Asked, until: float) -> None:
+    """A minute of training, less where less is left."""
+    seconds = 2.0 if asked.small else max(5.0, min(60.0, until - time.monotonic() - 20))
+    command = [sys.executable, "-m", "vtp_plugin.bench.training", "--device", asked.device.type]
+    ran = _process([*command, "--seconds", f"{seconds:.0f}"], until + 20)
+    if ran["code"] == 0:
+        ran |= json.loads(ran.pop("said").strip().splitlines()[-1])
+    _write(asked, "training", command, ran)
+
+
+def vllm(asked: Asked, until: float) -> None:
+    """Requests per second of a server, where vLLM is installed."""
+    if importlib.util.find_spec("vllm") is None:
+        say("vllm: not installed")
+        return
+    target = asked.folder / "vllm.json"
+    command = [sys.executable, "-c", "from vtp_plugin.cli import main; main()", "serve-bench", "--model", "vtp-tiny"]
+    ran = _process([*command, "-o", str(target)], until)
+    say(f"vllm: exit code {ran['code']}")
+
+
+def _process(command: Sequence[str], until: float) -> dict[str, Any]:
+    """A command in a process of its own, ended when its time is over: exit code, seconds, the end of what it said."""
+    began = time.monotonic()
+    try:
+        ran = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(1.0, until - began)
+        )
+        code, said = ran.returncode, ran.stdout if ran.returncode == 0 else ran.stdout + ran.stderr
+    except subprocess.TimeoutExpired as late:
+        code, said = None, (late.stdout or b"").decode(errors="replace") + "\nended: its time was over"
+    return {"code": code, "seconds": time.monotonic() - began, "said": said[-2000:]}
+
+
+def _write(asked: Asked, name: str, command: Sequence[str], found: dict[str, Any]) -> None:
+    shown = ["python", *command[1:]]
+    content = {"command": " ".join(shown), **machine(asked.device), **found}
+    files.write_json(asked.folder / f"{name}.json", content)
+    say(f"{name}: " + ("done" if found["code"] == 0 else f"exit code {found['code']}, see {name}.json"))
+
+
+# -- all of it --------------------------------------------------------------------------------------------------------
+
+
+def parts(small: bool) -> list[Part]:
+    """In the order of what matters most; the shares add up to the whole."""
+    names = ("small", "small-next", "small-qwen", "small-qwen3") if small else gpu_page.SHAPES
+    ends = dict(zip(names, (0.25, 0.56, 0.72, 0.85), strict=True))
+    benches = [Part(name, end, lambda asked, until, name=name: bench(name, asked, until)) for name, end in ends.items()]
+    return [
+        benches[0],
+        Part("tests", 0.37, tests),
+        *benches[1:],
+        Part("training", 0.98, training),
+        Part("vllm", 1.00, vllm),
+    ]
+
+
+def run(asked: Asked, seconds: float) -> None:
+    """Every part in its turn; one that fails does not stop the others."""
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    for part in parts(asked.small):
+        if _whole(asked, part.name):
+            say(f"{part.name}: measured already")
+            continue
+        say(f"{part.name}: {time.monotonic() - began:.0f} s of {seconds:.0f} s")
+        try:
+            part.work(asked, began + part.until * seconds)
+        except Exception as error:
+            say(f"{part.name}: {sentence(error)}")
+        files.write(asked.folder / "README.md", gpu_page.page(asked.folder))
+    say(f"done after {time.monotonic() - began:.0f} s: {asked.folder}")
+
+
+def _whole(asked: Asked, name: str) -> bool:
+    """Whether a part that has no rows of its own was done."""
+    path = asked.folder / f"{name}.json"
+    if asked.again or not path.exists() or name not in ("tests", "training", "vllm"):
+        return False
+    return files.read_json(path).get("code", 0) == 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m vtp_plugin.bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, default=FOLDER, help="folder for the records")
+    parser.add_argument("--seconds", type=float, default=TOTAL, help="for all of it")
+    parser.add_argument("--small", action="store_true", help="small shapes, to try the command on any machine")
+    parser.add_argument("--again", action="store_true", help="measure anew what the folder has already")
+    chosen = parser.parse_args(arguments)
+    cuda = torch.cuda.is_available()
+    try:
+        if not cuda and not chosen.small:
+            raise PruningError("there is no CUDA device here; --small tries the command with small shapes on the CPU")
+        device = torch.device("cuda" if cuda else "cpu")
+        run(Asked(chosen.output, device, "bfloat16" if cuda else "float32", chosen.small, chosen.again), chosen.seconds)
+    except PruningError as error:
+        say(f"error: {sentence(error)}")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
