@@ -25,6 +25,7 @@ from vtp_plugin.surgery import answers, asking, cache, lengths, losses, masks, t
 from vtp_plugin.surgery.binding import bound
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.columns import Columns
+from vtp_plugin.surgery.placeholders import Read
 from vtp_plugin.surgery.positions import lookup
 from vtp_plugin.surgery.question import question_of
 from vtp_plugin.surgery.session import Session
@@ -169,7 +170,8 @@ class Llava(Adapter):
             return self.merge(input_ids, *rest, images, image_sizes)
         asking.refuse_filled_cache(past_key_values)
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        prompts = [row[mask] for row, mask in zip(input_ids, real, strict=True)]
+        read = Read.of(input_ids, real)
+        prompts = [row[mask] for row, mask in zip(read.ids, read.real, strict=True)]
         if attention_mask is None and self.uneven:
             rest = (position_ids, real, past_key_values, labels)
         merged = self._merged(call, prompts, (input_ids, *rest), images, image_sizes)
@@ -198,11 +200,10 @@ class Llava(Adapter):
         call = self.pruned.call
         if call is None:
             return self.encode(images)
-        everything = list(range(len(images)))
         features: list[Tensor] = []
-        for batch in [[i] for i in everything] if self.pruned.one_by_one else [everything]:
-            with call.in_tower(batch):
-                features.extend(self.encode(images[batch]))
+        for part in images.split(1 if self.pruned.one_by_one else len(images)):
+            with call.in_tower(range(len(features), len(features) + len(part))):
+                features.extend(self.encode(part))
         return torch.stack(features) if len({len(rows) for rows in features}) == 1 else features
 
     # -- one image ------------------------------------------------------------------------------------------------
@@ -221,24 +222,30 @@ class Llava(Adapter):
 
     def _place(self, call: Call, prompts: Sequence[Tensor], length: int, sources: Sequence[Tensor]) -> None:
         """Tell the call where the images are in the merged prompts [B, length]; `sources` are those of `_sources`."""
-        left = getattr(self.model.config, "tokenizer_padding_side", "right") == "left"
-        valid = torch.zeros(len(prompts), length, dtype=torch.bool, device=prompts[0].device)
-        positions, wholes = torch.zeros_like(valid, dtype=torch.long), []
-        columns, starts, images = [], [], zip(call.images, sources, strict=True)
+        left, device = getattr(self.model.config, "tokenizer_padding_side", "right") == "left", sources[0].device
+        text, real = torch.zeros(2, len(prompts), length, dtype=torch.long)
+        spans, wholes, starts, totals = [], [], [], []
+        images = zip(call.images, map(len, sources), strict=True)
         for row, ids in enumerate(prompts):
             used = [next(images) for _ in range(max(1, _placeholders(ids)))]
-            own, spans, whole = _spread(ids, used)
+            own, found, whole = _spread(ids, [(image.total, left_of) for image, left_of in used])
             total = min(len(own), length)
             start = length - total if left else 0
-            valid[row, start : start + total] = True
-            positions[row, start : start + total] = own[:total]
+            real[row, start : start + total] = 1
+            text[row, start : start + total] = own[:total]
+            spans += [(row, start + min(a, total), start + min(b, total)) for a, b in found or [(0, 0)]]
             wholes.append(whole)
-            starts.append(start * self.by_column)
-            columns.extend(span[span < total] + start for span in spans or [own[:0]])
-        call.place(valid, columns, [image.sample for image in call.images])
+            totals.append(total)
+            starts.append(whole + start * self.by_column)
+        there = torch.cat([text, real, torch.tensor(starts)[:, None]], 1).to(device)  # one copy
+        positions, valid, ends = there[:, :length].clone(), there[:, length:-1].bool(), there[:, -1]
+        for (row, a, b), source in zip(spans, sources, strict=True):
+            positions[row, a:b] += source[: b - a].clamp(min=0)
+        columns = [torch.arange(a, b, device=device) for _, a, b in spans]
+        call.place(valid, columns, [image.sample for image in call.images], totals)
         call.dropped = max(wholes) - length
         if self.pruned.positions.prompt == "original":
-            self._keep_positions(call, positions, torch.tensor([wholes, starts], device=valid.device).sum(0))
+            self._keep_positions(call, positions, ends)
 
     def _keep_positions(self, call: Call, positions: Tensor, lengths: Tensor) -> None:
         """What the host counts: real tokens when generating, columns in a plain forward."""
@@ -281,16 +288,19 @@ def _plain(images: Any) -> Tensor:
     return torch.stack(crops)
 
 
-def _spread(ids: Tensor, images: Sequence[tuple[Image, Tensor]]) -> tuple[Tensor, list[Tensor], int]:
-    """A merged prompt: every column's position in the whole one, the columns of its images, and the whole length."""
-    images, positions, spans, columns, whole = iter(images), [], [], 0, 0
+def _spread(ids: Tensor, images: Sequence[tuple[int, int]]) -> tuple[Tensor, list[tuple[int, int]], int]:
+    """A merged prompt: every column's position in the whole one, where its images are, and the whole length.
+
+    `images`: rows in the whole prompt, and how many are left. The columns of an image have the position of its first.
+    """
+    images, positions, spans, whole = iter(images), [], [], 0
     for token in ids.tolist():
-        image, source = next(images) if token == PLACEHOLDER else (None, ids.new_zeros(1))
-        positions.append(source.clamp(min=0).to(ids.device) + whole)
-        if image is not None:
-            spans.append(torch.arange(columns, columns + len(source), device=ids.device))
-        columns, whole = columns + len(source), whole + (1 if image is None else image.total)
-    return torch.cat(positions), spans, whole
+        total, left = next(images) if token == PLACEHOLDER else (1, 1)
+        if token == PLACEHOLDER:
+            spans.append((len(positions), len(positions) + left))
+        positions += [whole] * left
+        whole += total
+    return torch.tensor(positions, dtype=torch.long), spans, whole
 
 
 def _placeholders(ids: Tensor) -> int:

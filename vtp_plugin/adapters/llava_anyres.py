@@ -49,7 +49,7 @@ class LlavaAnyres(Llava):
         tiles = [image if image.ndim == 4 else image[None] for image in images]
         pairs = self._cut(call, prompts, {"tiles": tiles, "image_sizes": sizes})
         for image, (_, kept) in zip(call.images, pairs, strict=True):
-            image.source, image.judged = kept.source, kept.judged
+            image.source, image.judged, image.fixed = kept.source, kept.judged, kept.fixed
         blank = torch.zeros(len(tiles), 3, 1, 1, device=text[0].device)  # one image each: no packing again
         return self._merged_with([rows for rows, _ in pairs], *text, blank, sizes)
 
@@ -59,7 +59,10 @@ class LlavaAnyres(Llava):
     def _place(self, call: Call, prompts: Sequence[Tensor], length: int, sources: Sequence[Tensor]) -> None:
         super()._place(call, prompts, length, sources)
         for image in call.images:  # fewer columns where the host truncates, or shows none
-            image.columns = image.columns[image.judged[: len(image.columns)]]
+            if len(image.columns) == len(image.source):
+                image.columns = Rows(image.source, image.judged, image.fixed).only_judged(image.columns)
+            else:
+                image.columns = image.columns[image.judged[: len(image.columns)]]
 
     def _cut(self, call: Call, prompts: Sequence[Tensor], inputs: Mapping[str, Any]) -> list[tuple[Tensor, Rows]]:
         """Encode all tiles, pack them as the host does, and take rows out."""

@@ -15,7 +15,8 @@ so exactly K stay; K and the number of pieces are not fixed; pieces differ in le
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,24 +50,26 @@ class HoloV(PruningStrategy):
 
     def select(self, visual: VisualTokens) -> Selection:
         k = self.wanted(visual)
-        sources = [self._kept(*image, k) for image in zip(visual.projected, visual.cls_attention, strict=True)]
-        keep = torch.zeros_like(visual.index, dtype=torch.bool)
-        for row, source in zip(keep, sources, strict=True):
-            row[source] = True
-        if self.order == "raster":
-            return Selection(keep, scores=visual.cls_attention)
-        return Selection(keep, source=tuple(sources), scores=visual.cls_attention)
+        n, images = visual.tokens.shape[1], zip(visual.projected, visual.cls_attention, strict=True)
+        pieces = torch.arange(n, device=visual.index.device).tensor_split(min(self.segments, n))
+        worth = torch.stack([self._worth(*image, pieces) for image in images]).tolist()
+        quotas = [_quotas(one, [len(piece) for piece in pieces], k) for one in worth]
+        sources = [_spent(*image, pieces) for image in zip(visual.cls_attention, quotas, strict=True)]
+        kept = Selection.of(torch.stack(sources), n, scores=visual.cls_attention)
+        return kept if self.order == "raster" else replace(kept, source=tuple(sources))
 
-    def _kept(self, z: Tensor, attention: Tensor, k: int) -> Tensor:
-        """The columns that stay of one image, stretch by stretch."""
-        pieces = torch.arange(len(z), device=z.device).tensor_split(min(self.segments, len(z)))
+    def _worth(self, z: Tensor, attention: Tensor, pieces: Sequence[Tensor]) -> Tensor:
+        """The scores of the stretches of one image, [S]."""
         variance = torch.cat([_variance(z[piece]) for piece in pieces])
         salient = SCALE * attention.float()
         scores = salient + self.context * variance * salient.abs().mean() / variance.abs().mean().clamp(min=1e-12)
-        worth = torch.stack([scores[piece].mean() for piece in pieces]).tolist()
-        quotas = _quotas(worth, [len(piece) for piece in pieces], k)
-        ranked = [piece[attention[piece].sort(descending=True, stable=True).indices] for piece in pieces]
-        return torch.cat([piece[:quota] for piece, quota in zip(ranked, quotas, strict=True)])
+        return torch.stack([scores[piece].mean() for piece in pieces])
+
+
+def _spent(attention: Tensor, quotas: Sequence[int], pieces: Sequence[Tensor]) -> Tensor:
+    """The columns that stay of one image, stretch by stretch."""
+    ranked = [piece[attention[piece].sort(descending=True, stable=True).indices] for piece in pieces]
+    return torch.cat([piece[:quota] for piece, quota in zip(ranked, quotas, strict=True)])
 
 
 def _variance(z: Tensor) -> Tensor:

@@ -17,14 +17,14 @@ one's settings in a run of its own, or compose with another method of the llm st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity, normalize, one_hot
 
 from vtp_plugin.strategy import PlacedStrategy
-from vtp_plugin.tokens import Selection, VisualTokens, top_k
+from vtp_plugin.tokens import Selection, VisualTokens, best
 
 
 @dataclass(kw_only=True)
@@ -60,39 +60,35 @@ class Nuwa(PlacedStrategy):
         if self.at == "llm":
             text = normalize(visual.text_normed.float().mean(1, keepdim=True), dim=-1)
             scores = cosine_similarity(visual.normed.float(), text, dim=-1)
-            return Selection(top_k(scores, self.wanted(visual)), scores=scores)
+            return Selection.of(best(scores, self.wanted(visual)), scores.shape[1], scores=scores)
         norms = visual.keys.float().norm(dim=-1)  # [B, N]
         salience = visual.cls_attention.float() * norms
-        keep = torch.stack([self._kept(visual, b, salience[b]) for b in range(len(norms))])
+        kept = Selection.of(self._kept(visual, salience), norms.shape[1], scores=salience)
         if not self.smooth:
-            return Selection(keep, scores=salience)
-        rows = [self._smoothed(visual, b, norms[b], keep[b]) for b in range(len(norms))]
-        return Selection(keep, tokens=tuple(rows), scores=salience)
+            return kept
+        rows = [self._smoothed(visual, b, norms[b], kept.columns[b]) for b in range(len(norms))]
+        return replace(kept, tokens=tuple(rows))
 
-    def _kept(self, visual: VisualTokens, b: int, salience: Tensor) -> Tensor:
-        """The best patches of every region of one image, [N] bool."""
-        place = visual.index[b].clamp(min=0)
+    def _kept(self, visual: VisualTokens, salience: Tensor) -> Tensor:
+        """The best patches of every region, every region's best before its second, [B, K]."""
+        place = visual.index.clamp(min=0)
         down, across = place // visual.grid[1], place % visual.grid[1]
         region = down * self.regions // visual.grid[0] * self.regions + across * self.regions // visual.grid[1]
-        order, rank = salience.sort(descending=True, stable=True).indices, torch.empty_like(place)
-        for one in region.unique():
-            members = order[region[order] == one]
-            rank[members] = torch.arange(len(members), device=place.device)
-        first = order[rank[order].sort(stable=True).indices][
-            : self.wanted(visual)
-        ]  # every region's best, its second ...
-        return torch.zeros_like(place, dtype=torch.bool).index_fill_(0, first, True)
+        order = salience.sort(dim=-1, descending=True, stable=True).indices  # [B, N]
+        member = one_hot(region.gather(1, order), self.regions**2)  # [B, N, R]
+        rank = (member.cumsum(1) * member).sum(-1)  # [B, N]: within its region, from 1 on
+        return order.gather(1, rank.sort(dim=-1, stable=True).indices)[:, : self.wanted(visual)]
 
-    def _smoothed(self, visual: VisualTokens, b: int, norms: Tensor, keep: Tensor) -> Tensor:
-        """New values of the kept patches of one image, [K, D] fp32."""
+    def _smoothed(self, visual: VisualTokens, b: int, norms: Tensor, kept: Tensor) -> Tensor:
+        """New values of the kept patches [K] of one image, [K, D] fp32."""
         x, place = visual.tokens[b].float(), visual.index[b].clamp(min=0)
         where = torch.stack([place // visual.grid[1], place % visual.grid[1]], dim=-1).float()
         values = normalize(visual.patch_values[b].float(), dim=-1)
         largest = ((visual.grid[0] - 1) ** 2 + (visual.grid[1] - 1) ** 2) ** 0.5
-        near = torch.cdist(where[keep], where) < self.radius * largest  # [K, N]
-        near |= torch.arange(len(x), device=x.device) == keep.nonzero()
-        weight = (values[keep] @ values.T).clamp(min=0) * near
+        near = torch.cdist(where[kept], where) < self.radius * largest  # [K, N]
+        near |= torch.arange(len(x), device=x.device) == kept[:, None]
+        weight = (values[kept] @ values.T).clamp(min=0) * near
         total = weight.sum(-1, keepdim=True)
-        mean = torch.where(total > 0, weight @ x / total.clamp(min=1e-12), x[keep])
-        stands_out = norms[keep] >= torch.quantile(norms, 0.75)
-        return torch.where(stands_out[:, None], x[keep], mean)
+        mean = torch.where(total > 0, weight @ x / total.clamp(min=1e-12), x[kept])
+        stands_out = norms[kept] >= torch.quantile(norms, 0.75)
+        return torch.where(stands_out[:, None], x[kept], mean)

@@ -16,7 +16,7 @@ token keep K patches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,42 +47,49 @@ class PruneSID(PruningStrategy):
 
     def select(self, visual: VisualTokens) -> Selection:
         k, class_token = self.wanted(visual), visual.cls is not None
-        keep = torch.zeros_like(visual.index, dtype=torch.bool)
+        images = zip(visual.tokens.float(), visual.cls_attention, strict=True)
+        read = torch.stack([self._compared(*image, k) for image in images]).cpu()  # what follows is a walk on the host
+        picks = torch.tensor([self._kept(one, k - class_token) for one in read]).to(visual.index.device)
         rows, sources = [], []
-        for b, (x, attention) in enumerate(zip(visual.tokens.float(), visual.cls_attention, strict=True)):
-            kept = self._kept(x, attention, k, k - class_token)
-            keep[b, kept] = True
+        for b, (x, kept) in enumerate(zip(visual.tokens.float(), picks, strict=True)):
             first = visual.cls[b, None].float() if class_token else x[:0]
             rows.append(torch.cat([first, x[kept]]))
             sources.append(torch.cat([kept.new_full((len(first),), -1), kept]))
-        return Selection(keep, tokens=tuple(rows), source=tuple(sources), scores=visual.cls_attention)
+        chosen = Selection.of(picks, visual.index.shape[1], scores=visual.cls_attention)
+        return replace(chosen, tokens=tuple(rows), source=tuple(sources))
 
-    def _kept(self, x: Tensor, attention: Tensor, k: int, wanted: int) -> Tensor:
-        """The `wanted` patches that stay of one image, group by group."""
-        group, alike = _groups(x, max(1, k // 4)), cosines(x[None])[0]
-        limit = self.threshold * k / 32 * alike.mean()
+    def _compared(self, x: Tensor, attention: Tensor, k: int) -> Tensor:
+        """Of one image [N, D]: which pairs differ enough, the order of attention, and the groups, [N + 2, N]."""
+        alike = cosines(x[None])[0]
+        differs = alike <= self.threshold * k / 32 * alike.mean()
         order = attention.sort(descending=True, stable=True).indices
+        return torch.cat([differs.int(), order[None].int(), _groups(x, max(1, k // 4))[None].int()])
+
+    def _kept(self, compared: Tensor, wanted: int) -> list[int]:
+        """The `wanted` patches that stay of one image, group by group; on the host."""
+        differs, order, group = compared[:-2].bool(), compared[-2].long(), compared[-1]
         members = [order[group[order] == number] for number in group.unique()]
-        ranked = [_thinned(columns, alike, limit) for columns in members]
+        ranked = [_thinned(columns, differs) for columns in members]
         quotas = _parts([stayed for _, stayed in ranked], [len(columns) for columns in members], wanted)
-        kept = torch.cat([columns[:quota] for (columns, _), quota in zip(ranked, quotas, strict=True)])
-        return kept.sort().values if self.order == "raster" else kept
+        kept = torch.cat([columns[:quota] for (columns, _), quota in zip(ranked, quotas, strict=True)]).tolist()
+        return sorted(kept) if self.order == "raster" else kept
 
 
 def _groups(x: Tensor, number: int) -> Tensor:
     """The principal component of sigmoid(x) that every token [N, D] loads on most, [N]."""
     squashed = x.double().sigmoid()
     _, sizes, directions = torch.linalg.svd(squashed - squashed.mean(0), full_matrices=False)
-    rank = max(1, int((sizes > 1e-9 * sizes[0].clamp(min=1e-300)).sum()))
-    loadings = (squashed - squashed.mean(0)) @ directions[: min(number, rank)].T
-    return loadings.abs().argmax(-1)
+    rank = (sizes > 1e-9 * sizes[0].clamp(min=1e-300)).sum().clamp(min=1)
+    loadings = (squashed - squashed.mean(0)) @ directions[:number].T
+    none = torch.arange(loadings.shape[1], device=x.device) >= rank
+    return loadings.abs().masked_fill(none, -1).argmax(-1)
 
 
-def _thinned(columns: Tensor, alike: Tensor, limit: Tensor) -> tuple[Tensor, int]:
+def _thinned(columns: Tensor, differs: Tensor) -> tuple[Tensor, int]:
     """The columns [n], those first that are not too similar to one before them, and how many these are."""
     stay: list[int] = []
     for column in columns.tolist():
-        if not stay or bool((alike[column, stay] <= limit).all()):
+        if not stay or bool(differs[column, stay].all()):
             stay.append(column)
     first = columns.new_tensor(stay)
     return torch.cat([first, columns[~torch.isin(columns, first)]]), len(stay)
