@@ -43,8 +43,6 @@ def held(host: Tiny, stored: Any) -> dict[str, Any]:
 def generated(host: Tiny, kind: str, **kwargs: Any) -> Any:
     settings = {"do_sample": False, "max_new_tokens": 3} | FULL | kwargs
     return host.model.generate(**host.inputs(prompts(kind)), **settings)
-        **host.inputs(prompts(kind)), **{"do_sample": False, "max_new_tokens": 3} | FULL | kwargs
-    )
 
 
 @pytest.mark.parametrize("kind", ["single", "batch"])

@@ -78,7 +78,7 @@ class QwenVL(RowsAdapter):
     # -- positions ------------------------------------------------------------------------------------------------
 
     def axes(self, inputs: Mapping[str, Any], ids: Tensor, real: Tensor) -> Tensor:
-        """Positions [3, B, L] of the whole prompt ids [B, L] as the host computes them; it keeps its offset behind it."""
+        """Positions [3, B, L] of the whole prompt ids [B, L] as the host computes them; it keeps its offset."""
         if inputs.get("mm_token_type_ids") is None:  # the host counts such a prompt like text
             self.core.rope_deltas = torch.zeros(len(ids), 1, dtype=torch.long, device=ids.device)
             return (real.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
