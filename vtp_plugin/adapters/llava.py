@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vtp_plugin.adapter import Adapter, SharedSpace
 from vtp_plugin.adapters.clip import ClipSpace, clip_tower
+from vtp_plugin.adapters.llava_prompt import PLACEHOLDER, placeholders, spread
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.llava import contract, frozen
 from vtp_plugin.signals import reads_question
@@ -31,8 +32,6 @@ from vtp_plugin.surgery.question import question_of
 from vtp_plugin.surgery.session import Session
 from vtp_plugin.surgery.turns import Turn
 from vtp_plugin.surgery.undo import Undo
-
-PLACEHOLDER = -200  # llava.constants.IMAGE_TOKEN_INDEX
 
 
 class Llava(Adapter):
@@ -210,7 +209,7 @@ class Llava(Adapter):
 
     def _owners(self, prompts: Sequence[Tensor], given: int) -> list[int]:
         """The prompt of every image; one without a placeholder still consumes an image, as in the host."""
-        owners = [row for row, ids in enumerate(prompts) for _ in range(max(1, _placeholders(ids)))]
+        owners = [row for row, ids in enumerate(prompts) for _ in range(max(1, placeholders(ids)))]
         if len(owners) != given:
             raise PruningError(f"the prompts ask for {len(owners)} images, {given} were given")
         return owners
@@ -227,8 +226,8 @@ class Llava(Adapter):
         spans, wholes, starts, totals = [], [], [], []
         images = zip(call.images, map(len, sources), strict=True)
         for row, ids in enumerate(prompts):
-            used = [next(images) for _ in range(max(1, _placeholders(ids)))]
-            own, found, whole = _spread(ids, [(image.total, left_of) for image, left_of in used])
+            used = [next(images) for _ in range(max(1, placeholders(ids)))]
+            own, found, whole = spread(ids, [(image.total, left_of) for image, left_of in used])
             total = min(len(own), length)
             start = length - total if left else 0
             real[row, start : start + total] = 1
@@ -286,22 +285,3 @@ def _plain(images: Any) -> Tensor:
     if any(image.ndim == 4 and len(image) > 1 for image in images):
         raise PruningError("llava: images cut into several crops (image_aspect_ratio=anyres) cannot be pruned yet")
     return torch.stack(crops)
-
-
-def _spread(ids: Tensor, images: Sequence[tuple[int, int]]) -> tuple[Tensor, list[tuple[int, int]], int]:
-    """A merged prompt: every column's position in the whole one, where its images are, and the whole length.
-
-    `images`: rows in the whole prompt, and how many are left. The columns of an image have the position of its first.
-    """
-    images, positions, spans, whole = iter(images), [], [], 0
-    for token in ids.tolist():
-        total, left = next(images) if token == PLACEHOLDER else (1, 1)
-        if token == PLACEHOLDER:
-            spans.append((len(positions), len(positions) + left))
-        positions += [whole] * left
-        whole += total
-    return torch.tensor(positions, dtype=torch.long), spans, whole
-
-
-def _placeholders(ids: Tensor) -> int:
-    return int((ids == PLACEHOLDER).sum())

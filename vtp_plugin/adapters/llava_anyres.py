@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtp_plugin.adapters.llava import PLACEHOLDER, Llava
+from vtp_plugin.adapters.llava import Llava
+from vtp_plugin.adapters.llava_prompt import PLACEHOLDER
 from vtp_plugin.hosts.llava import contract
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
