@@ -280,7 +280,7 @@ POOL += (
     "original",
     "additive",
 )
-POOL += ("attention", "strips")
+POOL += ("attention", "strips", "black")
 
 
 def other(name: str, field: str) -> PruningStrategy:

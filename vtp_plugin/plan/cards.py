@@ -100,7 +100,7 @@ def from_file(path: Path) -> Card:
         raise PruningError(f"file not found: {path}")
     try:
         return Card(**json.loads(path.read_text()))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise PruningError(f"{path} is not a device that `vtp plan --save-device` wrote") from None
 
 

@@ -46,7 +46,7 @@ def compared(record: Path, card: Card | None = None) -> list[Compared]:
         rows, shape, dtype = read["timings"], read["shape"], read["dtype"]
     except FileNotFoundError:
         raise PruningError(f"file not found: {record}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise PruningError(f"{record} is not a record of vtp bench") from None
     if shape not in SHAPES or not SHAPES[shape].decodes:
         raise PruningError(f"{record} is of '{shape}', which is no shape of a model that answers")

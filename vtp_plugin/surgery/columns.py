@@ -115,7 +115,7 @@ class Columns:
 
     def within(self, columns: Tensor, valid: Tensor) -> Columns:
         """What a later cut leaves of it: `columns` [B, K] of ours, where `valid` [B, K]."""
-        return Columns(torch.where(valid, self.columns.gather(1, columns), -1), self.length, tail=self.tail)
+        return Columns(torch.where(valid, self.columns.gather(1, columns), -1), self.length)
 
     def take(self, tensor: Tensor, padding: Any, dim: int = 1) -> Tensor:
         """The columns of a tensor [B, ...] that has the caller's along `dim`, with `padding` where there is none."""

@@ -340,7 +340,7 @@ def shape_from(path: Path) -> Shape:
     try:
         read = json.loads(path.read_text())
         kind = read["model_type"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise PruningError(f"{path} is not a model's config.json: it has no model_type") from None
     if kind not in LIKE:
         raise unknown("model_type", kind, LIKE, of=f" in {path}")
