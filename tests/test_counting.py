@@ -37,7 +37,7 @@ def model_of(name: str) -> nn.Module:
 
 def late_of(model: nn.Module) -> int:
     """A decoder layer that may be cut: behind the last that takes up visual features."""
-    return max(2, len(getattr(model.config.vision_config, "deepstack_visual_indexes", None) or ()))
+    return max(2, len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ()))
 
 
 def measured(model: nn.Module, inputs: dict[str, Any], stage: str, new: int = NEW) -> tuple[int, dict[str, Any], Any]:

@@ -31,15 +31,22 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("prumerge", {}),
         ("hired", {"keep_ratio": 0.4}),
         ("random", {}),
+        ("hiprune", {"shallow": 1, "keep_ratio": 0.4}),
+        ("vscan", {"shallow": 1, "keep_ratio": 0.4}),
+        ("nuwa", {"keep_ratio": 0.4}),
+        ("mmtok", {"keep_ratio": 0.4}),
     ],
     "llm": [
         ("fastv", {}),
+        ("fastv", {"layer": 3}),  # some take visual features up in their first layers
+        ("dart", {"layer": 3, "keep_ratio": 0.4}),
         ("pyramiddrop", {"layers": "2 3"}),
         ("fitprune", {"keep_ratio": 0.6}),
         ("sparsevlm", {}),
         ("sparsevlm", {"version": 2}),
         ("dart", {"keep_ratio": 0.4}),
         ("vtp", {"at": "llm", "focus": 1.0}),
+        ("coreprune", {"layer": 2, "keep_ratio": 0.4}),
     ],
 }
 PAIRS = list(product(DTYPES, LAYOUTS))
