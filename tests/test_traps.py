@@ -17,7 +17,7 @@ from test_families import batched, clip, generated, model_of, prompts_of
 from torch import nn
 
 import vtp_plugin as vtp
-from vtp_plugin import Stage, get_strategy
+from vtp_plugin import Stage, clock, get_strategy
 from vtp_plugin.bench import rounds as bench
 from vtp_plugin.bench import selectors as selector_cost
 from vtp_plugin.hosts.transformers import shapes
@@ -172,15 +172,24 @@ def test_a_selectors_time_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_clock_waits_for_the_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU is given work and finishes it later: first it is waited for, then the time is read."""
     happened: list[str] = []
-    monkeypatch.setattr(latency.torch.cuda, "synchronize", lambda device: happened.append("waited"))
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: happened.append("read") or 1.0)
-    assert latency.clock(torch.device(device)) == 1.0
+    monkeypatch.setattr(clock.torch.cuda, "synchronize", lambda device: happened.append("waited"))
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: happened.append("read") or 1.0)
+    assert clock.clock(torch.device(device)) == 1.0
     assert happened == (["waited", "read"] if device == "cuda" else ["read"])
+    happened.clear()
+    assert clock.clock(torch.device(device), waiting=False) == 1.0  # nothing is measured: nobody waits
+    assert happened == ["read"]
 
 
 def test_every_part_of_a_call_is_between_two_readings_of_that_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[float] = []
-    monkeypatch.setattr(latency, "clock", lambda device: read.append(float(len(read))) or read[-1])
+
+    def reading(device: torch.device, *, waiting: bool = True) -> float:
+        assert waiting
+        read.append(float(len(read)))
+        return read[-1]
+
+    monkeypatch.setattr(latency, "clock", reading)
     model = model_of("llava_next", "sdpa")
     with vtp.prune(model, "stride", measure=True) as pruned:
         calls: list[Any] = []

@@ -26,6 +26,7 @@ from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.tiny import checkpoint
 
 TINY_ARGUMENTS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_new_tokens": 32}
+TINY_ARGUMENTS |= {"gpu_memory_utilization": 0.2}  # on a CPU: of its memory, which other programs use, too
 
 
 def build(
