@@ -120,6 +120,7 @@ class Served(Pruned):
         self.shipped = Shipped(plan.decided) if plan.decided else None
         self.room = 0 if plan.decided else room  # tokens per pass of the tower; a larger image goes alone
         super().__init__(model, adapter, [*([self.shipped] if self.shipped else []), *plan.late], measure=False)
+        self.finished.clear()  # what was saved is counted where requests are, not on a worker
 
     def embed(
         self, encode: Callable[..., Any], inputs: Mapping[str, Any], keep: Any = None, questions: Any = None
