@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting.pictures import open_picture
@@ -95,7 +95,8 @@ def test_levels_without_a_known_white_are_refused(levels: np.ndarray, tmp_path: 
     assert "have no known white" in refusal(path)
 
 
-def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_picture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as some hosts leave it
     whole = tmp_path / "whole.png"
     Image.fromarray(np.repeat(COLOURS, 20, axis=0)).save(whole)
     cut = tmp_path / "cut.png"

@@ -54,9 +54,20 @@ def _read(path: Path) -> Image:
         with Image.open(path, formats=[name for name in FORMATS if name in _known(Image)]) as opened:
             if max(opened.size) > WIDEST * min(opened.size):
                 raise PruningError(f"{path}: a picture of {opened.width} x {opened.height} pixels is too narrow")
-            opened.load()
+            _load_whole(opened)
             turned = ImageOps.exif_transpose(opened)
     return in_bytes(turned, f"{path}", opened.format)
+
+
+def _load_whole(opened: Any) -> None:
+    """Read a picture to its end. Some hosts let PIL fill up what a file lacks, for the whole process: not here."""
+    from PIL import ImageFile
+
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        opened.load()
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 def _known(image: Any) -> set[str]:

@@ -49,9 +49,8 @@ class PruneSID(PruningStrategy):
         k, class_token = self.wanted(visual), visual.cls is not None
         images = zip(visual.tokens.float(), visual.cls_attention, strict=True)
         read = torch.stack([self._compared(*image, k) for image in images]).cpu()  # what follows is a walk on the host
-        picks = torch.tensor([self._kept(one, k - class_token) for one in read], dtype=torch.long).to(
-            visual.index.device
-        )
+        picks = torch.tensor([self._kept(one, k - class_token) for one in read], dtype=torch.long)
+        picks = picks.to(visual.index.device)
         rows, sources = [], []
         for b, (x, kept) in enumerate(zip(visual.tokens.float(), picks, strict=True)):
             first = visual.cls[b, None].float() if class_token else x[:0]
