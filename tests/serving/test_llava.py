@@ -13,15 +13,24 @@ from vtp_plugin.stages import Stage
 LOOSE = {"vprune": {"chi2_threshold": 30, "cosine_threshold": 0.9}, "pixelprune": {"threshold": 0.2, "distance": "mae"}}
 
 
+DEPTH = {"hiprune": {"shallow": 2}, "vscan": {"shallow": 2}}  # the embedded tower has six blocks
+ELSEWHERE = {  # what serves no such picture, and why
+    "mmtok": "the language model's embeddings are not possible inside vLLM",
+    "unpad": "the scenes have no padding to drop: nothing would be cut",
+}
+
+
 def settings_of(name: str, keep: float) -> dict[str, Any]:
     """A configuration of that strategy that vLLM can serve, positions as vLLM counts them."""
     strategy = get_strategy(name)
     at = {"at": "projector"} if strategy().stage is Stage.LLM else {}
     budget = {"keep_ratio": keep} if "keep_ratio" in strategy.fields() else LOOSE[name]
-    return {"strategy": name, "positions": "compact", **budget, **at}
+    return {"strategy": name, "positions": "compact", **budget, **at, **DEPTH.get(name, {})}
 
 
 def servable(name: str) -> bool:
+    if name in ELSEWHERE:
+        return False
     strategy = get_strategy(name)
     early = strategy().stage is not Stage.LLM or "projector" in getattr(strategy, "places", ())
     return early and not strategy().cut_blocks(6)
@@ -31,7 +40,7 @@ SERVED = [name for name in list_strategies() if servable(name)]
 
 
 def test_the_catalogue_is_served_but_for_what_works_inside_blocks_and_between_layers():
-    refused = {name: get_strategy(name)() for name in set(list_strategies()) - set(SERVED)}
+    refused = {name: get_strategy(name)() for name in set(list_strategies()) - set(SERVED) - set(ELSEWHERE)}
     assert {"fastv", "pyramiddrop", "sparsevlm", "tome"} <= set(refused)
     assert all(strategy.stage in (Stage.LLM, Stage.VIT) for strategy in refused.values())
     assert len(SERVED) > len(refused)
