@@ -30,7 +30,7 @@ from vtp_plugin.tokens import Selection, VisualTokens
 
 
 class Part:
-    """`q_proj` or `k_proj` of an attention module whose projections are fused: all heads, wherever they live."""
+    """`q_proj`, `k_proj` or `v_proj` of an attention module whose projections are fused: all heads, wherever they live."""
 
     def __init__(self, attention: nn.Module, number: int) -> None:
         self.attention, self.number = attention, number
@@ -79,7 +79,7 @@ class ClipParts(Parts):
         super().__init__(model, tower, projector, processor)
         for block in tower.blocks:
             fused = getattr(block, tower.attention)
-            fused.q_proj, fused.k_proj = Part(fused, 0), Part(fused, 1)
+            fused.q_proj, fused.k_proj, fused.v_proj = (Part(fused, number) for number in range(3))
 
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         """[3, H, W] each."""
