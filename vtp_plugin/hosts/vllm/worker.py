@@ -30,7 +30,7 @@ from vtp_plugin.tokens import Selection, VisualTokens
 
 
 class Part:
-    """`q_proj`, `k_proj` or `v_proj` of an attention module whose projections are fused: all heads, wherever they live."""
+    """`q_proj`, `k_proj` or `v_proj` of an attention whose projections are fused: all heads, wherever they live."""
 
     def __init__(self, attention: nn.Module, number: int) -> None:
         self.attention, self.number = attention, number
