@@ -143,8 +143,13 @@ def positions_of(llm: Any) -> Iterator[list[Any]]:
 # -- the same ----------------------------------------------------------------------------------------------------------
 
 
+DEPTH = {"hiprune": {"shallow": 1}, "vscan": {"shallow": 1}}  # the tiny towers have few blocks
+
+
 def servable(name: str) -> bool:
     strategy = get_strategy(name)
+    if strategy.text_encoder == "llm":  # the language model's embeddings are not possible inside vLLM
+        return False
     try:
         strategies = strategies_of(settings_of(name))
     except PruningError:
@@ -154,7 +159,7 @@ def servable(name: str) -> bool:
 
 def settings_of(name: str, keep: float = 0.25) -> dict[str, Any]:
     at = {"at": "projector"} if "projector" in getattr(get_strategy(name), "places", ()) else {}
-    return {"strategy": name, "keep_ratio": keep, **at}
+    return {"strategy": name, "keep_ratio": keep, **at, **DEPTH.get(name, {})}
 
 
 def named(case: Any) -> str:
