@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -190,9 +191,18 @@ def test_hooks_of_accelerate_put_on_top_stay(case: str):
     assert host.model(**first).logits.equal(whole)
 
 
-@torch.no_grad()
-def test_accelerators_autocast_stays():
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate without the state of other tests: its precision is a process's, and whoever asks first sets it."""
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@torch.no_grad()
+def test_accelerators_autocast_stays(fresh_accelerate: ModuleType):
+    accelerate = fresh_accelerate
     host = build_hf("sdpa")
     first = host.inputs(prompts("single"))
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtp_plugin import VisualTokens, get_strategy
-from vtp_plugin.surgery.vision import interpolated
+from vtp_plugin.surgery.whole import interpolated
 
 P = 4
 
