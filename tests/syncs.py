@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from pretend import Counts
-from pretend_hosts import LAYOUTS, Host, host
+from pretend_hosts import LAYOUTS, STAGES, Host, host
 
 from vtp_plugin import PruningStrategy, plugins
 
-FAMILIES = ("llava_hf", "llava", "llava_next", "qwen2_5_vl", "qwen3_vl")
 FIELDS = {  # what tiny models can spend
     "visionzip": {"dominant": 3, "contextual": 2},
     "fitprune": {"keep_ratio": 0.6},
@@ -73,7 +72,7 @@ def main(target: Path) -> None:
     torch.set_num_threads(1)
     places: Counter[str] = Counter()
     found = []
-    for name in FAMILIES:
+    for name in STAGES:
         found += rows(name, places)
         print(f"{name}: {len(found)} rows", file=sys.stderr)
     versions = {"torch": torch.__version__, "transformers": __import__("transformers").__version__}
