@@ -104,6 +104,7 @@ class Counts:
     before_bytes: int = 0
     peak_bytes: int = 0
     after_bytes: int = 0
+    left_bytes: int = 0  # once nobody holds what the call answered, though the garbage collector did not run
 
     @property
     def syncs(self) -> int:
