@@ -17,12 +17,14 @@ RESULTS = Path("docs/results")
 STUDIES = RESULTS / "studies"
 LEADERBOARD = RESULTS / "leaderboard.html"
 DEMO, BENCH = RESULTS / "demo" / "summary.json", RESULTS / "bench_cpu.json"
+GPU = RESULTS / "gpu"
 HEADLINE = "fastv-0.25"
 SALIENT, CONTROL, COUNT = ("atp-0.25", "visionzip-0.25", "l2-0.25"), "random-0.25", "vtp_scenes_count"
 
 
 def parts() -> dict[str, Callable[[], str]]:
     """The generated blocks by name."""
+    from vtp_plugin.bench import gpu_page
     from vtp_plugin.cli.list import families
 
     return {
@@ -33,6 +35,7 @@ def parts() -> dict[str, Callable[[], str]]:
         "models": lambda: families().markdown(),
         "demo": lambda: demo().markdown(),
         "bench": lambda: bench().markdown(),
+        "gpu": lambda: gpu_page.short(GPU),
         **{f"study {path.parent.name}": path.read_text for path in sorted(STUDIES.glob("*/table.md"))},
     }
 
@@ -186,7 +189,15 @@ def filled(text: str) -> str:
     return text
 
 
+def on_gpu() -> str:
+    """The page of the records that a GPU made."""
+    from vtp_plugin.bench import gpu_page
+
+    return gpu_page.page(GPU)
+
+
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(filled(page.read_text()))
     LEADERBOARD.write_text(board())
+    (GPU / "README.md").write_text(on_gpu())
