@@ -13,6 +13,7 @@ from vtp_plugin.reporting import statistics, summary
 from vtp_plugin.reporting.tables import Table
 
 PAGES = (Path("README.md"), Path("docs/studies.md"))
+SCALE = Path("docs/scale.md")
 RESULTS = Path("docs/results")
 STUDIES = RESULTS / "studies"
 LEADERBOARD = RESULTS / "leaderboard.html"
@@ -196,8 +197,34 @@ def on_gpu() -> str:
     return gpu_page.page(GPU)
 
 
+def commanded(text: str) -> str:
+    """The text with what its commands answer: a block of `console` is a line with `$ vtp ...`, then the answer.
+
+    A block of `console last` has the last part of the answer, behind an ellipsis.
+    """
+    block = re.compile(r"(```console( last)?\n\$ vtp ([^\n]*)\n).*?(```)", re.DOTALL)
+    return block.sub(lambda found: f"{found[1]}{_answered(found[3], bool(found[2]))}{found[4]}", text)
+
+
+def _answered(arguments: str, last: bool) -> str:
+    """What `vtp` prints for these arguments."""
+    from typer.testing import CliRunner
+
+    from vtp_plugin.cli import app, vtp_register_commands
+
+    if not app.registered_commands:
+        vtp_register_commands(cli=app)
+    done = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1"}).invoke(app, shlex.split(arguments))
+    if done.exit_code:
+        raise RuntimeError(f"vtp {arguments}: exit code {done.exit_code}: {done.output}")
+    output = "...\n" + done.output.strip("\n").split("\n\n")[-1] if last else done.output.strip("\n")
+    lines = [line.rstrip() for line in output.splitlines()]
+    return "".join(f"{line}\n" for line in lines)
+
+
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(filled(page.read_text()))
+    SCALE.write_text(commanded(SCALE.read_text()))
     LEADERBOARD.write_text(board())
     (GPU / "README.md").write_text(on_gpu())
