@@ -17,8 +17,8 @@ pytest.importorskip("lmms_eval")
 LIMIT = 3
 
 
-def evaluated(folder: Path, *arguments: str) -> dict[str, Any]:
-    """The results of the scenes task over the real command line."""
+def evaluated(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    """The results of the scenes task over the real command line, and what it printed."""
     program = str(Path(sys.executable).parent / "lmms-eval")
     command = [program, "--model", "vllm", "--model_args", "model=vtp-tiny", "--tasks", "vtp_scenes"]
     command += ["--limit", str(LIMIT), "--batch_size", "4", "--log_samples", "--output_path", str(folder), *arguments]
@@ -26,11 +26,11 @@ def evaluated(folder: Path, *arguments: str) -> dict[str, Any]:
     ran = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=580)
     files = list(folder.rglob("*_results.json"))
     assert files, ran.stderr[-3000:]
-    return json.loads(files[0].read_text())
+    return json.loads(files[0].read_text()), ran.stdout
 
 
 def test_the_results_carry_the_proof(tmp_path: Path):
-    results = evaluated(tmp_path, "--pruning", "visionzip", "--pruning_args", "keep_ratio=0.25")
+    results, printed = evaluated(tmp_path, "--pruning", "visionzip", "--pruning_args", "keep_ratio=0.25")
     entry = results["pruning"]
     asked = sum(number["effective"] for number in results["n-samples"].values())
     assert [strategy["name"] for strategy in entry["strategies"]] == ["visionzip"]
@@ -38,6 +38,10 @@ def test_the_results_carry_the_proof(tmp_path: Path):
     assert entry["visual_tokens"]["before"] == asked * WHOLE
     assert entry["visual_tokens"]["after"] == asked * WHOLE // 4
     tokens = entry["prompt_tokens"]
+    share = f"{tokens['after'] / tokens['before']:.2f}x"
+    (said,) = [line for line in printed.splitlines() if line.startswith("visionzip 0.25: ")]
+    assert said.startswith(f"visionzip 0.25: {WHOLE} -> {WHOLE // 4} visual tokens per image, prompts {share}, ")
+    assert f"{asked} of {asked} samples pruned; record: {tmp_path}" in said
     assert tokens["before"] - tokens["after"] == asked * WHOLE * 3 // 4
     lines = [json.loads(line) for file in tmp_path.rglob("*samples*.jsonl") for line in file.read_text().splitlines()]
     assert len(lines) == asked

@@ -40,7 +40,7 @@ OWN = {
     "qwen2_5_vl": {"window_size": 2 * UNIT, "fullatt_block_indexes": [1]},
     "qwen3_vl": {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
 }
-ABSENT = {"text", "aligned", "class_query", "patch_values"}  # signals that vLLM's towers of Qwen do not show
+ABSENT = {"text", "aligned", "class_query"}  # signals that only towers of CLIP have
 FRAMES = {"fps": 2.0, "duration": 1.0, "total_num_frames": 2, "frames_indices": [0, 1], "video_backend": "opencv"}
 VIDEO_FRAMES = [(np.zeros((2, 16, 16, 3), np.uint8), FRAMES)]
 CLOSE = 2e-4  # log-probabilities, fp32 kernels of two hosts
@@ -311,6 +311,7 @@ REFUSED = [
     ({"strategy": "fastv"}, "fastv: vLLM fixes its attention metadata"),
     ({"strategy": "atp"}, "atp: Qwen2.5-VL has no CLIP text encoder"),
     ({"strategy": "prumerge", "keep_ratio": 0.5}, "prumerge: Qwen2.5-VL has no CLIP text encoder and no class token"),
+    ({"strategy": "mmtok"}, "mmtok: the language model's embeddings of a question are not possible inside vLLM"),
     ({"strategy": "divprune", "budget": "total"}, "divprune: budget=total is not possible inside vLLM"),
     (
         {"strategy": "divprune+stride", "divprune.positions": "original", "stride.positions": "compact"},

@@ -32,6 +32,7 @@ SENTENCES = [
     ({"strategy": "tome"}, "tome: merging inside the tower's blocks is not possible inside vLLM"),
     ({"strategy": "l2", "positions": "original"}, "l2: vLLM counts positions by columns of the prompt"),
     ({"strategy": "cdpruner", "text_encoder": "llm"}, "cdpruner: text_encoder=llm is not possible inside vLLM"),
+    ({"strategy": "mmtok"}, "mmtok: the language model's embeddings of a question are not possible inside vLLM"),
     ({"keep_ratio": 0.5}, "expected {'strategy': NAME, ...}"),
 ]
 
