@@ -53,7 +53,8 @@ def test_there_are_pins_for_every_environment() -> None:
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.hosts.test_contracts" name="test_a[x]" time="1.5"/>
-<testcase classname="tests.hosts.test_contracts" name="test_b" time="0.5"><failure message="it moved&#10;more"/></testcase>
+<testcase classname="tests.hosts.test_contracts" name="test_b" time="0.5">
+<failure message="it moved&#10;more"/></testcase>
 <testcase classname="tests.surgery.test_promises" name="test_cached_generation_equals_the_slow_reference[l2]" time="1"/>
 <testcase classname="tests.hosts.vllm.test_llava" name="test_c" time="1"><skipped message="no"/></testcase>
 </testsuite></testsuites>"""
