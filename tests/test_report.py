@@ -391,7 +391,7 @@ def test_seeds_are_one_row_and_one_tile(tmp_path: Path) -> None:
 def test_cache_and_the_control_are_columns(tmp_path: Path) -> None:
     text = written(tmp_path, SEEDS)
     heads = re.findall(r"<th scope=.col.><button[^>]*>([^<]*)<", text)
-    assert heads[:8] == ["configuration", "mean", "change", "over random", "tokens", "KV", "FLOPs", "TTFT"]
+    assert heads[:8] == ["configuration", "mean", "change", "over random", "at equal layers", "tokens", "KV", "FLOPs"]
     row = text[text.index("atp-0.5</th>") :].split("</tr>")[0]
     cells = re.findall(r"<td[^>]*>([^<]*)(?:<small>([^<]*)</small>)?</td>", row)
     assert cells[0][1]  # the mean has an interval
