@@ -396,8 +396,8 @@ def test_cache_and_the_control_are_columns(tmp_path: Path) -> None:
     cells = re.findall(r"<td[^>]*>([^<]*)(?:<small>([^<]*)</small>)?</td>", row)
     assert cells[0][1]  # the mean has an interval
     assert cells[2][0] == "+16.7"  # 5 of 6 right, random 4 of 6 with both seeds
-    assert cells[4][0] == "0.64x"  # (56 + 72) / 200
-    assert cells[6] == ("1.00x", "\u00b12 %, load 2.0")
+    assert cells[5][0] == "0.64x"  # (56 + 72) / 200
+    assert cells[7] == ("1.00x", "\u00b12 %, load 2.0")
 
 
 @pytest.mark.parametrize(
