@@ -24,7 +24,7 @@ from vtp_plugin import cli, list_strategies
 from vtp_plugin.compare import sweep, sweepfile, tuning
 from vtp_plugin.errors import Interrupted, PruningError
 from vtp_plugin.hosts.lmms_eval import process as host
-from vtp_plugin.reporting import comparison, runs
+from vtp_plugin.reporting import comparison, rows, runs
 
 
 @pytest.fixture
@@ -54,6 +54,25 @@ def test_cells_are_named_and_multiplied() -> None:
 
 def test_all_is_the_catalogue() -> None:
     assert {cell.pruning for cell in sweep.cells(["all"], [0.5])} == {"none", *list_strategies()}
+
+
+def test_all_methods_of_a_table_number_kept_tokens_alike() -> None:
+    """But for what says otherwise: a cell's own settings, a paper's setting that has them."""
+    made = [*sweep.cells(["atp", "pyramiddrop"], [0.5]), sweep.cell("fastv", 0.5, positions="compact")]
+    shared = [cell.pruning_args.get("positions") for cell in sweep.numbered(made, "shared")]
+    assert shared == [None, "original", "original", "compact"]
+    assert {cell.pruning_args.get("positions") for cell in sweep.numbered(made, "compact")} == {None, "compact"}
+    assert sweep.numbered(made, "own") == made
+    assert sweep.numbered(made, "shared", "vllm")[1].pruning_args["positions"] == "compact"  # all that vLLM can
+    with pytest.raises(PruningError, match="positions must be one of original, compact, own, shared, got 'new'"):
+        sweep.numbered(made, "new")
+
+
+def test_a_comparison_shares_positions_unless_asked_otherwise(tmp_path: Path) -> None:
+    said = {"model": "llava", "model_args": "pretrained=vtp-tiny", "tasks": "vtp_scenes", "pruning": "atp"}
+    for more, expected in (({}, "original"), ({"positions": "own"}, None), ({"positions": "compact"}, "compact")):
+        cells, _ = sweepfile.planned(said | more)
+        assert cells[1].pruning_args.get("positions") == expected
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
@@ -279,8 +298,10 @@ def test_cells_of_a_file_carry_their_own_settings(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(said))
     cells, _ = sweepfile.planned(sweepfile.read(tmp_path / "s.yaml"))
     assert [(cell.id, dict(cell.pruning_args)) for cell in cells] == [
-        ("none", {}), ("vprune-5", {"chi2_threshold": 5}), ("l2", {}),
-    ]  # fmt: skip
+        ("none", {}),
+        ("vprune-5", {"chi2_threshold": 5, "positions": "original"}),
+        ("l2", {"positions": "original"}),
+    ]
 
 
 # -- tuning -----------------------------------------------------------------------------------------------------------
@@ -299,12 +320,12 @@ def test_tuning_runs_few_cells_and_says_what_it_found(folder: Folder, monkeypatc
     """A stand-in whose answers are wrong for a share of questions that grows as the ratio falls."""
     monkeypatch.setenv("FAKE_LOG", str(folder.log))
     costs = {"none": 0, **{f"l2-{ratio / 10:g}": 10 - ratio for ratio in range(1, 10)}}
-    real = comparison.difference
+    real = rows.difference
 
     def difference(row: Any, other: Any, tasks: Any = None) -> Any:
         return real(Shifted(row, costs[row.id] / 10), Shifted(other, 0), tasks)
 
-    monkeypatch.setattr(comparison, "difference", difference)
+    monkeypatch.setattr(rows, "difference", difference)
     found = tuning.tune(folder.run_dir, "l2", tuning.grid(0.1), drop, **HOST)
     expected = {0.0: None, 0.3: 0.7, 0.6: 0.4, 0.95: 0.1}[drop]
     assert found.keep == expected
@@ -316,7 +337,7 @@ def test_tuning_runs_few_cells_and_says_what_it_found(folder: Folder, monkeypatc
 class Shifted:
     """A row whose values are known."""
 
-    def __init__(self, row: comparison.Row, cost: float) -> None:
+    def __init__(self, row: rows.Row, cost: float) -> None:
         self.tasks = row.tasks
         self.values = {task: dict.fromkeys(values, 1 - cost) for task, values in row.values.items()}
 

@@ -13,7 +13,7 @@ import runfolder
 from runfolder import TASK
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.reporting import comparison, runs
+from vtp_plugin.reporting import comparison, rows, runs, verdicts
 
 N = 40
 TARGETS = ["yes", "no"] * (N // 2)
@@ -46,13 +46,13 @@ def values(name: str) -> np.ndarray:
 
 
 def test_seeds_are_one_row(run: runs.Run) -> None:
-    found = {row.id: row for row in comparison.rows(run)}
+    found = {row.id: row for row in rows.rows(run)}
     assert list(found) == ["none", "atp-0.25", "l2-0.25", "vprune", "random-0.25", "stride-0.5"]
     row = found["random-0.25"]
     assert row.label == "random-0.25 (2 seeds)"
     mean = (values("random-0.25-seed0") + values("random-0.25-seed1")) / 2
     assert list(row.values[TASK].values()) == pytest.approx(list(mean))
-    paired = comparison.difference(found["atp-0.25"], row)
+    paired = rows.difference(found["atp-0.25"], row)
     assert paired.value == pytest.approx((values("atp-0.25") - mean).mean())
     assert paired.low > 0
 
@@ -75,11 +75,13 @@ def test_the_table_says_what_was_measured(run: runs.Run) -> None:
 
 
 def test_who_does_not_beat_a_control_is_named(run: runs.Run) -> None:
-    (said,) = comparison.warnings(run)
-    assert said.startswith("WARNING: not shown to be better than random at the same or a smaller budget")
+    (said,) = verdicts.warnings(run)
+    assert said.startswith("WARNING: not shown to be better than random at equal final tokens")
     gain = {row[0]: row[4] for row in comparison.table(run).rows}["l2-0.25"]
-    assert said.endswith(f"n = {N} questions): l2 at 0.25 ({gain}).")
-    assert comparison.findings(run) == [f"not shown to be better than random: l2 at 0.25, {gain}, n = {N}"]
+    assert said.endswith(f"n = {N} questions; p > 0.05 after Holm's correction): l2 at 0.25 ({gain}).")
+    assert verdicts.findings(run) == [
+        f"not shown to be better than random at equal final tokens: l2 at 0.25, {gain}, n = {N}"
+    ]
     assert "atp" not in said
     assert "vprune" not in said
     assert said in comparison.table(run).caption
@@ -103,8 +105,8 @@ def test_without_a_control_nothing_is_said_of_one(tmp_path: Path) -> None:
 
 def test_a_larger_budget_is_held_against_the_nearest_control(tmp_path: Path) -> None:
     cells = {"none": answers(0), "l2-0.75": answers(5), "random-0.5": answers(5), "random-0.25": answers(20)}
-    (said,) = comparison.warnings(runs.load(runfolder.write(tmp_path / "run", cells, TARGETS)))
-    assert "questions): l2 at 0.75 (" in said
+    (said,) = verdicts.warnings(runs.load(runfolder.write(tmp_path / "run", cells, TARGETS)))
+    assert "correction): l2 at 0.75 (" in said
 
 
 def test_a_far_smaller_control_says_nothing(tmp_path: Path) -> None:
@@ -112,18 +114,85 @@ def test_a_far_smaller_control_says_nothing(tmp_path: Path) -> None:
     run = runs.load(runfolder.write(tmp_path / "run", cells, TARGETS, kept={"vprune": 129}))
     shown = {row[0]: row[4] for row in comparison.table(run).rows}
     assert shown["vprune"] == "-"
-    assert comparison.warnings(run) == []
+    assert verdicts.warnings(run) == []
+
+
+@pytest.fixture
+def between_layers(tmp_path: Path) -> runs.Run:
+    """fastv leaves 36 of 144 tokens, and its four layers see 90 on average."""
+    cells = {"none": answers(0), "fastv-0.25": answers(4), "l2-0.25": answers(14)}
+    cells |= {"random-0.25": answers(16), "random-0.625": answers(4, 20)}
+    folder = runfolder.write(tmp_path / "run", cells, TARGETS)
+    (log,) = (folder / "cells" / "fastv-0.25").glob("samples_*.jsonl")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line in lines:
+        line["pruning"]["prompt_tokens"]["mean_over_layers"] = 56 + 90
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return runs.load(folder)
+
+
+def test_what_is_spent_between_layers_has_its_own_table(between_layers: runs.Run) -> None:
+    """At equal final tokens fastv beats random, at equal tokens x layers it does not."""
+    found = {row.id: row for row in rows.rows(between_layers)}
+    assert (found["fastv-0.25"].final, found["fastv-0.25"].spent) == (36, 90)
+    assert (found["l2-0.25"].final, found["l2-0.25"].spent) == (36, 36)
+    table = comparison.layered(between_layers)
+    shown = {row[0]: row[1:] for row in table.rows}
+    assert shown["fastv-0.25"][:3] == ("90/144", "36", "90.0")
+    assert shown["fastv-0.25"][3].startswith("+0.0 [")
+    assert shown["fastv-0.25"][3].endswith(", at 90)")
+    assert shown["l2-0.25"][3].endswith(", at 36)")
+    said = verdicts.findings(between_layers)
+    assert [line.split(":")[0].rpartition("equal ")[2] for line in said if "fastv" in line] == ["tokens x layers"]
+    assert [line.split(":")[0].rpartition("equal ")[2] for line in said if "l2" in line] == ["final tokens"]
+    row = comparison.summary(between_layers)["rows"]["fastv-0.25"]
+    assert row["tokens"]["mean_over_layers"] == 90
+    assert row["over"]["random"]["p"] < 0.05 < row["over_at_equal_layers"]["random"]["p"]
+    comparison.write(between_layers)
+    assert "**At equal tokens x layers**" in (between_layers.folder / "table.md").read_text()
+
+
+def test_where_no_control_spends_as_much_the_budget_to_add_is_said(between_layers: runs.Run) -> None:
+    kept = [cell for cell in between_layers.cells if cell.id != "random-0.625"]
+    alone = runs.Run(between_layers.folder, between_layers.settings, kept)
+    (said,) = comparison.layered(alone).findings
+    assert said.startswith("fastv-0.25 spends 90 of 144 tokens")
+    assert said.endswith("add random at --keep 0.625")
+
+
+def test_without_cuts_between_layers_there_is_one_table(run: runs.Run) -> None:
+    assert comparison.layered(run) is None
+
+
+def test_p_of_many_methods_is_adjusted(run: runs.Run) -> None:
+    """Holm, over the four rows without seeds: the smallest p counts four times, and so on."""
+    everything = comparison.summary(run)["rows"]
+    assert everything["l2-0.25"]["mcnemar_p"] == 2 * 0.5**14
+    assert everything["stride-0.5"]["mcnemar_p"] == 1
+    shown = {row[0]: row[6] for row in comparison.table(run).rows}
+    assert everything["atp-0.25"]["mcnemar_p"] == 0.5
+    assert shown["atp-0.25"] == shown["stride-0.5"] == "1.000"
+
+
+def test_positions_of_a_table_are_said(tmp_path: Path) -> None:
+    record = {id: {"strategies": [{"positions": "original"}]} for id in ("l2-0.25", "atp-0.25")}
+    same = runs.load(runfolder.write(tmp_path / "same", CELLS, TARGETS, record=record))
+    assert "Positions of kept tokens: original, in all rows." in comparison.table(same).caption
+    record["l2-0.25"] = {"strategies": [{"positions": "compact"}]}
+    mixed = runs.load(runfolder.write(tmp_path / "mixed", CELLS, TARGETS, record=record))
+    said = "WARNING: positions of kept tokens are not the same in all rows (original: atp-0.25; compact: l2-0.25)."
+    assert said in comparison.table(mixed).caption
 
 
 def test_one_method_against_every_other(run: runs.Run) -> None:
-    table = comparison.versus(run, "atp")
+    table = verdicts.versus(run, "atp")
     shown = {row[0]: row[1:] for row in table.rows}
     assert table.columns == ["atp minus", "at 0.25", "at 0.5"]
     assert shown["l2"][0].startswith("+30.0 [")
     assert shown["random"][0].startswith("+30.0 [")  # both seeds: 12 and 20 wrong
     assert shown["stride"] == ("-", "-")  # no common budget
     with pytest.raises(PruningError, match="unknown method with a budget in this run 'vprune'"):
-        comparison.versus(run, "vprune")
+        verdicts.versus(run, "vprune")
 
 
 def test_the_summary_has_every_number(run: runs.Run) -> None:
@@ -139,7 +208,7 @@ def test_the_summary_has_every_number(run: runs.Run) -> None:
     assert task["yes_no"]["yes_ratio"] == pytest.approx(0.5)
     assert task["yes_no"]["precision"] == pytest.approx(18 / 20)
     assert row["difference"]["value"] == pytest.approx(-0.05)
-    assert row["tokens"] == {"before": 144.0, "after": 36.0}
+    assert row["tokens"] == {"before": 144.0, "after": 36.0, "mean_over_layers": 36.0}
     assert found["rows"]["random-0.25"]["seeds"] == [0, 1]
     assert found["rows"]["random-0.25"]["mcnemar_p"] is None
 

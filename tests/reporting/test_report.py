@@ -391,13 +391,13 @@ def test_seeds_are_one_row_and_one_tile(tmp_path: Path) -> None:
 def test_cache_and_the_control_are_columns(tmp_path: Path) -> None:
     text = written(tmp_path, SEEDS)
     heads = re.findall(r"<th scope=.col.><button[^>]*>([^<]*)<", text)
-    assert heads[:8] == ["configuration", "mean", "change", "over random", "tokens", "KV", "FLOPs", "TTFT"]
+    assert heads[:8] == ["configuration", "mean", "change", "over random", "at equal layers", "tokens", "KV", "FLOPs"]
     row = text[text.index("atp-0.5</th>") :].split("</tr>")[0]
     cells = re.findall(r"<td[^>]*>([^<]*)(?:<small>([^<]*)</small>)?</td>", row)
     assert cells[0][1]  # the mean has an interval
     assert cells[2][0] == "+16.7"  # 5 of 6 right, random 4 of 6 with both seeds
-    assert cells[4][0] == "0.64x"  # (56 + 72) / 200
-    assert cells[6] == ("1.00x", "\u00b12 %, load 2.0")
+    assert cells[5][0] == "0.64x"  # (56 + 72) / 200
+    assert cells[7] == ("1.00x", "\u00b12 %, load 2.0")
 
 
 @pytest.mark.parametrize(

@@ -132,3 +132,32 @@ def test_yes_and_no_as_popes_own_scores() -> None:
 def test_seeds_are_pooled_by_question() -> None:
     runs = [{0: 1.0, 1: 0.0}, {1: 1.0, 0: 1.0}, {0: 0.0, 1: 1.0}]
     assert statistics.pooled(runs) == {0: pytest.approx(2 / 3), 1: pytest.approx(2 / 3)}
+
+
+def test_signs_are_flipped_as_scipy_swaps_pairs() -> None:
+    """One task: the same test as scipy's of paired samples; its own draws, so close and not equal."""
+    draw = np.random.default_rng(3)
+    for shift in (0.0, 0.15, 0.4):
+        first, second = (draw.random(60) < 0.5 + shift).astype(float), (draw.random(60) < 0.5).astype(float)
+        expected = stats.permutation_test(
+            (first, second), lambda a, b: np.mean(a - b), permutation_type="samples", n_resamples=20_000, rng=1
+        ).pvalue
+        assert statistics.flipped_signs([first - second]) == pytest.approx(expected, abs=0.02)
+
+
+def test_tasks_weigh_the_same_in_the_permutation_test() -> None:
+    """Exactly, over all signs of two small tasks."""
+    tasks = [np.array([1.0, 1.0, -1.0]), np.array([1.0, 0.0, 1.0, 1.0, 0.0])]
+    observed = abs(sum(task.mean() for task in tasks))
+    signs = itertools.product((-1, 1), repeat=8)
+    sums = [(tasks[0] * s[:3]).mean() + (tasks[1] * s[3:]).mean() for s in map(np.array, signs)]
+    as_far = [abs(each) >= observed - 1e-9 for each in sums]
+    assert statistics.flipped_signs(tasks) == pytest.approx(np.mean(as_far), abs=0.02)
+    assert statistics.flipped_signs([np.zeros(4)]) == 1.0
+
+
+def test_holm_is_the_step_down_procedure() -> None:
+    """By hand: 0.01 x 4, 0.02 x 3, max(0.06, 0.03 x 2), max(0.06, 0.5 x 1)."""
+    assert statistics.holm([0.5, 0.01, 0.03, 0.02]) == pytest.approx([0.5, 0.04, 0.06, 0.06])
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert statistics.holm([]) == []
