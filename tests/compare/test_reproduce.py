@@ -10,7 +10,7 @@ import runfolder
 import yaml
 from commands import vtp
 
-from vtp_plugin.compare import published, reproduce
+from vtp_plugin.compare import beside, published, reproduce
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting import runs
 
@@ -200,3 +200,37 @@ def test_a_stand_in_is_run_through_the_host_and_resumed(tmp_path: Path) -> None:
     vtp("reproduce", path, "--limit", 4, "-o", folder)
     assert (folder / "cells" / "l2-36" / "cell.json").stat().st_mtime_ns == written
     assert (folder / "cells" / "atp-36" / "cell.json").is_file()
+
+
+# -- the unpruned model beside what papers print of it ----------------------------------------------------------------
+
+
+def unpruned(folder: Path, wrong_answers: int, model_args: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a comparison says of its unpruned model, where the stand-in is the only published table."""
+    tables = folder / "published"
+    tables.mkdir(parents=True)
+    standin(tables / "small.yaml", host={"model": "llava", "model_args": "pretrained=liuhaotian/llava-v1.5-7b"})
+    monkeypatch.setattr(published, "FOLDER", tables)
+    path = runfolder.write(folder / "run", {"none": wrong(wrong_answers)}, TARGETS)
+    settings = yaml.safe_load((path / "sweep.yaml").read_text()) | {"model_args": model_args}
+    (path / "sweep.yaml").write_text(yaml.safe_dump(settings))
+    return beside.lines(runs.load(path))
+
+
+@pytest.mark.parametrize("checkpoint", ["liuhaotian/llava-v1.5-7b", "llava-hf/llava-1.5-7b-hf"])
+def test_the_published_score_stands_beside_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: str
+) -> None:
+    (said,) = unpruned(tmp_path, 10, f"pretrained={checkpoint},max_pixels=99", monkeypatch)
+    assert said.startswith(f"unpruned a stand-in, {runfolder.TASK}, exact_match; max_pixels=99: ours 90.0 [")
+    assert said.endswith("], published 90 (paper), 50 (other); a small task.")
+
+
+def test_a_level_that_is_far_off_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (said,) = unpruned(tmp_path, 30, "pretrained=liuhaotian/llava-v1.5-7b", monkeypatch)
+    assert said.startswith("WARNING: far from what papers print: unpruned a stand-in")
+    assert "pictures as the processor's defaults: ours 70.0 [" in said
+
+
+def test_another_checkpoint_has_no_published_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert unpruned(tmp_path, 10, "pretrained=liuhaotian/llava-v1.5-13b", monkeypatch) == []

@@ -36,7 +36,7 @@ def command(
     ] = None,
     versus: Annotated[str | None, typer.Option(help="A method to hold against every other one, in pairs.")] = None,
 ) -> None:
-    from vtp_plugin.compare import sweep, sweepfile
+    from vtp_plugin.compare import beside, sweep, sweepfile
     from vtp_plugin.errors import unknown
     from vtp_plugin.reporting import comparison, verdicts
 
@@ -52,7 +52,7 @@ def command(
     comparison.check(files.check_folder(output))
     out = console()
     run = sweep.run(output, cells, **host, console=out)
-    comparison.write(run).show(out)
+    comparison.write(run, notes=beside.lines(run)).show(out)
     if (layered := comparison.layered(run)) is not None:
         layered.show(out)
     if versus is not None:

@@ -105,8 +105,11 @@ def _ratio(part: float | None, whole: float | None) -> float | None:
 # -- everything, for a reader -----------------------------------------------------------------------------------------
 
 
-def table(run: Run, title: str = "") -> Table:
-    """Accuracy per task, difference from the unpruned model, flips, tokens, FLOPs and prefill time."""
+def table(run: Run, title: str = "", notes: Sequence[str] = ()) -> Table:
+    """Accuracy per task, difference from the unpruned model, flips, tokens, FLOPs and prefill time.
+
+    `notes`: further sentences for the caption and among the findings.
+    """
     everything = rows(run)
     controls = Controls(everything)
     names, chance = short(run.tasks), controls.held() if _controlled(run) else None
@@ -117,8 +120,8 @@ def table(run: Run, title: str = "") -> Table:
         changed = _compared(row, everything[0], chance, sure)
         result.add(row.label, *_accuracies(row), *changed, *_costs(row, everything[0]))
     caption = [said for said in CAPTION if chance is not None or said != OVER_RANDOM]
-    result.caption = " ".join([*caption, *_numbered(everything), *left_out(run), *warnings(run, controls)])
-    result.findings = [*left_out(run), *findings(run, controls)]
+    result.caption = " ".join([*caption, *_numbered(everything), *left_out(run), *notes, *warnings(run, controls)])
+    result.findings = [*left_out(run), *notes, *findings(run, controls)]
     return result
 
 
@@ -249,9 +252,9 @@ def check(folder: Path) -> None:
         files.check_output(folder / name)
 
 
-def write(run: Run, title: str = "") -> Table:
+def write(run: Run, title: str = "", notes: Sequence[str] = ()) -> Table:
     """table.md (with that of equal tokens x layers), table.csv, table.tex and summary.json in the run folder."""
-    made, second = table(run, title), layered(run)
+    made, second = table(run, title, notes), layered(run)
     pages = "\n\n".join(each.markdown() for each in (made, second) if each is not None)
     texts = (pages + "\n", made.csv(), made.latex(), json.dumps(summary(run), indent=1) + "\n")
     for name, text in zip(FILES, texts, strict=True):
