@@ -24,7 +24,7 @@ from vtp_plugin import cli, list_strategies
 from vtp_plugin.compare import sweep, sweepfile, tuning
 from vtp_plugin.errors import Interrupted, PruningError
 from vtp_plugin.hosts.lmms_eval import process as host
-from vtp_plugin.reporting import comparison, rows, runs
+from vtp_plugin.reporting import rows, runs
 
 
 @pytest.fixture
