@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,15 +43,20 @@ class Outcome:
 
 def conforms(cls: type[PruningStrategy]) -> Iterator[Outcome]:
     """Every check on the strategy, one after the other; a class that cannot run at all gets no further."""
-    for check in CHECKS:
+    return outcomes(CHECKS, cls, needed=_runnable)
+
+
+def outcomes(checks: Sequence[Callable[[Any], str]], of: Any, needed: Callable[[Any], str]) -> Iterator[Outcome]:
+    """What every check finds, one after the other; nothing behind the one that is `needed` if that fails."""
+    for check in checks:
         try:
-            yield Outcome(check.__doc__, True, check(cls) or "")
+            yield Outcome(check.__doc__, True, check(of) or "")
             continue
         except (Broken, PruningError) as broken:
             yield Outcome(check.__doc__, False, str(broken))
         except Exception as error:
             yield Outcome(check.__doc__, False, f"{type(error).__name__}: {error}")
-        if check is _runnable:
+        if check is needed:
             return
 
 

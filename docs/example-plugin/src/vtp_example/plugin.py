@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vtp_example.deepseek_vl import DeepseekVL
 from vtp_plugin import PruningStrategy, Stage, VisualTokens, hookimpl, signal
 from vtp_plugin.signals import BlockView
 
@@ -55,3 +56,8 @@ class Quiet(PruningStrategy):
 def vtp_register_strategies(register: Callable[[type], None]) -> None:
     register(Center)
     register(Quiet)
+
+
+@hookimpl
+def vtp_register_adapters(register: Callable[[type], None]) -> None:
+    register(DeepseekVL)
