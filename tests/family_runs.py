@@ -118,7 +118,7 @@ def check_reference(model: Any, family: Family, prompts: Any, stage: str, strate
         reference = Reference(model, alone, prompt.totals, kept)
         check_lengths(output.past_key_values, reference, kept, len(prompts) == 1)
         answer = output.sequences[row, inputs["input_ids"].shape[1] :].tolist()
-        expected = reference.logits(answer[:-1])[-NEW:]
+        expected = reference.logits(answer)
         actual = torch.stack([step[row] for step in output.logits])
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         if len(prompts) > 1:
@@ -135,7 +135,7 @@ def check_lengths(cache: Any, reference: Reference, kept: Kept, alone: bool) -> 
 
     A layer with a window holds the last of them, one less than the window.
     """
-    for number in range(len(reference.llm.layers)):
+    for number in range(len(reference.parts.layers)):
         hidden = int(reference.hidden.sum()) if number >= kept.layer else 0
         wanted = len(reference.columns) - hidden + NEW - 1
         wanted = min(wanted, getattr(cache.layers[number], "sliding_window", wanted + 1) - 1)

@@ -5,7 +5,7 @@ Every check is a function of a `Case` that returns a remark, or raises `Broken` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vtp_plugin.conformance import Broken, Outcome, outcomes
 from vtp_plugin.promises.case import Case
-from vtp_plugin.promises.probe import Probe, Ran, entering, generate, noisy
-from vtp_plugin.promises.reference import Dropped, Parts, logits
+from vtp_plugin.promises.probe import Probe, Ran, dead, entering, generate, noisy, parts_of, placeholders
+from vtp_plugin.promises.reference import Dropped, logits
 from vtp_plugin.promises.state import state
 from vtp_plugin.pruning import prune
 from vtp_plugin.reporting.record import samples_of
@@ -180,45 +180,30 @@ def _slides(case: Case, inputs: Mapping[str, Any]) -> bool:
 
 
 def _equals(case: Case, stage: Stage, number: int) -> None:
-    probe, inputs, adapter = _originally(case, stage), noisy(case.prompts[number]), case.adapter
+    probe, inputs = _originally(case, stage), noisy(case.prompts[number])
     with entering(case) as entered:
         found = generate(case, inputs, probe)
     answer = found.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    parts = Parts(adapter.tower.module, adapter.tower.blocks[0], adapter.language_model, adapter.decoder_layers)
     dropped = Dropped(positions=probe.positions or "original")
     if stage in (Stage.PIXELS, Stage.VIT):
         with entering(case) as whole:
             generate(case, inputs)
-        dropped.tower = _dead(whole, entered)
+        dropped.tower = dead(whole, entered)
     elif stage is Stage.PROJECTOR:
         dropped.columns = _missing(case, stage, inputs, found)
     else:
         dropped.late, dropped.layer = _missing(case, stage, inputs, found), probe.layer
-    slow = logits(case.model, parts, inputs, dropped, answer)
+    slow = logits(case.model, parts_of(case), inputs, dropped, answer)
     if not torch.allclose(found.logits[:, 0], slow, **CLOSE):
         off = (found.logits[:, 0] - slow).abs().max().item()
         raise Broken(f"{stage.value}: prompt {number}: logits are {off:.2g} away from those of the slow reference")
 
 
-def _dead(whole: Sequence[Tensor], left: Sequence[Tensor]) -> Tensor:
-    """Which tokens that enter the tower without pruning do not enter it any more, [T, L] or [S]."""
-    if len(whole) != 1:
-        raise Broken(f"one prompt makes {len(whole)} passes of the tower, only one can be compared")
-    rows = [row.tobytes() for row in whole[0].float().flatten(0, -2).numpy()]
-    seen = {row.tobytes() for entered in left for row in entered.float().flatten(0, -2).numpy()}
-    if strange := seen - set(rows):
-        raise Broken(f"{len(strange)} tokens enter the tower that are none of the picture's: embeddings were changed")
-    return torch.tensor([row not in seen for row in rows]).view(whole[0].shape[:-1])
-
-
 def _missing(case: Case, stage: Stage, inputs: Mapping[str, Any], found: Ran) -> Tensor:
-    """The columns of the prompt whose tokens were judged and dropped; what nobody judges, such as newlines, stays."""
-    adapter = case.adapter
-    images = adapter.images(inputs)
-    tokens = torch.tensor([image.token or adapter.image_token for image in images])
-    columns = torch.isin(inputs["input_ids"][0], tokens).nonzero().flatten().split([image.total for image in images])
+    """The columns whose tokens were judged and dropped; what nobody judges, such as newlines, stays."""
     judged = generate(case, inputs, _probe(case, stage, keep_ratio=1.0)).kept
-    return torch.cat([at[sorted({*a} - {*k})] for at, a, k in zip(columns, judged, found.kept, strict=True)])
+    at = placeholders(case, inputs)
+    return torch.cat([c[sorted({*a} - {*k})] for c, a, k in zip(at, judged, found.kept, strict=True)])
 
 
 def _batched(case: Case) -> str:

@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vtp_plugin.conformance import Broken
 from vtp_plugin.promises.case import Case
+from vtp_plugin.promises.reference import Parts
 from vtp_plugin.pruning import prune
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PlacedStrategy
@@ -96,3 +98,28 @@ def noisy(inputs: Mapping[str, Any]) -> dict[str, Any]:
         noise = torch.randn(inputs[name].shape, generator=draw).to(inputs[name])
         told[name] = inputs[name] + NOISE * noise * (inputs[name] != 0)
     return told
+
+
+def parts_of(case: Case) -> Parts:
+    """Where the family says that the model has what the reference looks at."""
+    tower = case.adapter.tower
+    return Parts(tower.module, tower.blocks[0], case.adapter.language_model, case.adapter.decoder_layers)
+
+
+def placeholders(case: Case, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """The columns of every image of one prompt."""
+    images = case.adapter.images(inputs)
+    tokens = torch.tensor([image.token or case.adapter.image_token for image in images])
+    columns = torch.isin(inputs["input_ids"][0], tokens).nonzero().flatten()
+    return list(columns.split([image.total for image in images]))
+
+
+def dead(whole: Sequence[Tensor], left: Sequence[Tensor]) -> Tensor:
+    """Which tokens that enter the tower without pruning do not enter it any more, [T, L] or [S]."""
+    if len(whole) != 1:
+        raise Broken(f"one prompt makes {len(whole)} passes of the tower, only one can be compared")
+    rows = [row.tobytes() for row in whole[0].float().flatten(0, -2).numpy()]
+    seen = {row.tobytes() for entered in left for row in entered.float().flatten(0, -2).numpy()}
+    if strange := seen - set(rows):
+        raise Broken(f"{len(strange)} tokens enter the tower that are none of the picture's: embeddings were changed")
+    return torch.tensor([row not in seen for row in rows]).view(whole[0].shape[:-1])

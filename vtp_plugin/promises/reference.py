@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class Dropped:
     late: Tensor | None = None  # long: columns that decoder layers from `layer` on do not see
     layer: int = 0
     positions: str = "original"
+    late_positions: str = "original"  # of what those layers still see
+    merged: tuple[Tensor, Tensor] | None = None  # columns that got the values of other columns, and these
 
 
 def logits(model: nn.Module, parts: Parts, inputs: Mapping[str, Any], dropped: Dropped, new: list[int]) -> Tensor:
@@ -50,11 +53,7 @@ def logits(model: nn.Module, parts: Parts, inputs: Mapping[str, Any], dropped: D
     with torch.no_grad():
         whole = _continued(inputs, new[:-1])
         told = _assembled(model, parts, whole, dropped)
-        length = whole["input_ids"].shape[1]
-        left = ~told["inputs_embeds"][0].isnan().any(-1)
-        if dropped.columns is not None:
-            left[dropped.columns] = False
-        kept = left.nonzero().flatten()
+        length, kept = whole["input_ids"].shape[1], _left(told, dropped)
         hidden = torch.zeros(length, dtype=torch.bool)
         if dropped.late is not None:
             hidden[dropped.late] = True
@@ -64,9 +63,22 @@ def logits(model: nn.Module, parts: Parts, inputs: Mapping[str, Any], dropped: D
         with ExitStack() as stack:
             stack.callback(_extras(parts, told, whole, kept).remove)
             stack.callback(_rotating(parts, wanted).remove)
-            for handle in _hiding(parts, hidden[kept], dropped.layer):
+            for handle in _hiding(parts, hidden[kept], dropped):
                 stack.callback(handle.remove)
             return model(**arguments, position_ids=heard).logits[0, -len(new) :]
+
+
+def left(model: nn.Module, parts: Parts, inputs: Mapping[str, Any], dropped: Dropped) -> Tensor:
+    """The columns of the prompt that enter the language model."""
+    with torch.no_grad():
+        return _left(_assembled(model, parts, inputs, dropped), dropped)
+
+
+def _left(told: Mapping[str, Any], dropped: Dropped) -> Tensor:
+    there = ~told["inputs_embeds"][0].isnan().any(-1)
+    if dropped.columns is not None:
+        there[dropped.columns] = False
+    return there.nonzero().flatten()
 
 
 def _continued(inputs: Mapping[str, Any], new: list[int]) -> dict[str, Any]:
@@ -101,6 +113,9 @@ def _assembled(model: nn.Module, parts: Parts, whole: Mapping[str, Any], dropped
         pass
     finally:
         handle.remove()
+    if dropped.merged is not None:
+        to, of = dropped.merged
+        told["inputs_embeds"] = told["inputs_embeds"].index_copy(1, to, told["inputs_embeds"][:, of])
     return told
 
 
@@ -202,8 +217,9 @@ def _kernel(dead: Tensor, cursor: list[int]) -> Callable[..., Any]:
 # -- between decoder layers -------------------------------------------------------------------------------------------
 
 
-def _hiding(parts: Parts, hidden: Tensor, layer: int) -> list[Any]:
+def _hiding(parts: Parts, hidden: Tensor, dropped: Dropped) -> list[Any]:
     """Hooks of the layers that hide columns [L] from everybody but themselves."""
+    anew = dropped.late_positions == "compact"
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         mask, length = kwargs.get("attention_mask"), len(hidden)
@@ -211,7 +227,25 @@ def _hiding(parts: Parts, hidden: Tensor, layer: int) -> list[Any]:
         if mask is not None:
             seen = mask if mask.dtype is torch.bool else mask > -1
         seen = seen & (~hidden | torch.eye(length, dtype=torch.bool))
-        return args, {**kwargs, "attention_mask": torch.where(seen, 0.0, torch.finfo(torch.float32).min)}
+        told = {"attention_mask": torch.where(seen, 0.0, torch.finfo(torch.float32).min)}
+        if anew:
+            told["position_embeddings"] = _counted(parts, hidden, numbers[id(module)])
+        return args, {**kwargs, **told}
 
-    chosen = [one for number, one in enumerate(parts.layers) if number >= layer] if bool(hidden.any()) else []
+    numbers = {id(layer): number for number, layer in enumerate(parts.layers)}
+    chosen = [one for one in parts.layers if numbers[id(one)] >= dropped.layer] if bool(hidden.any()) else []
     return [one.register_forward_pre_hook(hook, with_kwargs=True) for one in chosen]
+
+
+def _counted(parts: Parts, hidden: Tensor, layer: int) -> Any:
+    """Rotary tables of a layer that counts from 0 what it sees."""
+    rotary, positions = parts.language_model.rotary_emb, ((~hidden).cumsum(0) - 1).clamp(min=0)[None]
+    if hasattr(rotary, "mrope_section"):
+        positions = positions.expand(3, -1, -1)
+    kinds = parts.language_model.config.layer_types[layer : layer + 1] if _takes_kind(rotary) else []
+    return rotary.forward(torch.zeros(1), positions, *kinds)
+
+
+def _takes_kind(rotary: nn.Module) -> bool:
+    """Whether a rotary embedding has a table for every kind of layer."""
+    return "layer_type" in signature(type(rotary).forward).parameters
