@@ -49,7 +49,8 @@ def headline() -> str:
     return (
         f"**{_percent(row['mean'])} of {_questions(row)} questions right with {kept:.0f} of {of:.0f} visual tokens** "
         f"({row['pruning']}; {_percent(unpruned['mean'])} with all of them, {_percent(random['mean'])} with as many "
-        f"random ones, {_percent(spent['mean'])} with random ones that are as many on average over the layers), for {row['flops_ratio']:.2f}x of the prefill's FLOPs and {_ttft(row, unpruned)} of the time to "
+        f"random ones, {_percent(spent['mean'])} with random ones that are as many on average over the layers), for "
+        f"{row['flops_ratio']:.2f}x of the prefill's FLOPs and {_ttft(row, unpruned)} of the time to "
         "first token. Measured on the embedded model by `make demo`."
     )
 
