@@ -126,7 +126,7 @@ def no_processor(case: Case, cls: type[Adapter], patch: pytest.MonkeyPatch) -> N
 BREAKS = [  # what is wrong, the check that says so, and what it says
     (without_a_stage, "is known", "stages says nothing of vit"),
     (no_processor, "is known", "pixels are judged with the processor's mean and standard deviation"),
-    (rows_in_another_order, "generates", "away from those of the slow reference"),
+    (rows_in_another_order, "generates", "away from the slow reference's"),
     (the_rows_that_are_left_backwards, "generates", "prompt 0: logits are"),
     (something_left_behind, "gives the model back", "leaves model.left changed"),
     (layers_that_are_never_called, "gives the model back", "nothing was cut at its llm stage"),

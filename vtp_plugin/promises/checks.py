@@ -5,7 +5,7 @@ Every check is a function of a `Case` that returns a remark, or raises `Broken` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from vtp_plugin.promises.state import state
 from vtp_plugin.pruning import prune
 from vtp_plugin.reporting.record import samples_of
 from vtp_plugin.stages import Stage
+from vtp_plugin.strategy import POSITIONS
 from vtp_plugin.surgery import cache
 from vtp_plugin.tokens import Selection, VisualTokens
 
@@ -37,12 +38,6 @@ def _stages(case: Case) -> list[Stage]:
 def _probe(case: Case, stage: Stage, **fields: Any) -> Probe:
     layer = case.layer or max(2, case.adapter.first_cut)
     return Probe(at=stage.value, layer=layer, **fields)
-
-
-def _originally(case: Case, stage: Stage) -> Probe:
-    """A probe whose survivors keep their positions, where a family lets one choose."""
-    fixed = bool(case.adapter.fixed_positions) and stage is not Stage.LLM
-    return _probe(case, stage, **({} if fixed else {"positions": "original"}))
 
 
 def _inputs(case: Case) -> list[Mapping[str, Any]]:
@@ -158,7 +153,8 @@ def _referenced(case: Case) -> str:
             if stage is Stage.LLM and _slides(case, inputs):
                 held.append("llm left out: hidden columns count in a sliding window that is shorter than the prompt")
                 continue
-            _equals(case, stage, number)
+            for positions in _numberings(case, stage, first=number == 0):
+                _equals(case, stage, number, positions)
             held.append(stage.value)
     return ", ".join(dict.fromkeys(held))
 
@@ -179,12 +175,20 @@ def _slides(case: Case, inputs: Mapping[str, Any]) -> bool:
     return bool(window and slides) and inputs["input_ids"].shape[1] + 4 >= window
 
 
-def _equals(case: Case, stage: Stage, number: int) -> None:
-    probe, inputs = _originally(case, stage), noisy(case.prompts[number])
+def _numberings(case: Case, stage: Stage, first: bool) -> Sequence[str | None]:
+    """The values of `positions` that are compared; None where a family has its own and lets nobody choose."""
+    if case.adapter.fixed_positions and stage is not Stage.LLM:
+        return (None,)
+    return POSITIONS if first else POSITIONS[:1]
+
+
+def _equals(case: Case, stage: Stage, number: int, positions: str | None) -> None:
+    probe, inputs = _probe(case, stage, positions=positions), noisy(case.prompts[number])
     with entering(case) as entered:
         found = generate(case, inputs, probe)
     answer = found.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    dropped = Dropped(positions=probe.positions or "original")
+    said = positions or "original"
+    dropped = Dropped(**{"late_positions" if stage is Stage.LLM else "positions": said})
     if stage in (Stage.PIXELS, Stage.VIT):
         with entering(case) as whole:
             generate(case, inputs)
@@ -196,7 +200,9 @@ def _equals(case: Case, stage: Stage, number: int) -> None:
     slow = logits(case.model, parts_of(case), inputs, dropped, answer)
     if not torch.allclose(found.logits[:, 0], slow, **CLOSE):
         off = (found.logits[:, 0] - slow).abs().max().item()
-        raise Broken(f"{stage.value}: prompt {number}: logits are {off:.2g} away from those of the slow reference")
+        raise Broken(
+            f"{stage.value}, {said} positions: prompt {number}: logits are {off:.2g} away from the slow reference's"
+        )
 
 
 def _missing(case: Case, stage: Stage, inputs: Mapping[str, Any], found: Ran) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vtp_example.deepseek_vl import DeepseekVL
 from vtp_plugin import PruningStrategy, Stage, VisualTokens, hookimpl, signal
 from vtp_plugin.signals import BlockView
 
@@ -60,4 +59,6 @@ def vtp_register_strategies(register: Callable[[type], None]) -> None:
 
 @hookimpl
 def vtp_register_adapters(register: Callable[[type], None]) -> None:
+    from vtp_example.deepseek_vl import DeepseekVL
+
     register(DeepseekVL)
