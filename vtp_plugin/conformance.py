@@ -9,14 +9,14 @@ import dataclasses
 import inspect
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from vtp_plugin import signals
 from vtp_plugin.errors import PruningError
+from vtp_plugin.outcomes import Broken, Outcome, outcomes
 from vtp_plugin.samples import REAL, cuts_of, left, row_of, run, same, sample, selection_of
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import BUDGET, PruningStrategy
@@ -28,36 +28,9 @@ VALUES = (True, False, 0, 1, 2, 3, 5, 8, 64, -1, -2, 0.0, 0.1, 0.5, 0.9, 1.0, 3.
 PREFILL = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # multiply-accumulates per token of a LLaVA-1.5-7B, attention aside
 
 
-class Broken(Exception):
-    """A promise that is not kept; the message says how it was seen."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One check on one strategy."""
-
-    name: str
-    passed: bool
-    remark: str
-
-
 def conforms(cls: type[PruningStrategy]) -> Iterator[Outcome]:
     """Every check on the strategy, one after the other; a class that cannot run at all gets no further."""
     return outcomes(CHECKS, cls, needed=_runnable)
-
-
-def outcomes(checks: Sequence[Callable[[Any], str]], of: Any, needed: Callable[[Any], str]) -> Iterator[Outcome]:
-    """What every check finds, one after the other; nothing behind the one that is `needed` if that fails."""
-    for check in checks:
-        try:
-            yield Outcome(check.__doc__, True, check(of) or "")
-            continue
-        except (Broken, PruningError) as broken:
-            yield Outcome(check.__doc__, False, str(broken))
-        except Exception as error:
-            yield Outcome(check.__doc__, False, f"{type(error).__name__}: {error}")
-        if check is needed:
-            return
 
 
 def _make(cls: type[PruningStrategy], k: int | None = None) -> PruningStrategy:

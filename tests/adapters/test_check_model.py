@@ -18,8 +18,8 @@ from torch import nn
 
 from vtp_plugin import Stage, plugins
 from vtp_plugin.adapter import Adapter
-from vtp_plugin.conformance import Outcome
 from vtp_plugin.errors import PruningError
+from vtp_plugin.outcomes import Outcome
 from vtp_plugin.promises import Case, checks, promises
 from vtp_plugin.promises.case import load
 from vtp_plugin.surgery.undo import Undo

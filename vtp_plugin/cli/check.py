@@ -11,8 +11,9 @@ import typer
 from rich.text import Text
 
 from vtp_plugin import modules, plugins
-from vtp_plugin.conformance import Outcome, conforms
+from vtp_plugin.conformance import conforms
 from vtp_plugin.errors import unknown
+from vtp_plugin.outcomes import Outcome
 from vtp_plugin.reporting.terminal import console
 from vtp_plugin.strategy import PruningStrategy
 

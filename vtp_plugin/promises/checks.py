@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtp_plugin.conformance import Broken, Outcome, outcomes
+from vtp_plugin.outcomes import Broken, Outcome, outcomes
 from vtp_plugin.promises.case import Case
 from vtp_plugin.promises.probe import Probe, Ran, dead, entering, generate, noisy, parts_of, placeholders
 from vtp_plugin.promises.reference import Dropped, logits

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vtp_plugin.conformance import Broken
+from vtp_plugin.outcomes import Broken
 from vtp_plugin.promises.case import Case
 from vtp_plugin.promises.reference import Parts
 from vtp_plugin.pruning import prune

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtp_plugin.hosts.transformers import kernels
+
 KERNEL = "vtp_reference"
 FILLED = {"attention_mask": 1}  # of the new tokens, in whatever has a value per column; everything else has 0 there
 
@@ -168,10 +170,8 @@ def _without(parts: Parts, dead: Tensor | None) -> Iterator[None]:
     if dead is None:
         yield
         return
-    from transformers import AttentionInterface
-
     cursor = [0]
-    AttentionInterface.register(KERNEL, _kernel(dead, cursor))
+    kernels.register(KERNEL, _kernel(dead, cursor))
     owners = [m.config for m in parts.tower.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
     configs = list({id(config): config for config in owners}.values())
     original = [config._attn_implementation for config in configs]
