@@ -206,6 +206,9 @@ HOSTS = {
         "qwen2_5_vl", "qwen2_5_vl", _saved("qwen2_5_vl", partial(_qwen, "Qwen2_5_VL")), f"{CPU},{PIXELS}", 3
     ),
     "qwen3_vl": Host("qwen3_vl", "qwen3_vl", _saved("qwen3_vl", partial(_qwen, "Qwen3VL")), f"{CPU},{PIXELS}", 3),
+    "qwen3_vl-A3B": Host(  # the host asks the name whether there are experts
+        "qwen3_vl", "qwen3_vl_moe", _saved("qwen3_vl_moe", partial(_qwen, "Qwen3VL")), f"{CPU},{PIXELS}", 3
+    ),
     "internvl_hf": Host("internvl_hf", "internvl", _saved("internvl", _internvl), f"{CPU},max_patches=3"),
     "gemma3": Host("gemma3", "gemma3", _saved("gemma3", _gemma3), CPU, 3),
     "mistral3_vl": Host("mistral3_vl", "mistral3", _saved("mistral3", _mistral3), CPU, 3),

@@ -246,6 +246,23 @@ def _qwen3_vl(attention: str) -> nn.Module:
     return _qwen(Qwen3VLConfig, Qwen3VLForConditionalGeneration, vision, QWEN3_TEXT, attention)
 
 
+def _qwen3_vl_moe(attention: str) -> nn.Module:
+    """Qwen3-VL-30B-A3B: 32 / 4 heads, every layer has experts (128, of which a token passes 8)."""
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    vision = QWEN_VISION | {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1, 2],
+    }
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+    language = QWEN3_TEXT | {"num_hidden_layers": 6, "mlp_only_layers": []} | experts
+    return _qwen(Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, vision, language, attention)
+
+
 def _qwen(config: type, model: type, vision: dict[str, Any], language: dict[str, Any], attention: str) -> nn.Module:
     built = config(vision_config=vision, text_config=dict(language), image_token_id=IMAGE, video_token_id=VIDEO)
     return _model(model, built, attention)
@@ -467,6 +484,7 @@ FAMILIES = {
         Family("qwen2_vl", _qwen2_vl, _qwen_sample, _qwen_batch, video=_qwen_video, mrope=True),
         Family("qwen2_5_vl", _qwen2_5_vl, _qwen_sample, _qwen_batch, video=_qwen_video, mrope=True),
         Family("qwen3_vl", _qwen3_vl, _qwen_sample, _qwen_batch, video=_qwen3_video, mrope=True, late=3),
+        Family("qwen3_vl_moe", _qwen3_vl_moe, _qwen_sample, _qwen_batch, video=_qwen3_video, mrope=True, late=3),
         Family("internvl", _internvl, _internvl_sample, stacked),
         Family("gemma3", _gemma3, _gemma3_sample, _gemma3_batch),
         Family("mistral3", _mistral3, _mistral3_sample, stacked, stages=STAGES[2:]),

@@ -27,7 +27,8 @@ from vtp_plugin.hosts.transformers import contract as transformers
 
 
 def points_of(family: str) -> tuple[TouchPoint, ...]:
-    return transformers.FAMILIES["idefics3" if family == "smolvlm" else family]
+    name = "idefics3" if family == "smolvlm" else family
+    return next(tuple(cls.touches) for cls in plugins.adapters() if cls.family == name)
 
 
 BUILDERS: dict[str, Callable[[], Any]] = {
