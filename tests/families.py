@@ -133,6 +133,41 @@ def _model(cls: type, config: Any, attention: str) -> nn.Module:
     return model
 
 
+# -- LLaVA with SigLIP ------------------------------------------------------------------------------------------------
+
+
+def _llava_siglip(attention: str) -> nn.Module:
+    """llava-interleave-qwen-7b: every query head has its own key, biases; the tower has no pooling."""
+    from transformers import Qwen2Config
+
+    return _siglip(attention, Qwen2Config(**text(4, 4)), vision_feature_layer=-1, vision_use_head=False)
+
+
+def _joycaption(attention: str) -> nn.Module:
+    """llama-joycaption-beta-one: the last but one layer is projected, the tower pools; LLaMA 3.1, 32 / 8 heads."""
+    from transformers import LlamaConfig
+
+    return _siglip(attention, LlamaConfig(**text(4, 1)), vision_feature_layer=-2, vision_use_head=True)
+
+
+def _siglip(attention: str, language: Any, vision_feature_layer: int, vision_use_head: bool) -> nn.Module:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(**VISION, patch_size=4, image_size=24, vision_use_head=vision_use_head),
+        text_config=language,
+        image_token_id=IMAGE,
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy="full",
+    )
+    return _model(LlavaForConditionalGeneration, config, attention)
+
+
+def _siglip_sample(seed: int, images: int) -> Prompt:
+    values = pixels(images, 3, 24, 24, seed=seed)
+    return Prompt(_text([[IMAGE] * 36] * images, seed), {"pixel_values": values}, [36] * images)
+
+
 # -- LLaVA-NeXT -------------------------------------------------------------------------------------------------------
 
 NEXT_SIZES = [(20, 30), (30, 16), (16, 16)]
@@ -477,6 +512,7 @@ def _connected(seed: int, images: int, rows: int) -> Prompt:
 FAMILIES = {
     family.name: family
     for family in (
+        Family("llava_siglip", _llava_siglip, _siglip_sample, stacked),
         Family("llava_next", _llava_next, _next_sample, stacked),
         Family(
             "llava_onevision", _llava_onevision, _next_sample, stacked, video=_onevision_video, video_stages=STAGES[2:]
@@ -495,6 +531,7 @@ FAMILIES = {
 VARIANTS = {
     family.name: family
     for family in (
+        Family("joycaption", _joycaption, _siglip_sample, stacked),
         Family("llava_next_vicuna", _llava_next_vicuna, _next_sample, stacked),
         Family("internvl3_5", _internvl3_5, _internvl_sample, stacked),
         Family("internvl_6b", _internvl_6b, _internvl_sample, stacked),

@@ -24,7 +24,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 def _experts() -> dict[Any, Callable[..., int]]:
-    """The formula for the product of tokens [T, K] with the matrices of their experts [E, K, N], where torch lacks it."""
+    """The formula for tokens [T, K] times the matrices of their experts [E, K, N], where torch lacks it."""
     product = getattr(torch.ops.aten, "_grouped_mm", None)
     return {} if product is None or product in flop_registry else {product: _grouped}
 

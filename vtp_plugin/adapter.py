@@ -58,7 +58,7 @@ def find_adapter(
             check(cls.touches, model)
             return cls(model, processor)
     name = type(model).__name__
-    for cls in reversed(adapters):
-        if name in cls.names and (difference := cls.unlike(model)):
-            raise PruningError(f"this {name} is nearly what {cls.models} is known as, but {difference}")
+    known = [cls for cls in reversed(adapters) if name in cls.names]
+    if differences := [f"{cls.models} is known as, but {why}" for cls in known if (why := cls.unlike(model))]:
+        raise PruningError(f"this {name} is nearly what {'; and nearly what '.join(differences)}")
     raise PruningError(f"no adapter knows the model {name}. Supported: {describe()}")
