@@ -564,6 +564,33 @@ def test_the_attention_of_a_sliding_layer_ends_at_its_window() -> None:
     torch.testing.assert_close(torch.cat(seen), row[image], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("layer", [2, 6])
+def test_signals_see_what_the_tokens_of_an_image_see(layer: int, attention: str) -> None:
+    """Both ways inside an image of Gemma 3, behind a sliding layer and behind a full one: the host's own maps."""
+    family, seen = FAMILIES["gemma3"], []
+    model = model_of("gemma3", attention)
+    inputs = batched(family, (family.sample(0, 2), family.sample(1, 1)))
+    strategy = vtp.get_strategy("fitprune")(start=layer, keep_ratio=0.9)
+    strategy.cut_layers = lambda depth: (layer,)
+    strategy.score = lambda visual: seen.append(visual) or visual.self_attention
+    with torch.no_grad(), vtp.prune(model, strategy):
+        model(**inputs)
+    with torch.no_grad():
+        maps = model_of("gemma3", "eager")(**inputs, output_attentions=True).attentions[layer - 1]
+    images = [(0, columns) for columns in _images(inputs["input_ids"][0])]
+    images += [(1, columns) for columns in _images(inputs["input_ids"][1])]
+    for (row, image), visual in zip(images, seen, strict=True):
+        own = maps[row][:, image][:, :, image].amax(0)
+        assert own.triu(1).any()  # a token sees what comes behind it
+        torch.testing.assert_close(visual.self_attention[0], own.mean(0), rtol=1e-4, atol=1e-6)
+
+
+def _images(ids: Tensor) -> tuple[Tensor, ...]:
+    """The columns of every image of a prompt [L], whose images are equally long."""
+    return (ids == families.IMAGE).nonzero().flatten().split(16)
+
+
 @pytest.mark.parametrize("name", families.VARIANTS)
 @pytest.mark.parametrize("stage", families.STAGES)
 def test_structures_that_others_publish(name: str, stage: str) -> None:

@@ -24,6 +24,7 @@ class Reading:
     valid: Tensor  # [B, L] bool: columns that are not padding
     columns: Tensor  # [B, L] where they are in the whole prompt: what a sliding window counts
     stored: Tensor | None = None  # [B, Hkv, L, d] values, where the cache holds them
+    mask: Tensor | None = None  # [B or 1, 1, L, L] bool or additive, as the layer was given it; None: causal
 
     @classmethod
     def of(
@@ -34,13 +35,15 @@ class Reading:
         stored: Any,
         valid: Tensor,
         columns: Tensor,
+        mask: Tensor | None,
     ) -> Reading:
-        """From the layer's normed input, its rotary tables and the cache that holds its keys, if there is one."""
+        """From the layer's normed input, its rotary tables, the cache that holds its keys, if there is one, its mask."""
         cos, sin = (table[:, : hidden.shape[1]] for table in tables)
         keys, values = _cached(module, stored, hidden.shape[1])
         if keys is None:
             keys = attention.rotated(module, attention.heads(module, "k_proj", hidden), cos, sin)
-        return cls(module, hidden, cos, sin, keys, valid, columns, values)
+        whole = mask is not None and mask.ndim == 4
+        return cls(module, hidden, cos, sin, keys, valid, columns, values, mask if whole else None)
 
     def last_row(self) -> Tensor:
         """Attention of the last real column, mean over heads, [B, L] fp32."""
@@ -51,7 +54,11 @@ class Reading:
         length = self.hidden.shape[1]
         last = (self.valid * torch.arange(1, length + 1, device=self.valid.device)).argmax(1, keepdim=True)  # [B, 1]
         query = self._queries(slice(None), last)  # [B, H, 1, d]
-        visible = self.valid & self._near(self.columns.gather(1, last), self.columns)
+        if self.mask is None:
+            visible = self.valid & self._near(self.columns.gather(1, last), self.columns)
+        else:
+            rows = self.mask[:, 0].expand(len(self.hidden), -1, -1)
+            visible = self.valid & self._shown(rows.gather(1, last[..., None].expand(-1, -1, rows.shape[2]))[:, 0])
         return attention.row(query[:, :, 0], self.keys, attention.scale(self.module), visible)
 
     def rows(self, sample: int, columns: Tensor) -> Tensor:
@@ -102,9 +109,17 @@ class Reading:
 
     def _visible(self, sample: int, columns: Tensor) -> Tensor:
         """What some columns [T] of one sample attend to, [T, L] bool."""
+        if self.mask is not None:  # both ways inside an image, or over the whole prompt, in some families
+            own = self.mask.expand(len(self.hidden), -1, -1, -1)[sample, 0]
+            return self.valid[sample] & self._shown(own[columns])
         before = torch.arange(self.hidden.shape[1], device=columns.device) <= columns[:, None]
         places = self.columns[sample]
         return self.valid[sample] & before & self._near(places[columns, None], places)
+
+    def _shown(self, rows: Tensor) -> Tensor:
+        """Some rows of the mask [T, K] as bool, [T, L]."""
+        rows = rows[:, : self.hidden.shape[1]]
+        return rows if rows.dtype is torch.bool else rows > torch.finfo(rows.dtype).min / 2
 
     def _near(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Whether the keys at these places of the prompt are within the layer's window."""
