@@ -294,7 +294,7 @@ def _qwen3_vl_moe(attention: str) -> nn.Module:
         "deepstack_visual_indexes": [0, 1, 2],
     }
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
-    language = QWEN3_TEXT | {"num_hidden_layers": 6, "mlp_only_layers": []} | experts
+    language = QWEN3_TEXT | {"mlp_only_layers": []} | experts
     return _qwen(Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, vision, language, attention)
 
 

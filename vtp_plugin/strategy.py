@@ -40,6 +40,7 @@ class PruningStrategy(ABC):
     text_encoder: ClassVar[str] = "clip"  # where `text` and `aligned` come from; a field of QuestionStrategy
     segments: ClassVar[bool] = False  # True: `text` of a question too long for CLIP is a mean over pieces, not cut off
     proportional: ClassVar[bool] = False  # True: inside the tower, a token's key weighs as many as it was merged from
+    cut_field: ClassVar[str] = "layer"  # llm stage: the hyper-parameter that says where it cuts
     nominal: ClassVar[bool] = False  # True: keep_ratio is the paper's label of a setting, not what is left at the end
 
     keep_ratio: float | None = None  # kept / all, in (0, 1]
@@ -192,6 +193,11 @@ class PruningStrategy(ABC):
         value = getattr(self, field)
         known = any(type(value) is type(option) and value == option for option in options)  # True is not 1
         self.check(field, known, f"must be one of {', '.join(map(str, options))}")
+
+    def check_layer(self, field: str, layer: int, first: int, last: int, why: str) -> None:
+        """Refuse a layer that the model does not have, or that cannot be cut; `why` says what the model is like."""
+        if not first <= layer <= last:
+            raise self.error(f"{field} must be in {first} ... {last} for this model, got {layer}: {why}")
 
     def _refuse_budget(self) -> None:
         given = [name for name in BUDGET if getattr(self, name) is not None]

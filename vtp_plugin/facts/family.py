@@ -40,6 +40,7 @@ class Family:
     fixed_positions: str = ""  # why the prompt has no positions to choose from
     every_logit: bool = False  # whether its prefill computes the logits of all columns, not only of the last
     first_cut: int = 1  # the first decoder layer that may see fewer tokens than the one before
+    cannot_cut: str = ""  # what is in the way in front of it, where it is not 1
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         self.model, self.processor = model, processor

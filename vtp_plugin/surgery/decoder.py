@@ -44,10 +44,13 @@ class DecoderCuts:
                     raise strategy.error(
                         f"budget={strategy.budget} is for the projector stage; the llm stage cuts per image"
                     )
-            first = self.session.adapter.first_cut
-            if not first <= layer < len(self.layers):
-                last = len(self.layers) - 1
-                raise strategies[0].error(f"layer must be in {first} ... {last} for this model, got {layer}")
+            strategies[0].check_layer(strategies[0].cut_field, layer, *self._possible(layer))
+
+    def _possible(self, layer: int) -> tuple[int, int, str]:
+        """The first and the last layer that may be cut, and what is in the way of this one."""
+        family, depth = self.session.adapter, len(self.layers)
+        why = family.cannot_cut if 0 < layer < family.first_cut else f"its language model has {depth} layers"
+        return family.first_cut, depth - 1, why
 
     def install(self, undo: Undo) -> None:
         for layer, strategies in self.by_layer.items():

@@ -37,7 +37,7 @@ class Reading:
         columns: Tensor,
         mask: Tensor | None,
     ) -> Reading:
-        """From the layer's normed input, its rotary tables, the cache that holds its keys, if there is one, its mask."""
+        """From the layer's normed input, its rotary tables, the cache that may hold its keys, and its mask."""
         cos, sin = (table[:, : hidden.shape[1]] for table in tables)
         keys, values = _cached(module, stored, hidden.shape[1])
         if keys is None:
