@@ -228,6 +228,31 @@ class PlacedStrategy(PruningStrategy):
 
 
 @dataclass(kw_only=True)
+class ComparingStrategy(PruningStrategy):
+    """A method that compares the features of tokens, or their norms, and which features on models that merge patches.
+
+    judge=after: the rows that come out of the merger (pixel shuffle, pooling). judge=before: what goes into it, the
+    patches of a token side by side (`units`). What is kept are the rows that come out, either way.
+    """
+
+    judge: str = "after"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choice("judge", ("after", "before"))
+        here = self.stage is Stage.PROJECTOR or self.judge == "after"
+        self.check("judge", here, f"must be after at the {self.stage.value} stage")
+
+    def reads(self, *after: str) -> tuple[str, ...]:
+        """The signals that it compares tokens by: these, or what goes into the merger."""
+        return ("units",) if self.judge == "before" else after
+
+    def judged(self, visual: VisualTokens, after: Tensor) -> Tensor:
+        """What it compares tokens by, [B, N, D]: this, or what goes into the merger."""
+        return visual.units if self.judge == "before" else after
+
+
+@dataclass(kw_only=True)
 class QuestionStrategy(PruningStrategy):
     """A method that compares patches with the question (`aligned`, `text`), and in which space it does.
 

@@ -52,6 +52,13 @@ class Family:
             f"language model's embeddings of the question instead"
         )
 
+    def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """What goes into a projector that merges patches, unit by unit: per image [n, m D], m patches side by side.
+
+        `entering`: as the projector gets it, towers of one sequence in raster order. PruningError: nothing is merged.
+        """
+        raise PruningError(f"a token of {self.models} is one patch")
+
     # -- what FLOPs are counted from ------------------------------------------------------------------------------
 
     @cached_property
