@@ -225,6 +225,30 @@ def anyres_rows(size: tuple[int, int], pinpoints: list[list[int]], side: int, gr
     return grid * grid + height * width, height
 
 
+def _llava_next_video(attention: str) -> nn.Module:
+    """LLaVA-NeXT-Video-7B: Vicuna, squares of 2 x 2 patches of a frame averaged."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextVideoConfig,
+        LlavaNextVideoForConditionalGeneration,
+    )
+
+    config = LlavaNextVideoConfig(
+        vision_config=CLIPVisionConfig(**VISION, patch_size=4, image_size=16, projection_dim=16),
+        text_config=LlamaConfig(**text(4, 4)),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=PINPOINTS,
+    )
+    return _model(LlavaNextVideoForConditionalGeneration, config, attention)
+
+
+def _next_video(seed: int) -> Prompt:
+    values = pixels(1, 3, 3, 16, 16, seed=seed)  # three frames of 2 x 2 pooled rows
+    return Prompt(_text([[VIDEO] * 12], seed), {"pixel_values_videos": values}, [12])
+
+
 # -- Qwen -------------------------------------------------------------------------------------------------------------
 
 QWEN_GRIDS = [(1, 8, 12), (1, 12, 4), (1, 4, 4)]
@@ -509,11 +533,97 @@ def _connected(seed: int, images: int, rows: int) -> Prompt:
     return Prompt(_text([[IMAGE] * rows] * images, seed), {"pixel_values": values}, [rows] * images)
 
 
+# -- PaliGemma, Aya Vision, Command A Vision --------------------------------------------------------------------------
+
+
+def _paligemma(attention: str) -> nn.Module:
+    """paligemma-3b-mix-224: 8 / 1 heads; the prompt attends both ways."""
+    from transformers import (
+        GemmaConfig,
+        PaliGemmaConfig,
+        PaliGemmaForConditionalGeneration,
+        SiglipVisionConfig,
+    )
+
+    language = GemmaConfig(**text(8, 1, head_dim=8))
+    config = PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(**VISION, patch_size=4, image_size=16, vision_use_head=False),
+        text_config=language,
+        image_token_index=IMAGE,
+        projection_dim=language.hidden_size,
+        hidden_size=language.hidden_size,
+    )
+    return _model(PaliGemmaForConditionalGeneration, config, attention)
+
+
+def _paligemma_sample(seed: int, images: int) -> Prompt:
+    values = pixels(images, 3, 16, 16, seed=seed)
+    return Prompt(_text([[IMAGE] * 16] * images, seed), {"pixel_values": values}, [16] * images)
+
+
+def _paligemma_batch(prompts: list[Prompt]) -> dict[str, Any]:
+    """Everything is prefix."""
+    inputs = stacked(prompts)
+    return inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
+
+
+COHERE_LAYERS = (["sliding_attention"] * 3 + ["full_attention"]) * 2
+
+
+def _aya_vision(attention: str) -> nn.Module:
+    """aya-vision-8b: three sliding layers, then a full one without rotation; 32 / 8 heads, squares of 2 x 2."""
+    from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration
+
+    config = AyaVisionConfig(
+        vision_config=_siglip_24(vision_use_head=False), text_config=_cohere2(), image_token_index=IMAGE
+    )
+    return _model(AyaVisionForConditionalGeneration, config, attention)
+
+
+def _cohere2_vision(attention: str) -> nn.Module:
+    """command-a-vision: as aya-vision, the tower pools."""
+    from transformers import Cohere2VisionConfig, Cohere2VisionForConditionalGeneration
+
+    config = Cohere2VisionConfig(
+        vision_config=_siglip_24(vision_use_head=True),
+        text_config=_cohere2(),
+        image_token_id=IMAGE,
+        alignment_intermediate_size=48,
+    )
+    return _model(Cohere2VisionForConditionalGeneration, config, attention)
+
+
+def _siglip_24(**more: Any) -> Any:
+    from transformers import SiglipVisionConfig
+
+    return SiglipVisionConfig(**VISION, patch_size=4, image_size=24, **more)
+
+
+def _cohere2() -> Any:
+    from transformers import Cohere2Config
+
+    sizes = text(4, 1, num_hidden_layers=len(COHERE_LAYERS))
+    return Cohere2Config(**sizes, layer_types=COHERE_LAYERS, sliding_window=24)
+
+
+def _aya_sample(seed: int, images: int) -> Prompt:
+    values = pixels(images, 3, 24, 24, seed=seed)
+    return Prompt(_text([[IMAGE] * 9] * images, seed), {"pixel_values": values}, [9] * images)
+
+
 FAMILIES = {
     family.name: family
     for family in (
         Family("llava_siglip", _llava_siglip, _siglip_sample, stacked),
         Family("llava_next", _llava_next, _next_sample, stacked),
+        Family(
+            "llava_next_video",
+            _llava_next_video,
+            _next_sample,
+            stacked,
+            video=_next_video,
+            video_stages=STAGES[2:],
+        ),
         Family(
             "llava_onevision", _llava_onevision, _next_sample, stacked, video=_onevision_video, video_stages=STAGES[2:]
         ),
@@ -526,6 +636,9 @@ FAMILIES = {
         Family("mistral3", _mistral3, _mistral3_sample, stacked, stages=STAGES[2:]),
         Family("idefics3", _idefics3, _idefics3_sample, stacked, stages=STAGES[2:]),
         Family("smolvlm", _smolvlm, _smolvlm_sample, stacked, stages=STAGES[2:]),
+        Family("paligemma", _paligemma, _paligemma_sample, _paligemma_batch),
+        Family("aya_vision", _aya_vision, _aya_sample, stacked),
+        Family("cohere2_vision", _cohere2_vision, _aya_sample, stacked),
     )
 }
 VARIANTS = {

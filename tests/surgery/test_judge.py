@@ -21,12 +21,8 @@ import vtp_plugin as vtp
 from vtp_plugin import PruningStrategy, Selection, Stage, VisualTokens, get_strategy, list_strategies
 from vtp_plugin.errors import PruningError
 
-MERGING = [
-    name
-    for name in FAMILIES
-    if name.startswith("qwen") or name in ("internvl", "gemma3", "mistral3", "idefics3", "smolvlm")
-]
-WHOLE = [name for name in FAMILIES if name not in MERGING]
+WHOLE = [name for name in FAMILIES if name.startswith("llava") or name == "paligemma"]  # a token is one patch
+MERGING = [name for name in FAMILIES if name not in WHOLE]
 JUDGING = [name for name in list_strategies() if "judge" in get_strategy(name).fields()]
 RANK = {"at": "projector", "keep_ratio": 0.4}  # l2 there
 

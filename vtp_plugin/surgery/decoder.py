@@ -81,8 +81,8 @@ class DecoderCuts:
             seen = self._seen(call, layer - 1, hidden)
             with torch.no_grad(), self.session.timed("selector"):
                 tables = kwargs["position_embeddings"]
-                mask = kwargs.get("attention_mask")
-                call.prompt.readings[layer] = Reading.of(module, hidden, tables, past, seen.valid, seen.columns, mask)
+                given = past, seen.valid, seen.columns, kwargs.get("attention_mask"), self._turns(module)
+                call.prompt.readings[layer] = Reading.of(module, hidden, tables, *given)
 
         return read
 
@@ -172,7 +172,8 @@ class DecoderCuts:
                 length, tables, call = before.columns.shape[1], kwargs["position_embeddings"], self.session.call
                 rotary = self._tables(call, number, hidden, tables, before, length, before.columns)
                 mask, normed = self._mask(call, kwargs, before, before.columns), layer.input_layernorm.forward(hidden)
-                return Reading.of(layer.self_attn, normed, rotary, None, before.valid, before.columns, mask)
+                given = None, before.valid, before.columns, mask, self._turns(layer.self_attn)
+                return Reading.of(layer.self_attn, normed, rotary, *given)
 
         return read
 
@@ -186,6 +187,9 @@ class DecoderCuts:
         columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
         counts = [count for count in call.lengths for _ in range(len(hidden) // len(call.valid))]
         return Cut(columns, valid, valid.shape[1], tuple(counts))
+
+    def _turns(self, module: nn.Module) -> bool:
+        return self.session.adapter.turns(module)
 
     # -- small things ---------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ class Reading:
     valid: Tensor  # [B, L] bool: columns that are not padding
     columns: Tensor  # [B, L] where they are in the whole prompt: what a sliding window counts
     stored: Tensor | None = None  # [B, Hkv, L, d] values, where the cache holds them
+    turns: bool = True  # whether queries and keys are rotated
     mask: Tensor | None = None  # [B or 1, 1, L, L] bool or additive, as the layer was given it; None: causal
 
     @classmethod
@@ -36,14 +37,16 @@ class Reading:
         valid: Tensor,
         columns: Tensor,
         mask: Tensor | None,
+        turns: bool,
     ) -> Reading:
         """From the layer's normed input, its rotary tables, the cache that may hold its keys, and its mask."""
         cos, sin = (table[:, : hidden.shape[1]] for table in tables)
         keys, values = _cached(module, stored, hidden.shape[1])
         if keys is None:
-            keys = attention.rotated(module, attention.heads(module, "k_proj", hidden), cos, sin)
+            keys = attention.heads(module, "k_proj", hidden)
+            keys = attention.rotated(module, keys, cos, sin) if turns else keys
         whole = mask is not None and mask.ndim == 4
-        return cls(module, hidden, cos, sin, keys, valid, columns, values, mask if whole else None)
+        return cls(module, hidden, cos, sin, keys, valid, columns, values, turns, mask if whole else None)
 
     def last_row(self) -> Tensor:
         """Attention of the last real column, mean over heads, [B, L] fp32."""
@@ -77,7 +80,7 @@ class Reading:
         """Logits of all-ones queries at some columns [T] and all-ones keys everywhere, [T, L] fp32."""
         cos, sin = (table.expand(len(self.hidden), -1, -1)[sample, None].float() for table in (self.cos, self.sin))
         ones = torch.ones_like(cos)[:, None, :, :1].expand(1, 1, -1, self.module.head_dim)
-        turned = attention.rotated(self.module, ones, cos, sin)[0, 0]  # [L, d]
+        turned = self._turned(ones, cos, sin)[0, 0]  # [L, d]
         return turned[columns] @ turned.T * attention.scale(self.module)
 
     def strongest(self, sample: int, columns: Tensor) -> Tensor:
@@ -130,7 +133,11 @@ class Reading:
         """Rotated queries of columns [B, T] -> [B, H, T, d]."""
         cos, sin = (table.expand(len(self.hidden), -1, -1)[samples] for table in (self.cos, self.sin))
         query = attention.heads(self.module, "q_proj", attention.take(self.hidden[samples], columns))
-        return attention.rotated(self.module, query, attention.take(cos, columns), attention.take(sin, columns))
+        return self._turned(query, attention.take(cos, columns), attention.take(sin, columns))
+
+    def _turned(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Heads [B, H, T, d] as the layer rotates them."""
+        return attention.rotated(self.module, heads, cos, sin) if self.turns else heads
 
 
 def _cached(module: nn.Module, cache: Any, length: int) -> tuple[Tensor | None, Tensor | None]:
