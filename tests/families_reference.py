@@ -176,7 +176,7 @@ class Reference:
 
     def _geometry(self) -> tuple[int, int, int]:
         name = type(self.model).__name__
-        block = 2 if "InternVL" in name or "Gemma3" in name else 1
+        block = 2 if any(part in name for part in ("InternVL", "Gemma3", "AyaVision", "Cohere2Vision")) else 1
         config = self.tower.config
         size, patch = config.image_size, config.patch_size
         side = size[0] // patch[0] if isinstance(size, (list, tuple)) else size // patch
@@ -215,7 +215,8 @@ class Reference:
             arguments = {"inputs_embeds": embeds, "position_ids": self._told(len(new)), "use_cache": False}
             if "token_type_ids" in self.inputs:
                 types = self.inputs["token_type_ids"][:, self.keep]
-                arguments["token_type_ids"] = torch.cat([types, types.new_zeros(1, len(new))], 1)
+                later = int("PaliGemma" in type(self.model).__name__)  # where 0 is the prompt, which attends both ways
+                arguments["token_type_ids"] = torch.cat([types, types.new_full((1, len(new)), later)], 1)
                 hidden = self.core(**arguments)[0]
             else:
                 if self.deepstack:

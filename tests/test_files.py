@@ -180,9 +180,13 @@ def test_a_layer_that_the_model_does_not_have_is_known_from_its_configuration() 
     model = {"text_config": {"num_hidden_layers": 4}, "vision_config": {"num_hidden_layers": 6}}
     fits.refuse(config.resolve("fastv+atp"), model)
     said = refusal(fits.refuse, config.resolve("fastv", {"layer": 99}), model)
-    assert said == "fastv: layer must be in 1 ... 3 for this model, got 99"
+    assert said == "fastv: layer must be in 1 ... 3 for this model, got 99: its language model has 4 layers"
     said = refusal(fits.refuse, config.resolve("atp", {"layer": 9}), model)
-    assert said == "atp: layer must be in -6 ... 5 for this model, got 9"
+    assert said == "atp: layer must be in -6 ... 5 for this model, got 9: its vision tower has 6 blocks"
+    said = refusal(fits.refuse, config.resolve("hiprune"), model)
+    assert said == "hiprune: shallow must be in -6 ... 5 for this model, got 8: its vision tower has 6 blocks"
+    said = refusal(fits.refuse, config.resolve("coreprune"), model)
+    assert said == "coreprune: layer must be in 1 ... 3 for this model, got 8: its language model has 4 layers"
     fits.refuse(config.resolve("fastv", {"layer": 99}), {"num_hidden_layers": True})
 
 

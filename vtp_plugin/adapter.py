@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -25,6 +25,7 @@ class Adapter(Family, ABC):
     layout: Layout = WHOLE  # how the tokens of its tower lie, and where they are cut
     touches: ClassVar[Sequence[TouchPoint]] = ()  # where the family touches its host, from the model
     names: ClassVar[tuple[str, ...]] = ()  # of the model classes
+    refused: ClassVar[str] = ""  # why none of its models can be pruned, at no stage
     facts: ClassVar[Mapping[str, Any]] = {}  # paths in the configuration -> the value, or the type, that is known here
 
     @classmethod
@@ -49,16 +50,20 @@ class Adapter(Family, ABC):
         """Wrap the model's entry points, on the instance, so that every call becomes a `Call` of `pruned`."""
 
 
-def find_adapter(
-    model: nn.Module, processor: Any, adapters: Sequence[type[Adapter]], describe: Callable[[], str]
-) -> Adapter:
-    """The adapter of the model; the last registered is asked first. HostChanged if the host is not what it knows."""
+def find_adapter(model: nn.Module, processor: Any, adapters: Sequence[type[Adapter]]) -> Adapter:
+    """The adapter of the model; the last registered is asked first. HostChanged if the host is not what it knows.
+
+    PruningError for a model of no family, or of one that is refused.
+    """
     for cls in reversed(adapters):
         if cls.matches(model):
+            if cls.refused:
+                raise PruningError(f"{cls.models} cannot be pruned: {cls.refused}")
             check(cls.touches, model)
             return cls(model, processor)
     name = type(model).__name__
-    for cls in reversed(adapters):
-        if name in cls.names and (difference := cls.unlike(model)):
-            raise PruningError(f"this {name} is nearly what {cls.models} is known as, but {difference}")
-    raise PruningError(f"no adapter knows the model {name}. Supported: {describe()}")
+    known = [cls for cls in reversed(adapters) if name in cls.names]
+    if differences := [f"{cls.models} is known as, but {why}" for cls in known if (why := cls.unlike(model))]:
+        raise PruningError(f"this {name} is nearly what {'; and nearly what '.join(differences)}")
+    supported = ", ".join(cls.models for cls in adapters if not cls.refused)
+    raise PruningError(f"no adapter knows the model {name}. Supported: {supported}")

@@ -30,11 +30,11 @@ def refuse(strategies: Sequence[PruningStrategy], config: Mapping[str, Any]) -> 
     for strategy in strategies:
         if strategy.stage is Stage.LLM and decoder:
             for layer in strategy.cut_layers(decoder):
-                if not 1 <= layer < decoder:
-                    raise strategy.error(f"layer must be in 1 ... {decoder - 1} for this model, got {layer}")
-        layer = strategy.tower_layer
-        if layer is not None and tower and not -tower <= layer < tower:
-            raise strategy.error(f"layer must be in {-tower} ... {tower - 1} for this model, got {layer}")
+                why = f"its language model has {decoder} layers"
+                strategy.check_layer(strategy.cut_field, layer, 1, decoder - 1, why)
+        for name, layer in (("layer", strategy.tower_layer), ("shallow", strategy.shallow_layer)):
+            if layer is not None and tower:
+                strategy.check_layer(name, layer, -tower, tower - 1, f"its vision tower has {tower} blocks")
 
 
 def _depth(config: Mapping[str, Any], parts: Sequence[str]) -> int | None:

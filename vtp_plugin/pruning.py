@@ -50,8 +50,7 @@ def prune(
     if vars(model).get(MARK) is not None:
         names = "+".join(s.name for s in vars(model)[MARK].strategies) or "none"
         raise PruningError(f"the model is already pruned by {names}: detach it first, or name several strategies")
-    families = plugins.adapters()
-    adapter = find_adapter(model, processor, families, lambda: ", ".join(cls.models for cls in families))
+    adapter = find_adapter(model, processor, plugins.adapters())
     return Pruned(model, adapter, chosen, measure=measure)
 
 

@@ -27,7 +27,8 @@ from vtp_plugin.hosts.transformers import contract as transformers
 
 
 def points_of(family: str) -> tuple[TouchPoint, ...]:
-    return transformers.FAMILIES["idefics3" if family == "smolvlm" else family]
+    name = "idefics3" if family == "smolvlm" else family
+    return next(tuple(cls.touches) for cls in plugins.adapters() if cls.family == name)
 
 
 BUILDERS: dict[str, Callable[[], Any]] = {
@@ -84,7 +85,7 @@ def test_touch_points_with_the_authors_package_hold():
 def test_every_family_of_the_package_has_touch_points():
     for cls in plugins.adapters():
         if cls.__module__.startswith("vtp_plugin."):
-            assert cls.touches, cls
+            assert cls.touches or cls.refused, cls
 
 
 # -- when they move ---------------------------------------------------------------------------------------------------

@@ -52,6 +52,11 @@ class Gemma3(RowsAdapter):
         square = maps.unflatten(1, self.tower.grid).permute(0, 3, 1, 2)
         return list(self.projector.avg_pool(square).flatten(2).transpose(1, 2))
 
+    def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        side, pool = self.projector.tokens_per_side, self.projector.kernel_size
+        squares = entering.unflatten(1, (side, pool, side, pool)).transpose(2, 3)  # [T, side, side, pool, pool, C]
+        return list(squares.flatten(3).flatten(1, 2))
+
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         return list(output.pooler_output)
 

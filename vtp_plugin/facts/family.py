@@ -38,8 +38,10 @@ class Family:
     decoder_layers: Sequence[nn.Module]
     default_positions: str = "compact"  # of a shortened prompt, where neither the user nor the method says
     fixed_positions: str = ""  # why the prompt has no positions to choose from
+    first_position: int = 0  # of the first token of a prompt
     every_logit: bool = False  # whether its prefill computes the logits of all columns, not only of the last
     first_cut: int = 1  # the first decoder layer that may see fewer tokens than the one before
+    cannot_cut: str = ""  # what is in the way in front of it, where it is not 1
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         self.model, self.processor = model, processor
@@ -50,6 +52,17 @@ class Family:
             f"{self.family} has no CLIP text encoder that matches its vision tower: text_encoder=llm compares with the "
             f"language model's embeddings of the question instead"
         )
+
+    def turns(self, attention: nn.Module) -> bool:
+        """Whether a decoder layer's attention rotates queries and keys by their positions."""
+        return True
+
+    def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """What goes into a projector that merges patches, unit by unit: per image [n, m D], m patches side by side.
+
+        `entering`: as the projector gets it, towers of one sequence in raster order. PruningError: nothing is merged.
+        """
+        raise PruningError(f"a token of {self.models} is one patch")
 
     # -- what FLOPs are counted from ------------------------------------------------------------------------------
 
