@@ -20,6 +20,7 @@ from vtp_plugin.metrics import counting, latency
 from vtp_plugin.metrics.totals import Totals
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.surgery import asking
 from vtp_plugin.surgery.call import Call, PruningEvent
 from vtp_plugin.surgery.copies import make_copyable
 from vtp_plugin.surgery.decoder import DecoderCuts
@@ -96,6 +97,7 @@ class Pruned(OneAtATime):
         if self.positions.prompt == "original" and self.adapter.language_model is not None:
             OriginalPositions(self).install(self._undo)
         self.adapter.install(self, self._undo)
+        asking.guard(self, self._undo)
         if vision.pixels is not None:
             self._watch_processor(vision)
         if measure:
