@@ -16,3 +16,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def anyres(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
+    """The authors' LLaVA-1.6."""
+    pytest.importorskip("llava.model.language_model.llava_llama")
+    from family_runs import anyres_model
+
+    return anyres_model(str(tmp_path_factory.mktemp("clip")))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paths import ROOT
 from pretend import Counts
 from pretend_hosts import LAYOUTS, Host, host
 
@@ -27,7 +28,7 @@ FIELDS = {  # what tiny models can spend
     "prumerge_plus": {"keep_ratio": 0.4},
 }
 NEW = 4
-DEFAULT = Path(__file__).parents[1] / "docs" / "results" / "syncs.json"
+DEFAULT = ROOT / "docs" / "results" / "syncs.json"
 
 
 def measured(one: Host, strategy: PruningStrategy | None, layout: str) -> tuple[dict[str, Any], Counts]:

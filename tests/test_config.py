@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 
 from vtp_plugin import PruningStrategy, get_strategy, list_strategies
 from vtp_plugin.config import build, describe, fingerprint, parse_pairs, resolve
 from vtp_plugin.errors import PruningError
 
-SETTINGS = Path(__file__).parents[1] / "plugin_configs" / "strategies"
+SETTINGS = ROOT / "plugin_configs" / "strategies"
 
 
 def refusal(spec: Any, args: dict[str, Any] | None = None) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_cli import vtp
+from commands import vtp
+from paths import ROOT
 from typer.main import get_command
 
 from vtp_plugin import config
@@ -19,7 +20,6 @@ from vtp_plugin.cli import app
 from vtp_plugin.config import parse_pairs
 from vtp_plugin.reporting import readme
 
-ROOT = Path(__file__).parents[1]
 TOP = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
 PAGES = sorted([*(ROOT / name for name in TOP), *(ROOT / "docs").rglob("*.md")])
 NAMED = [str(page.relative_to(ROOT)) for page in PAGES]

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import slow
 import torch
+from paths import ROOT, TESTS
 
 from vtp_plugin import plugins, prune
 from vtp_plugin.conformance import conforms
 
-EXAMPLE = Path(__file__).parent.parent / "docs" / "example-plugin"
+EXAMPLE = ROOT / "docs" / "example-plugin"
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def python(site: Path, code: str, *args: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that has the package installed and is not near its source."""
-    path = os.pathsep.join([str(site), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(site), str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", code, *args],
         capture_output=True,
@@ -134,7 +135,7 @@ def test_installed_it_is_listed_and_checked(site: Path):
 PROMISES = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import test_promises as shared
+import promises as shared
 from models import N, prompts, tiny
 
 import torch
@@ -170,7 +171,7 @@ print("kept")
 
 @pytest.mark.slow
 def test_installed_it_keeps_the_shared_promises(site: Path):
-    done = python(site, PROMISES, str(Path(__file__).parent))
+    done = python(site, PROMISES, str(TESTS))
     assert done.stdout.strip().endswith("kept"), done.stderr
 
 
