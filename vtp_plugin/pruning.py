@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtp_plugin import plugins, signals
+from vtp_plugin import fits, plugins, signals
 from vtp_plugin.adapter import Adapter, find_adapter
 from vtp_plugin.clock import clock
 from vtp_plugin.config import NONE, Spec, describe, resolve
@@ -86,6 +86,7 @@ class Pruned(OneAtATime):
             if reason := self._unfit(strategy, vision):
                 possible = [name for name, cls in plugins.strategies().items() if self._fits(cls(), vision)]
                 raise strategy.error(f"{reason}; possible here: {', '.join(possible)}")
+        fits.refuse_budgets(self.strategies, self.adapter.image_tokens)
         self.positions = Choice.of(self.strategies, self.adapter)
         decoder = DecoderCuts(self, self.adapter.decoder_layers, [s for s in self.strategies if s.stage is Stage.LLM])
         vision.prepare()

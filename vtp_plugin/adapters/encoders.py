@@ -35,6 +35,7 @@ ENCODER = {
 class Encoder(Adapter):
     """A vision transformer that is called with pixel values."""
 
+    uniform = True
     stages = ENCODER
     fixed_positions = "an encoder has no prompt"
     language_model = None
