@@ -5,7 +5,7 @@ Nothing in here knows a family. Which tokens of the tower a decision means is se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,13 +47,20 @@ class Repeat(Probe):
 class Reference:
     """What one sample must give."""
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Tensor], totals: list[int], kept: Kept) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        totals: list[int],
+        kept: Kept,
+        later: Mapping[str, int] | None = None,
+    ) -> None:
         self.model, self.inputs, self.kept, self.ids = model, inputs, kept, inputs["input_ids"][0]
         self.case = Case(model, [inputs], processor=Processor())
         self.parts, self.where = parts_of(self.case), placeholders(self.case, inputs)
         assert [len(columns) for columns in self.where] == totals
         family = kept.positions or self.case.adapter.default_positions
-        self.dropped = Dropped(positions="original" if kept.late else family, layer=kept.layer)
+        self.dropped = Dropped(positions="original" if kept.late else family, layer=kept.layer, later=later or {})
         self.dropped.late_positions = kept.positions or "original"
         if kept.units is not None:
             self.dropped.tower = self._dead(kept.units)

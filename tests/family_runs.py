@@ -115,7 +115,7 @@ def check_reference(model: Any, family: Family, prompts: Any, stage: str, strate
     assert torch.equal(output.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
     for row, (prompt, kept) in enumerate(zip(prompts, decisions, strict=True)):
         alone = batched(family, (prompt,))
-        reference = Reference(model, alone, prompt.totals, kept)
+        reference = Reference(model, alone, prompt.totals, kept, family.later)
         check_lengths(output.past_key_values, reference, kept, len(prompts) == 1)
         answer = output.sequences[row, inputs["input_ids"].shape[1] :].tolist()
         expected = reference.logits(answer)

@@ -30,7 +30,7 @@ CHECKED = ("llava_next", "qwen2_5_vl", "gemma3", "idefics3")  # one of every lay
 def case_of(family: families.Family) -> Case:
     samples = [family.sample(0, 2), family.sample(1, 1)]
     batch, singles = family.batch(samples), [family.batch([sample]) for sample in samples]
-    return Case(family.build("sdpa"), singles, batch, families.Processor(), layer=family.late)
+    return Case(family.build("sdpa"), singles, batch, families.Processor(), layer=family.late, later=family.later)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS] if FULL else CHECKED)

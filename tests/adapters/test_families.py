@@ -176,7 +176,7 @@ def test_beams_under_none_score_as_the_host_does(name: str) -> None:
             "input_ids": None,
             "attention_mask": 1,
             "mm_token_type_ids": 0,
-            "token_type_ids": 0,
+            "token_type_ids": int(name == "paligemma"),  # where 0 is the prompt
         }.items():
             if key in inputs:
                 more = answer[None] if padding is None else torch.full_like(answer[None], padding)
@@ -207,7 +207,7 @@ def test_missing_stage_says_why(name: str) -> None:
         vtp.prune(model_of(name, "sdpa"), "l2", processor=Processor())
 
 
-@pytest.mark.parametrize("name", [n for n in FAMILIES if n != "llava_next"])
+@pytest.mark.parametrize("name", [n for n in FAMILIES if not n.startswith("llava_next")])
 def test_text_similarity_is_refused_without_a_text_tower(name: str) -> None:
     with pytest.raises(PruningError, match="has no CLIP text encoder that matches its vision tower"):
         vtp.prune(model_of(name, "sdpa"), "atp", processor=Processor())
@@ -413,7 +413,8 @@ def test_modes_that_do_not_fit_decoder_cuts(arguments: dict[str, Any]) -> None:
 
 
 def test_deepstack_layers_cannot_be_cut() -> None:
-    with pytest.raises(PruningError, match=r"fastv: layer must be in 3 \.\.\. 11 for this model, got 2"):
+    said = r"^fastv: layer must be in 3 \.\.\. 11 for this model, got 2: its first 3 decoder layers .* \(deepstack\)$"
+    with pytest.raises(PruningError, match=said):
         vtp.prune(model_of("qwen3_vl", "sdpa"), "fastv", layer=2)
 
 
@@ -446,6 +447,68 @@ def test_the_attention_of_a_sliding_layer_ends_at_its_window() -> None:
         row = model(**inputs, output_attentions=True).attentions[3][0, :, -1].mean(0)
     assert (row[image] == 0).any()
     torch.testing.assert_close(torch.cat(seen), row[image], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [2, 3, 4, 5])
+def test_the_last_row_of_a_layer_that_rotates_nothing(layer: int) -> None:
+    """Aya Vision: behind layer 3 (full attention, no rotation) and behind layers that slide, the host's own row."""
+    family, model, seen = FAMILIES["aya_vision"], model_of("aya_vision", "eager"), []
+    inputs = batched(family, (family.sample(0, 2),))
+    image = (inputs["input_ids"][0] == families.IMAGE).nonzero().flatten()
+    strategy = vtp.get_strategy("fastv")(layer=layer, keep_ratio=0.5)
+    strategy.score = lambda visual: seen.append(visual.last_query_attention[0]) or visual.last_query_attention
+    with torch.no_grad(), vtp.prune(model, strategy):
+        model(**inputs)
+    with torch.no_grad():
+        row = model(**inputs, output_attentions=True).attentions[layer - 1][0, :, -1].mean(0)
+    torch.testing.assert_close(torch.cat(seen), row[image], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_prefix_attends_both_ways(attention: str) -> None:
+    """PaliGemma: what text sees behind it changes its first column's logits; the next layer's row is the host's."""
+    family, model, seen = FAMILIES["paligemma"], model_of("paligemma", attention), []
+    inputs = batched(family, (family.sample(0, 1),))
+    with torch.no_grad():
+        changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
+        changed["input_ids"][0, -1] = 7
+        assert not torch.equal(model(**inputs).logits[0, 0], model(**changed).logits[0, 0])
+        maps = model_of("paligemma", "eager")(**inputs, output_attentions=True).attentions[1][0]
+    image = (inputs["input_ids"][0] == families.IMAGE).nonzero().flatten()
+    strategy = vtp.get_strategy("fitprune")(start=2, keep_ratio=0.9)
+    strategy.cut_layers = lambda depth: (2,)
+    strategy.score = lambda visual: seen.append(visual) or visual.self_attention
+    with torch.no_grad(), vtp.prune(model, strategy):
+        model(**inputs)
+    own = maps[:, image][:, :, image].amax(0)
+    torch.testing.assert_close(seen[0].self_attention[0], own.mean(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("layer", [2, 6])
+def test_signals_see_what_the_tokens_of_an_image_see(layer: int, attention: str) -> None:
+    """Both ways inside an image of Gemma 3, behind a sliding layer and behind a full one: the host's own maps."""
+    family, seen = FAMILIES["gemma3"], []
+    model = model_of("gemma3", attention)
+    inputs = batched(family, (family.sample(0, 2), family.sample(1, 1)))
+    strategy = vtp.get_strategy("fitprune")(start=layer, keep_ratio=0.9)
+    strategy.cut_layers = lambda depth: (layer,)
+    strategy.score = lambda visual: seen.append(visual) or visual.self_attention
+    with torch.no_grad(), vtp.prune(model, strategy):
+        model(**inputs)
+    with torch.no_grad():
+        maps = model_of("gemma3", "eager")(**inputs, output_attentions=True).attentions[layer - 1]
+    images = [(0, columns) for columns in _images(inputs["input_ids"][0])]
+    images += [(1, columns) for columns in _images(inputs["input_ids"][1])]
+    for (row, image), visual in zip(images, seen, strict=True):
+        own = maps[row][:, image][:, :, image].amax(0)
+        assert own.triu(1).any()  # a token sees what comes behind it
+        torch.testing.assert_close(visual.self_attention[0], own.mean(0), rtol=1e-4, atol=1e-6)
+
+
+def _images(ids: Tensor) -> tuple[Tensor, ...]:
+    """The columns of every image of a prompt [L], whose images are equally long."""
+    return (ids == families.IMAGE).nonzero().flatten().split(16)
 
 
 @pytest.mark.parametrize("name", families.VARIANTS)

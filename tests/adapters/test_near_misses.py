@@ -42,14 +42,15 @@ def test_a_fact_that_differs_is_named(family: str, path: str):
 
 
 def test_a_llava_with_another_tower():
-    """LLaVA with SigLIP, or Pixtral: transformers loads both into the class of LLaVA-1.5."""
-    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+    """LLaVA with Pixtral: transformers loads it into the class of LLaVA-1.5. Every LLaVA says what differs."""
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
-    vision = SiglipVisionConfig(**families.VISION, patch_size=4, image_size=16, vision_use_head=False)
+    vision = PixtralVisionConfig(**families.VISION, patch_size=4, image_size=16)
     config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**families.TEXT), vision_feature_layer=-1)
     with pytest.raises(PruningError) as error:
         vtp.prune(LlavaForConditionalGeneration(config), "fastervlm")
-    assert "vision_config.model_type='siglip_vision_model', only 'clip_vision_model' is" in str(error.value)
+    for tower in ("clip_vision_model", "siglip_vision_model"):
+        assert f"vision_config.model_type='pixtral', only '{tower}' is" in str(error.value)
 
 
 @pytest.mark.parametrize(

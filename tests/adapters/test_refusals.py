@@ -131,6 +131,31 @@ def test_an_attachment_that_fails_at_its_last_step(name: str, model: nn.Module, 
         vtp.prune(model, chosen, processor=processor, measure=True, **late(name, chosen))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [
+        (
+            "MllamaForConditionalGeneration",
+            "Llama 3.2 Vision cannot be pruned: its language model reads",
+        ),
+        ("FuyuForCausalLM", "Fuyu cannot be pruned: it has no vision tower"),
+        ("ChameleonForConditionalGeneration", "Chameleon cannot be pruned: a picture is words of its vocabulary"),
+        ("Florence2ForConditionalGeneration", "Florence-2 cannot be pruned: it is an encoder-decoder"),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["none", "stride", "fastv"])
+def test_families_that_cannot_be_pruned(architecture: str, said: str, strategy: str) -> None:
+    """Of transformers' own class, which is never called."""
+    import transformers
+
+    assert hasattr(transformers, architecture)
+    model = type(architecture, (nn.Module,), {})()
+    with pytest.raises(PruningError, match=f"^{re.escape(said)}") as error:
+        vtp.prune(model, strategy)
+    one_sentence(str(error.value))
+    assert not hasattr(model, "_vtp_pruned")
+
+
 # -- in a call --------------------------------------------------------------------------------------------------------
 
 
@@ -223,4 +248,5 @@ def refusal(model: nn.Module, strategy: str) -> str:
 
 
 def test_the_matrix_has_every_family() -> None:
-    assert {row[0] for row in families().rows} == {ADAPTER.get(name, name) for name in EVERY}
+    refused = {cls.family for cls in plugins.adapters() if cls.refused}
+    assert {row[0] for row in families().rows} == {ADAPTER.get(name, name) for name in EVERY} | refused

@@ -72,6 +72,13 @@ def test_flops_agree_with_torchs_counter(name: str, stage: str) -> None:
     check(model_of(name), single(family), stage)
 
 
+@pytest.mark.parametrize("stage", ["none", "vit"])
+@pytest.mark.parametrize("name", families.VARIANTS)
+def test_flops_of_structures_that_others_publish(name: str, stage: str) -> None:
+    family = families.VARIANTS[name]
+    check(family.build("sdpa"), single(family), stage)
+
+
 def single(family: families.Family) -> dict[str, Any]:
     """One prompt with one image, on a canvas of its own size."""
     inputs = family.batch([family.sample(0, 1)])

@@ -28,7 +28,9 @@ class Qwen3VL(QwenVL):
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
-        self.first_cut = max(1, len(self.core.visual.deepstack_visual_indexes))
+        depths = len(self.core.visual.deepstack_visual_indexes)
+        self.first_cut = max(1, depths)
+        self.cannot_cut = f"its first {depths} decoder layers still add features of the vision tower (deepstack)"
 
     @property
     def projectors(self) -> Sequence[nn.Module]:

@@ -53,10 +53,12 @@ def begin(passing: TowerPass, grid: Tensor, unit: int) -> None:
 
 
 def back_to_raster(passing: TowerPass, order: Tensor, unit: int) -> None:
-    """The signals that were read in the tower's own order of units [U], patch by patch in raster order."""
+    """What was read in the tower's own order of units [U], and went into the merger, patch by patch in raster order."""
     for read in (passing.maps, passing.outputs):
         for key, signal in read.items():
             read[key] = put(passing, signal.unflatten(0, (-1, unit)), order).flatten(0, 1)
+    if passing.features is not None:
+        passing.features = put(passing, passing.features.unflatten(0, (-1, unit)), order).flatten(0, 1)
 
 
 def put(passing: TowerPass, rows: Tensor, where: Tensor) -> Tensor:

@@ -83,8 +83,26 @@ class Costs:
 
 
 def matrices(module: nn.Module) -> int:
-    """Elements of all matrices and kernels of a module, without embedding tables: its MACs per token."""
-    return sum(_own_matrices(part) for part in module.modules())
+    """Elements of all matrices and kernels of a module, without embedding tables: its MACs per token.
+
+    Of experts, which a router chooses for every token, as many as it chooses.
+    """
+    idle = {part for block in module.modules() for part in _experts(block)}
+    active = sum(_own_matrices(part) for part in module.modules() if part not in idle)
+    routed = sum(_routed(block) for block in module.modules() if _experts(block))
+    return active + routed
+
+
+def _experts(block: nn.Module) -> list[nn.Module]:
+    """The expert MLPs of a block that has a router, `gate`, and the modules in them."""
+    routed = hasattr(block, "experts") and hasattr(block, "gate")
+    return list(block.experts.modules()) if routed else []
+
+
+def _routed(block: nn.Module) -> int:
+    """MACs per token of the experts that a token passes."""
+    total, every = sum(map(_own_matrices, _experts(block))), block.experts.num_experts
+    return total * block.gate.top_k // every
 
 
 def _own_matrices(module: nn.Module) -> int:

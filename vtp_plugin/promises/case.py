@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Case:
     batch: Mapping[str, Any] | None = None
     processor: Any = None  # with an image processor's mean and standard deviation; the pixels stage needs it
     layer: int | None = None
+    later: Mapping[str, int] = field(default_factory=dict)  # of a new token, in arguments with a value per column
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):

@@ -188,7 +188,7 @@ def _equals(case: Case, stage: Stage, number: int, positions: str | None) -> Non
         found = generate(case, inputs, probe)
     answer = found.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     said = positions or "original"
-    dropped = Dropped(**{"late_positions" if stage is Stage.LLM else "positions": said})
+    dropped = Dropped(later=case.later, **{"late_positions" if stage is Stage.LLM else "positions": said})
     if stage in (Stage.PIXELS, Stage.VIT):
         with entering(case) as whole:
             generate(case, inputs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from vtp_plugin.hosts.transformers import kernels
 
 KERNEL = "vtp_reference"
-FILLED = {"attention_mask": 1}  # of the new tokens, in whatever has a value per column; everything else has 0 there
 
 
 class _Stop(Exception):
@@ -48,12 +47,13 @@ class Dropped:
     positions: str = "original"
     late_positions: str = "original"  # of what those layers still see
     merged: tuple[Tensor, Tensor] | None = None  # columns that got the values of other columns, and these
+    later: Mapping[str, int] = field(default_factory=dict)  # of a new token, in arguments with a value per column
 
 
 def logits(model: nn.Module, parts: Parts, inputs: Mapping[str, Any], dropped: Dropped, new: list[int]) -> Tensor:
     """The logits behind the prompt and every new token but the last, [len(new), V], of the model without pruning."""
     with torch.no_grad():
-        whole = _continued(inputs, new[:-1])
+        whole = _continued(inputs, new[:-1], {"attention_mask": 1, **dropped.later})
         told = _assembled(model, parts, whole, dropped)
         length, kept = whole["input_ids"].shape[1], _left(told, dropped)
         hidden = torch.zeros(length, dtype=torch.bool)
@@ -83,14 +83,14 @@ def _left(told: Mapping[str, Any], dropped: Dropped) -> Tensor:
     return there.nonzero().flatten()
 
 
-def _continued(inputs: Mapping[str, Any], new: list[int]) -> dict[str, Any]:
-    """The arguments of one pass over the prompt and the new tokens."""
+def _continued(inputs: Mapping[str, Any], new: list[int], later: Mapping[str, int]) -> dict[str, Any]:
+    """The arguments of one pass over the prompt and the new tokens; what has a value per column is 0 for these."""
     ids = inputs["input_ids"]
     more = torch.tensor([new], dtype=torch.long)
     whole = dict(inputs)
     for name, value in inputs.items():
         if _by_column(value, ids.shape[1]):
-            fill = more if name == "input_ids" else torch.full_like(more, FILLED.get(name, 0))
+            fill = more if name == "input_ids" else torch.full_like(more, later.get(name, 0))
             whole[name] = torch.cat([value, fill.to(value)], 1)
     return whole
 

@@ -48,6 +48,13 @@ def without_embeddings(family: Family, strategy: Asking) -> str:
     return f"it compares patches with the question's input embeddings, but {reason}" if reason else ""
 
 
+def without_merger(family: Family, strategy: Asking) -> str:
+    """Why nothing is merged into tokens."""
+    if type(family).units is not Family.units:
+        return ""
+    return f"judge=before is for models that merge patches, a token of {family.models} is one patch"
+
+
 def without_alignment(family: Family, strategy: Asking) -> str:
     """Why a patch has no place where questions are."""
     return without_rows(family, strategy) if strategy.text_encoder == "llm" else without_text_tower(family, strategy)
@@ -214,6 +221,16 @@ def words(at: RowsView) -> Tensor:
 )
 def projected(at: RowsView) -> Tensor:
     return at.projected
+
+
+@signal(
+    "units",
+    Stage.PROJECTOR,
+    "[B, N, m D]: what goes into the merger for every token, its m patches side by side",
+    refuse=without_merger,
+)
+def units(at: RowsView) -> Tensor:
+    return at.units
 
 
 @signal(

@@ -22,18 +22,17 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vtp_plugin.stages import Stage
-from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.strategy import ComparingStrategy
 from vtp_plugin.tokens import Selection, VisualTokens, top_k
 
 
 @dataclass(kw_only=True)
-class VScan(PruningStrategy):
+class VScan(ComparingStrategy):
     """Keep what windows and what the whole picture attend to; the others are averaged into the most similar ones."""
 
     name = "vscan"
     stage = Stage.PROJECTOR
     paper = "VScan: Rethinking Visual Token Reduction for Efficient LVLMs, https://arxiv.org/abs/2505.22654"
-    needs = ("projected", "cls_attention", "shallow_attention")
     merges = True
     default_keep_ratio = 96 / 576
 
@@ -47,6 +46,10 @@ class VScan(PruningStrategy):
         self.check_choice("merge", (True, False))
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        return (*self.reads("projected"), "cls_attention", "shallow_attention")
+
+    @property
     def shallow_layer(self) -> int:
         return self.shallow
 
@@ -57,7 +60,7 @@ class VScan(PruningStrategy):
         keep = local | top_k(rest, k - k // 2)
         if not self.merge:
             return Selection(keep, scores=visual.cls_attention)
-        images = zip(visual.tokens, visual.projected, keep, strict=True)
+        images = zip(visual.tokens, self.judged(visual, visual.projected), keep, strict=True)
         rows, into = zip(*(_averaged(*image) for image in images), strict=True)
         return Selection(keep, tokens=tuple(rows), scores=visual.cls_attention, into=tuple(into))
 

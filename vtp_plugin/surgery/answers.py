@@ -84,7 +84,10 @@ def put_back(output: Any, call: Call, left: Columns, queries: int) -> None:
     whole = queries == left.short
     states = getattr(output, "hidden_states", None)
     if states is not None and whole:
-        output.hidden_states = tuple(_at(seen(call, left, n - 1), left, state) for n, state in enumerate(states))
+        output.hidden_states = tuple(
+            None if state is None else _at(seen(call, left, number - 1), left, state)  # None: not asked for
+            for number, state in enumerate(states)
+        )
     maps = getattr(output, "attentions", None)
     if maps is None:
         return

@@ -48,7 +48,7 @@ def equalised(
 
     Every merged column is among those that are kept.
     """
-    longest = max(counts)
+    longest = before.columns.shape[1] if tuple(counts) == before.counts else max(counts)  # nothing dropped: as it was
     spare = torch.where(keep, 2, (~before.valid).int())  # kept first, then padding, then dropped columns
     chosen = spare.sort(dim=1, descending=True, stable=True).indices[:, :longest].sort(dim=1).values
     columns = before.columns.gather(1, chosen)

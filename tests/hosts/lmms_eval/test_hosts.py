@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 FIRST, LAST = 6, 3  # tokens that are left of an image behind the tower, and between the decoder layers
 CUT = 3  # the decoder layer that sees fewer
-DEPTH = {"gemma3": 8, "qwen3_vl": 12}  # decoder layers, where they are not four
+DEPTH = {"gemma3": 8, "qwen3_vl": 12, "qwen3_vl-A3B": 12}  # decoder layers, where they are not four
 LATE = {
     "pruning": "atp+fastv",
     "pruning_args": {"atp.alpha": 0, "atp.keep_tokens": FIRST, "fastv.layer": CUT, "fastv.keep_tokens": LAST},

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vtp_plugin import contract, plugins
+from vtp_plugin import contract, fits, plugins
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.hosts import compatibility, llava
 from vtp_plugin.hosts.lmms_eval import settings
@@ -35,6 +35,7 @@ def build(host: type, arguments: Mapping[str, Any]) -> Any:
     if strategies is not None:
         compatibility.refuse_broken(model_id)
         contract.check((*MODELS, *EVALUATION))
+        fits.refuse_checkpoint(strategies, _checkpoint(host, model_id, rest))
     if model_id in VLLM:
         return _served(host, strategies, arguments, rest)
     tiny = rest.get("pretrained") == checkpoint.NAME
@@ -46,6 +47,17 @@ def build(host: type, arguments: Mapping[str, Any]) -> Any:
         lm = host(**_with_device(host, model_id, rest))
         _prune(lm, model_id, strategies, arguments)
     return lm
+
+
+def _checkpoint(host: type, model_id: str, arguments: Mapping[str, Any]) -> str:
+    """The name or folder of the weights, as given or as the class has it by default; "" where it has none."""
+    for name in ("pretrained", "model"):
+        parameter = inspect.signature(host.__init__).parameters.get(name)
+        if parameter is not None or name in arguments:
+            said = arguments.get(name, getattr(parameter, "default", ""))
+            tiny = said == checkpoint.NAME
+            return str(checkpoint.resolve(layout=TINY_LAYOUTS.get(model_id, "hf")) if tiny else said or "")
+    return ""
 
 
 def _served(
