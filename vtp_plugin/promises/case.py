@@ -46,8 +46,7 @@ class Case:
     @cached_property
     def adapter(self) -> Adapter:
         """The facts of the family. PruningError if no registered family knows the model."""
-        families = plugins.adapters()
-        return find_adapter(self.model, self.processor, families, lambda: ", ".join(cls.models for cls in families))
+        return find_adapter(self.model, self.processor, plugins.adapters())
 
 
 def load(name: str) -> Case:
