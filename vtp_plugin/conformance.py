@@ -17,7 +17,7 @@ import torch
 from vtp_plugin import signals
 from vtp_plugin.errors import PruningError
 from vtp_plugin.outcomes import Broken, Outcome, outcomes
-from vtp_plugin.samples import REAL, cuts_of, left, row_of, run, same, sample, selection_of
+from vtp_plugin.samples import REAL, cuts_of, row_of, run, same, sample, selection_of, survivors
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import BUDGET, PruningStrategy
 from vtp_plugin.tokens import Selection
@@ -166,7 +166,7 @@ def _permutation(cls: type[PruningStrategy]) -> str:
     """says whether the order of the tokens matters"""
     strategy = _make(cls, 9)
     seen, order = sample(strategy, 36, b=1), torch.randperm(36, generator=torch.Generator().manual_seed(3))
-    moved = left(strategy, seen, Selection(torch.ones(1, 36, dtype=torch.bool), source=(order,)))
+    moved = survivors(strategy, seen, Selection(torch.ones(1, 36, dtype=torch.bool), source=(order,)))
     if strategy.ranks() and "fingerprint" not in strategy.needs:
         if not torch.allclose(strategy.score(moved), strategy.score(seen)[:, order]):
             raise Broken("a score must follow its token, but other tokens get it when they move")

@@ -69,7 +69,7 @@ class Pruned(OneAtATime):
         self.failure: BaseException | None = None  # the first exception inside a call, even if the host swallowed it
         self._processed = 0.0  # seconds of image processing since the last call
         self._called, self._measured = False, measure
-        self.looking = False  # keep every decision until the call has ended
+        self.keep_decisions = False  # until the call has ended, for who observes
         self._undo = Undo()
         try:
             self._attach(measure)
@@ -165,7 +165,7 @@ class Pruned(OneAtATime):
     @contextmanager
     def calling(self) -> Iterator[Call]:
         """One call of the host model; proves at its end that every strategy has cut."""
-        call = Call(warmup=not self._called, decisions=[] if self.looking else None, measured=self._measured)
+        call = Call(warmup=not self._called, decisions=[] if self.keep_decisions else None, measured=self._measured)
         self._called = True
         call.spend("image_processing", self._processed)
         self._processed, call.started = 0.0, clock(self.device, waiting=call.measured)
