@@ -15,7 +15,7 @@ import torch
 from vtp_plugin import contract, fits, plugins
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.hosts import compatibility, llava
-from vtp_plugin.hosts.lmms_eval import settings
+from vtp_plugin.hosts.lmms_eval import generic, settings
 from vtp_plugin.hosts.lmms_eval.contract import EVALUATION, MODELS
 from vtp_plugin.hosts.lmms_eval.evaluation import Run
 from vtp_plugin.hosts.transformers.quiet import without_report
@@ -44,7 +44,9 @@ def build(host: type, arguments: Mapping[str, Any]) -> Any:
     if tiny:
         rest["pretrained"] = str(_tiny(model_id))
     with without_report() if tiny else nullcontext():
-        lm = host(**_with_device(host, model_id, rest))
+        with generic.building(host, model_id):
+            lm = host(**_with_device(host, model_id, rest))
+        generic.make_ready(lm, model_id)
         _prune(lm, model_id, strategies, arguments)
     return lm
 
