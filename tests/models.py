@@ -21,6 +21,7 @@ from transformers import LlavaConfig as HfConfig
 from transformers import LlavaForConditionalGeneration as HfLlava
 
 from vtp_plugin.hosts.llava import frozen
+from vtp_plugin.hosts.transformers import shapes
 from vtp_plugin.surgery.undo import Undo
 
 SIDE, PATCH, GRID = 48, 8, 6
@@ -240,6 +241,13 @@ FAMILIES: dict[str, Callable[[str], Tiny]] = {"llava_hf": build_hf, "llava": bui
 def tiny(family: str, attention: str = "sdpa") -> Tiny:
     """One model per family and attention; every test leaves it as it was."""
     return FAMILIES[family](attention)
+
+
+@cache
+def built(name: str) -> nn.Module:
+    """A shape of the bench, once."""
+    torch.manual_seed(0)
+    return shapes.shape_of(name).build(None, torch.device("cpu"), torch.float32, "sdpa")
 
 
 # -- prompts ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import families
 import models
 import torch
 from pretend import Counts, Device
-from test_text_encoder import Speaking
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -39,7 +38,7 @@ class Host:
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name, self.dtype = name, dtype
         self.tiny = models.FAMILIES[name]("sdpa") if name in models.FAMILIES else None
-        self.processor = self.tiny.processor if self.tiny else Speaking()
+        self.processor = self.tiny.processor if self.tiny else families.Processor()
         self.model, other = self._build(), self._build()
         self.model.requires_grad_(False)  # as on the device: torch picks matrix products by it
         with Device() as self.device:

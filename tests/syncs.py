@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from families import Processor
+from paths import ROOT
 from pretend import Counts, Device
 from pretend_hosts import LAYOUTS, STAGES, Host, host
-from test_text_encoder import Speaking
 
 import vtp_plugin as vtp
 from vtp_plugin import PruningStrategy, Stage, plugins
@@ -34,7 +35,7 @@ FIELDS = {  # what tiny models can spend
 }
 NEW = 4
 HOSTS_OWN = "transformers.masking_utils"  # asks about padding where a prompt is shorter than a window, pruned or not
-DEFAULT = Path(__file__).parents[1] / "docs" / "results" / "syncs.json"
+DEFAULT = ROOT / "docs" / "results" / "syncs.json"
 
 
 def measured(one: Host, strategy: PruningStrategy | None, layout: str) -> tuple[dict[str, Any], Counts]:
@@ -112,7 +113,7 @@ def wide(name: str) -> Iterator[dict[str, Any]]:
         for strategy in [None, *plugins.strategies()]:
             given = device.put(inputs)
             try:
-                attached = strategy and vtp.prune(model, _at_defaults(strategy), processor=Speaking())
+                attached = strategy and vtp.prune(model, _at_defaults(strategy), processor=Processor())
             except PruningError:  # what the family has not
                 continue
             with device.counting() as counts:

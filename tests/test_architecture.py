@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pluggy
 import pytest
+from paths import TESTS
 
 import vtp_plugin
 from vtp_plugin import PruningStrategy, Stage, get_strategy, hookimpl, hookspecs, list_strategies, plugins, signals
@@ -24,14 +25,14 @@ CORE = ("surgery", "adapters", "signals", "facts", "metrics", "strategies")  # a
 HOSTS = {"transformers", "llava", "lmms_eval", "accelerate", "vllm"}
 
 
-def imports(path: Path) -> set[str]:
-    """Every module that a file imports, wherever in the file."""
+def imports(path: Path, package: Path = PACKAGE) -> set[str]:
+    """Every module that a file of the package imports, wherever in the file."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(["vtp_plugin", *path.relative_to(PACKAGE).parts[: -node.level]]) if node.level else ""
+            base = ".".join(["vtp_plugin", *path.relative_to(package).parts[: -node.level]]) if node.level else ""
             found.add(".".join(filter(None, [base, node.module])))
     return found
 
@@ -42,6 +43,19 @@ def own(names: set[str]) -> set[str]:
 
 def foreign(names: set[str]) -> set[str]:
     return {root for name in names if (root := name.split(".")[0]) not in sys.stdlib_module_names} - {"vtp_plugin"}
+
+
+def test_tests_lie_where_the_code_does_and_share_helpers_only():
+    """A folder of tests is one of the package or the lanes'; what tests share is a module directly in tests/."""
+    found = [path for path in TESTS.rglob("*.py") if path.name.startswith("test_")]
+    folders = {path.parent.relative_to(TESTS) for path in found}
+    assert {folder for folder in folders if not (PACKAGE / folder).is_dir()} == {Path("lanes")}
+    shared = {path.stem for path in TESTS.glob("*.py")}
+    beside = {path.stem for path in TESTS.rglob("*.py") if path.parent != TESTS}
+    for path in TESTS.rglob("*.py"):
+        names = {name.split(".")[0] for name in foreign(imports(path, TESTS))}
+        assert not {name for name in names if name.startswith("test_")}, path
+        assert not names & (beside - shared - {"lmms_eval"}), path
 
 
 @pytest.mark.parametrize("path", STRATEGIES, ids=lambda path: path.stem)

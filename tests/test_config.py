@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 
 from vtp_plugin import PruningStrategy, get_strategy, list_strategies
 from vtp_plugin.config import build, describe, fingerprint, parse_pairs, resolve
 from vtp_plugin.errors import PruningError
 
-SETTINGS = Path(__file__).parents[1] / "plugin_configs" / "strategies"
+SETTINGS = ROOT / "plugin_configs" / "strategies"
 
 
 def refusal(spec: Any, args: dict[str, Any] | None = None) -> str:
@@ -280,15 +281,17 @@ POOL += (
     "original",
     "additive",
 )
-POOL += ("attention", "strips", "black")
+POOL += ("attention", "strips", "black", "before")
+ONLY = {("dart", "judge"): {"at": "projector"}, ("l2", "judge"): {"at": "projector"}}  # where a field has another value
 
 
 def other(name: str, field: str) -> PruningStrategy:
     """The strategy with another value in one field: the first of the pool that it accepts."""
     default = getattr(get_strategy(name)(), field)
+    beside = ONLY.get((name, field), {})
     for value in (v for v in POOL if v != default):
         try:
-            changed = get_strategy(name)(**{field: value})
+            changed = get_strategy(name)(**beside, **{field: value})
         except PruningError:
             continue
         if getattr(changed, field) != default:

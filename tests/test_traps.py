@@ -6,14 +6,14 @@ Every test that `TRAPS` names, and every test below, was seen to fail with its g
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, pixels
-from test_bench import built
-from test_families import batched, clip, generated, model_of, prompts_of
+from family_runs import batched, clip, generated, model_of, prompts_of
+from models import built
+from paths import TESTS
 from torch import nn
 
 import vtp_plugin as vtp
@@ -27,39 +27,39 @@ from vtp_plugin.surgery.undo import Undo
 TRAPS = {  # trap -> (guard, test)
     "a part of the model that is never called: nothing is cut": (
         "Pruned._prove",
-        "test_promises.py::test_a_part_that_is_never_called_is_an_error",
+        "surgery/test_promises.py::test_a_part_that_is_never_called_is_an_error",
     ),
     "a whole run that cuts nothing": (
         "evaluation.Run._check",
-        "test_cache.py::test_a_failed_run_leaves_nothing_to_serve",
+        "hosts/lmms_eval/test_cache.py::test_a_failed_run_leaves_nothing_to_serve",
     ),
     "the host answers an exception with an empty text": (
         "Pruned.failure",
-        "test_lmms_eval.py::test_an_error_that_the_host_swallows_fails_the_run",
+        "hosts/lmms_eval/test_lmms_eval.py::test_an_error_that_the_host_swallows_fails_the_run",
     ),
     "the host exits with 0 after a failed run": (
         "lmms_eval._exit_code",
-        "test_lmms_eval.py::test_failed_runs_end_with_their_reason_and_without_results",
+        "hosts/lmms_eval/test_lmms_eval.py::test_failed_runs_end_with_their_reason_and_without_results",
     ),
     "the response cache answers for another configuration": (
         "evaluation.Run._mark_cache",
-        "test_cache.py::test_only_the_same_configuration_hits",
+        "hosts/lmms_eval/test_cache.py::test_only_the_same_configuration_hits",
     ),
     "gapped position ids are read as packed sequences": (
         "OriginalPositions, in front of the rotary embedding",
-        "test_positions.py::test_the_host_counts_without_gaps",
+        "surgery/test_positions.py::test_the_host_counts_without_gaps",
     ),
     "a budget that holds on average, or on paper, is not the one that was spent": (
         "metrics.counting, from what every layer cached",
-        "test_counting.py::test_kv_bytes_are_those_of_the_real_cache",
+        "metrics/test_counting.py::test_kv_bytes_are_those_of_the_real_cache",
     ),
     "a random control that shuffles the tokens it keeps": (
         "Selection.sources, in the order of the mask",
-        "test_strategies.py::test_kept_tokens_are_ascending_and_untouched",
+        "strategies/test_strategies.py::test_kept_tokens_are_ascending_and_untouched",
     ),
     "the first call, which warms up, among the times": (
         "Call.warmup",
-        "test_lmms_eval.py::test_time_to_first_token_is_measured_per_sample",
+        "hosts/lmms_eval/test_lmms_eval.py::test_time_to_first_token_is_measured_per_sample",
     ),
 }
 STAGES = {"vit": "l2", "projector": "stride", "llm": "fastv"}
@@ -68,7 +68,7 @@ STAGES = {"vit": "l2", "projector": "stride", "llm": "fastv"}
 @pytest.mark.parametrize("trap", TRAPS)
 def test_the_test_of_a_trap_exists(trap: str) -> None:
     file, name = TRAPS[trap][1].split("::")
-    assert f"def {name}(" in (Path(__file__).parent / file).read_text()
+    assert f"def {name}(" in (TESTS / file).read_text()
 
 
 # -- positions, hooks, arguments --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 KERNELS = ("_scaled_dot_product_flash_attention_for_cpu",)
 SHAPE = (2, 3, 5, 8)  # batch, heads, tokens, width of a head
@@ -20,7 +20,17 @@ SHAPE = (2, 3, 5, 8)  # batch, heads, tokens, width of a head
 
 def flop_counter() -> FlopCounterMode:
     """A counter to be opened around what is measured; AssertionError if it counts no attention."""
-    return FlopCounterMode(display=False, custom_mapping=_formulas())
+    return FlopCounterMode(display=False, custom_mapping={**_experts(), **_formulas()})
+
+
+def _experts() -> dict[Any, Callable[..., int]]:
+    """The formula for tokens [T, K] times the matrices of their experts [E, K, N], where torch lacks it."""
+    product = getattr(torch.ops.aten, "_grouped_mm", None)
+    return {} if product is None or product in flop_registry else {product: _grouped}
+
+
+def _grouped(tokens: torch.Size, experts: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * tokens[0] * tokens[1] * experts[-1]
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -25,6 +25,7 @@ class Adapter(Family, ABC):
     layout: Layout = WHOLE  # how the tokens of its tower lie, and where they are cut
     touches: ClassVar[Sequence[TouchPoint]] = ()  # where the family touches its host, from the model
     names: ClassVar[tuple[str, ...]] = ()  # of the model classes
+    refused: ClassVar[str] = ""  # why none of its models can be pruned, at no stage
     facts: ClassVar[Mapping[str, Any]] = {}  # paths in the configuration -> the value, or the type, that is known here
 
     @classmethod
@@ -44,21 +45,33 @@ class Adapter(Family, ABC):
                 return f"its configuration has {path}={found!r}, only {wanted} is possible yet"
         return ""
 
+    @classmethod
+    def tokens_in(cls, config: Mapping[str, Any]) -> int | None:
+        """The tokens of every image, from a model's configuration; None where it does not say."""
+        vision = config.get("vision_config")
+        sides = [vision.get(name) for name in ("image_size", "patch_size")] if isinstance(vision, Mapping) else []
+        known = cls.uniform and sides and all(type(side) is int and side > 0 for side in sides)
+        return (sides[0] // sides[1]) ** 2 if known else None
+
     @abstractmethod
     def install(self, pruned: Session, undo: Undo) -> None:
         """Wrap the model's entry points, on the instance, so that every call becomes a `Call` of `pruned`."""
 
 
-def find_adapter(
-    model: nn.Module, processor: Any, adapters: Sequence[type[Adapter]], describe: Callable[[], str]
-) -> Adapter:
-    """The adapter of the model; the last registered is asked first. HostChanged if the host is not what it knows."""
+def find_adapter(model: nn.Module, processor: Any, adapters: Sequence[type[Adapter]]) -> Adapter:
+    """The adapter of the model; the last registered is asked first. HostChanged if the host is not what it knows.
+
+    PruningError for a model of no family, or of one that is refused.
+    """
     for cls in reversed(adapters):
         if cls.matches(model):
+            if cls.refused:
+                raise PruningError(f"{cls.models} cannot be pruned: {cls.refused}")
             check(cls.touches, model)
             return cls(model, processor)
     name = type(model).__name__
-    for cls in reversed(adapters):
-        if name in cls.names and (difference := cls.unlike(model)):
-            raise PruningError(f"this {name} is nearly what {cls.models} is known as, but {difference}")
-    raise PruningError(f"no adapter knows the model {name}. Supported: {describe()}")
+    known = [cls for cls in reversed(adapters) if name in cls.names]
+    if differences := [f"{cls.models} is known as, but {why}" for cls in known if (why := cls.unlike(model))]:
+        raise PruningError(f"this {name} is nearly what {'; and nearly what '.join(differences)}")
+    supported = ", ".join(cls.models for cls in adapters if not cls.refused)
+    raise PruningError(f"no adapter knows the model {name}. Supported: {supported}")

@@ -40,6 +40,7 @@ class PruningStrategy(ABC):
     text_encoder: ClassVar[str] = "clip"  # where `text` and `aligned` come from; a field of QuestionStrategy
     segments: ClassVar[bool] = False  # True: `text` of a question too long for CLIP is a mean over pieces, not cut off
     proportional: ClassVar[bool] = False  # True: inside the tower, a token's key weighs as many as it was merged from
+    cut_field: ClassVar[str] = "layer"  # llm stage: the hyper-parameter that says where it cuts
     nominal: ClassVar[bool] = False  # True: keep_ratio is the paper's label of a setting, not what is left at the end
 
     keep_ratio: float | None = None  # kept / all, in (0, 1]
@@ -193,6 +194,11 @@ class PruningStrategy(ABC):
         known = any(type(value) is type(option) and value == option for option in options)  # True is not 1
         self.check(field, known, f"must be one of {', '.join(map(str, options))}")
 
+    def check_layer(self, field: str, layer: int, first: int, last: int, why: str) -> None:
+        """Refuse a layer that the model does not have, or that cannot be cut; `why` says what the model is like."""
+        if not first <= layer <= last:
+            raise self.error(f"{field} must be in {first} ... {last} for this model, got {layer}: {why}")
+
     def _refuse_budget(self) -> None:
         given = [name for name in BUDGET if getattr(self, name) is not None]
         if given:
@@ -219,6 +225,31 @@ class PlacedStrategy(PruningStrategy):
     @property
     def decoder_layer(self) -> int | None:
         return self.layer if self.stage is Stage.LLM else None
+
+
+@dataclass(kw_only=True)
+class ComparingStrategy(PruningStrategy):
+    """A method that compares the features of tokens, or their norms, and which features on models that merge patches.
+
+    judge=after: the rows that come out of the merger (pixel shuffle, pooling). judge=before: what goes into it, the
+    patches of a token side by side (`units`). What is kept are the rows that come out, either way.
+    """
+
+    judge: str = "after"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choice("judge", ("after", "before"))
+        here = self.stage is Stage.PROJECTOR or self.judge == "after"
+        self.check("judge", here, f"must be after at the {self.stage.value} stage")
+
+    def reads(self, *after: str) -> tuple[str, ...]:
+        """The signals that it compares tokens by: these, or what goes into the merger."""
+        return ("units",) if self.judge == "before" else after
+
+    def judged(self, visual: VisualTokens, after: Tensor) -> Tensor:
+        """What it compares tokens by, [B, N, D]: this, or what goes into the merger."""
+        return visual.units if self.judge == "before" else after
 
 
 @dataclass(kw_only=True)

@@ -15,9 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vtp_plugin.adapter import Adapter
 from vtp_plugin.adapters.clip import clip_tower
-from vtp_plugin.adapters.rows import flat_tower
+from vtp_plugin.adapters.rows import flat_tower, pooled_macs
 from vtp_plugin.errors import PruningError
-from vtp_plugin.facts.costs import matrices
 from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
@@ -35,6 +34,7 @@ ENCODER = {
 class Encoder(Adapter):
     """A vision transformer that is called with pixel values."""
 
+    uniform = True
     stages = ENCODER
     fixed_positions = "an encoder has no prompt"
     language_model = None
@@ -108,9 +108,4 @@ class SiglipEncoder(Encoder):
         self.projector = nn.Identity()
 
     def pooling_macs(self, tokens: int) -> int:
-        """One query asks all tokens, where the model pools them."""
-        head = getattr(getattr(self.vision_model, "vision_model", self.vision_model), "head", None)
-        if head is None:
-            return 0
-        width = head.attention.embed_dim
-        return 2 * tokens * width**2 + 2 * tokens * width + 2 * width**2 + matrices(head.mlp)
+        return pooled_macs(self.vision_model, tokens)

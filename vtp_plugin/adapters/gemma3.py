@@ -29,10 +29,15 @@ class Gemma3(RowsAdapter):
     names = ("Gemma3ForConditionalGeneration",)
     facts = {"vision_config.model_type": "siglip_vision_model"}
     stages = dict.fromkeys(Stage, "")
+    uniform = True
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
         self.tower = flat_tower(self.core.vision_tower, -1, block=self.projector.kernel_size)
+
+    @classmethod
+    def tokens_in(cls, config: Mapping[str, Any]) -> int | None:
+        return config.get("mm_tokens_per_image")
 
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         side, values = self.projector.tokens_per_side, inputs["pixel_values"]
@@ -51,6 +56,11 @@ class Gemma3(RowsAdapter):
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         square = maps.unflatten(1, self.tower.grid).permute(0, 3, 1, 2)
         return list(self.projector.avg_pool(square).flatten(2).transpose(1, 2))
+
+    def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        side, pool = self.projector.tokens_per_side, self.projector.kernel_size
+        squares = entering.unflatten(1, (side, pool, side, pool)).transpose(2, 3)  # [T, side, side, pool, pool, C]
+        return list(squares.flatten(3).flatten(1, 2))
 
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         return list(output.pooler_output)

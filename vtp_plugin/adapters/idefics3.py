@@ -63,6 +63,9 @@ class Idefics3(RowsAdapter):
         rows = self.projector.pixel_shuffle(maps, self.scale)
         return list(rows.unflatten(-1, (-1, maps.shape[-1])).mean(-2))
 
+    def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        return list(self.projector.pixel_shuffle(entering, self.scale))
+
     def pack(self, rows: Sequence[Tensor], kind: str, host: Any) -> Any:
         """The rows of all tiles of a sample together, [K, D] each; for transformers 5.17 in blocks of one row."""
         if v5_17.is_host():

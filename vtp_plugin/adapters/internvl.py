@@ -85,6 +85,9 @@ class InternVL(RowsAdapter):
         rows = shuffled.flatten(1, 2).unflatten(-1, (-1, maps.shape[-1])).mean(-2)  # [T, n, C]
         return self._by_image(rows, inputs)
 
+    def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        return self._by_image(entering, inputs)  # behind the pixel shuffle
+
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         return self._by_image(output.pooler_output, inputs)
 

@@ -104,3 +104,11 @@ class Mistral3(RowsAdapter):
         images = maps.split([rows * columns for rows, columns in grids])
         squares = [image.unflatten(0, grid).permute(2, 0, 1) for image, grid in zip(images, grids, strict=True)]
         return [avg_pool2d(square, self.merge).flatten(1).T for square in squares]
+
+    def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        m, found, grids = self.merge, [], self.grids(inputs)
+        images = entering.split([rows * columns for rows, columns in grids])
+        for image, (rows, columns) in zip(images, grids, strict=True):
+            squares = image.unflatten(0, (rows // m, m, columns // m, m)).transpose(1, 2)
+            found.append(squares.flatten(2).flatten(0, 1))
+        return found

@@ -67,6 +67,10 @@ class QwenVL(RowsAdapter):
         totals = (inputs[GRIDS[kind]].prod(-1) // self.merge**2).tolist()
         return maps.unflatten(0, (-1, self.merge**2)).mean(1).split(totals)
 
+    def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        totals = (inputs[GRIDS[kind]].prod(-1) // self.merge**2).tolist()
+        return entering.unflatten(0, (-1, self.merge**2)).flatten(1).split(totals)
+
     def kept_arguments(self, visual: nn.Module, grid: Tensor) -> dict[str, Tensor]:
         """What the tower computes per patch from the full grid."""
         return {"position_ids": function_of(visual, "get_vision_position_ids")(grid, self.merge)}

@@ -55,10 +55,12 @@ def begin(passing: TowerPass, grid: Tensor, unit: int) -> None:
 
 
 def back_to_raster(passing: TowerPass, order: Tensor, unit: int) -> None:
-    """The signals that were read in the tower's own order of units [U], patch by patch in raster order."""
+    """What was read in the tower's own order of units [U], and went into the merger, patch by patch in raster order."""
     for read in (passing.maps, passing.outputs):
         for key, signal in read.items():
             read[key] = put(passing, signal.unflatten(0, (-1, unit)), order).flatten(0, 1)
+    if passing.features is not None:
+        passing.features = put(passing, passing.features.unflatten(0, (-1, unit)), order).flatten(0, 1)
 
 
 def put(passing: TowerPass, rows: Tensor, where: Tensor) -> Tensor:
@@ -115,8 +117,9 @@ class PackedEarly(Cutting):
         else:
             values = hidden_states.unflatten(0, (-1, self._unit))[kept].flatten(0, 1)
             output = self._widened(passing, self.forward(values, **kwargs), kept, on_host)
-        if order is not every and (passing.maps or passing.outputs):
-            back_to_raster(passing, order.to(kept.device), self._unit)
+        if order is not every and (passing.maps or passing.outputs or passing.features is not None):
+            there = arguments["window_index"] if whole else order.to(kept.device)
+            back_to_raster(passing, there, self._unit)
         return output
 
     def _arguments(self, passing: TowerPass, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -215,6 +218,18 @@ def _ends(there: Tensor, ends: Tensor, unit: int) -> Tensor:
 def function_of(module: nn.Module, name: str) -> Callable[..., Any]:
     """A function that the module's own file uses."""
     return getattr(sys.modules[type(module).__module__], name)
+
+
+def interpolated(visual: nn.Module, grid: Tensor, merge: int) -> dict[str, Tensor]:
+    """What a tower with a table of position embeddings computes per patch to interpolate them."""
+    taps = function_of(visual, "get_vision_interpolation_indices_and_weights")(
+        grid,
+        num_grid_per_side=visual.num_grid_per_side,
+        mode=visual.interpolation_mode,
+        align_corners=visual.interpolation_align_corners,
+        spatial_merge_size=merge,
+    )
+    return dict(zip(("interp_indices", "interp_weights"), taps, strict=True))
 
 
 # -- the layout -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vtp_plugin.adapter import Adapter, Tower
 from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.clip import clip_tower
+from vtp_plugin.facts.costs import matrices
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.columns import Rows
 from vtp_plugin.surgery.prompt import PlaceholderCalls
@@ -148,3 +149,12 @@ def runs(ids: Tensor, token: int) -> list[int]:
 def flat_tower(module: nn.Module, projected: int, *, block: int = 1) -> Tower:
     """The parts of a SigLIP vision model, which has no class token."""
     return replace(clip_tower(module, projected), prefix=0, block=block)
+
+
+def pooled_macs(module: nn.Module, tokens: int) -> int:
+    """MACs of the one query with which a SigLIP vision model asks all tokens, where it pools them."""
+    head = getattr(getattr(module, "vision_model", module), "head", None)
+    if head is None:
+        return 0
+    width = head.attention.embed_dim
+    return 2 * tokens * width**2 + 2 * tokens * width + 2 * width**2 + matrices(head.mlp)

@@ -22,6 +22,9 @@ def command(
     pruning: Annotated[str | None, typer.Option(help="Strategies, separated by commas; a+b composes.")] = None,
     keep: Annotated[str | None, typer.Option(help="Keep ratios, separated by commas, for all with a budget.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Runs of every strategy with a random seed.")] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="Of kept tokens, for all methods: original, compact, or own (each method's).")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Questions per task; all if not given.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch_size", "--batch-size", help="lmms-eval's.")] = None,
     launch: Annotated[
@@ -33,12 +36,13 @@ def command(
     ] = None,
     versus: Annotated[str | None, typer.Option(help="A method to hold against every other one, in pairs.")] = None,
 ) -> None:
-    from vtp_plugin.compare import sweep, sweepfile
+    from vtp_plugin.compare import beside, sweep, sweepfile
     from vtp_plugin.errors import unknown
-    from vtp_plugin.reporting import comparison
+    from vtp_plugin.reporting import comparison, verdicts
 
     given = {"model": model, "model_args": model_args, "tasks": tasks, "pruning": pruning, "keep": keep}
-    given |= {"seeds": seeds, "limit": limit, "launch": launch, "jobs": jobs, "gallery": gallery}
+    given |= {"seeds": seeds, "positions": positions, "limit": limit}
+    given |= {"launch": launch, "jobs": jobs, "gallery": gallery}
     said = {"gallery": True, **(sweepfile.read(file) if file else {})} | _present(given)
     if batch_size is not None:
         said["options"] = {**(said.get("options") or {}), "batch_size": batch_size}
@@ -48,9 +52,11 @@ def command(
     comparison.check(files.check_folder(output))
     out = console()
     run = sweep.run(output, cells, **host, console=out)
-    comparison.write(run).show(out)
+    comparison.write(run, notes=beside.lines(run)).show(out)
+    if (layered := comparison.layered(run)) is not None:
+        layered.show(out)
     if versus is not None:
-        table = comparison.versus(run, versus)
+        table = verdicts.versus(run, versus)
         files.write(output / f"versus-{versus}.md", table.markdown() + "\n")
         table.show(out)
     out.print(f"{output}: table.md, table.csv, table.tex, summary.json; pictures: vtp report {output}")

@@ -11,6 +11,7 @@ from vtp_plugin import files
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting.terminal import console
 
+SPENT_BY_FASTV = 0.5  # of the embedded model's layers, two of four, see all tokens: random has to be held against that
 STRATEGIES = "atp,vprune,l2,fastv,visionzip,random"
 
 
@@ -32,12 +33,18 @@ def command(
     comparison.check(files.check_folder(output))
     if output.is_dir():
         files.check_output(output / "kept.png")
-    specs = sweep.cells([spec.strip() for spec in pruning.split(",")], [keep_ratio])
+    asked = [spec.strip() for spec in pruning.split(",")]
+    specs = sweep.cells(asked, [keep_ratio])
+    if "fastv" in asked and "random" in asked:
+        specs.append(sweep.cell("random", SPENT_BY_FASTV + (1 - SPENT_BY_FASTV) * keep_ratio))
+    specs = sweep.numbered(sweep.unique(specs), sweep.SHARED)
     host = {"model": "llava", "model_args": "pretrained=vtp-tiny", "tasks": "vtp_scenes"}
     run = sweep.run(output, specs, **host, limit=limit, console=out)
     table = comparison.write(run, f"vtp-tiny, {_questions(limit)}, asked: keep_ratio={keep_ratio}")
     files.write(output / "kept.png", drawn(comparison.kept_picture(specs), ".png", 130))
     table.show(out)
+    if (layered := comparison.layered(run)) is not None:
+        layered.show(out)
     out.print(f"table and record: {output / 'table.md'}, {output / 'summary.json'}")
     out.print(f"what each strategy kept of three scenes: {output / 'kept.png'}")
     if run.failed:

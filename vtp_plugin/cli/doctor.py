@@ -67,7 +67,8 @@ def _catalogues() -> str:
     """catalogues"""
     from vtp_plugin import plugins
 
-    found = f"{len(plugins.strategies())} strategies, {len(plugins.adapters())} model families"
+    families = [cls for cls in plugins.adapters() if not cls.refused]
+    found = f"{len(plugins.strategies())} strategies, {len(families)} model families"
     return "; ".join([found, *(f"left out: {name}: {why}" for name, why in plugins.left_out.items())])
 
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -27,7 +27,7 @@ from vtp_plugin import config, files
 from vtp_plugin.errors import Interrupted, PruningError
 from vtp_plugin.hosts import compatibility
 from vtp_plugin.hosts.lmms_eval import plugin as lmms_eval
-from vtp_plugin.hosts.lmms_eval.building import TINY_LAYOUTS
+from vtp_plugin.hosts.lmms_eval.building import TINY_LAYOUTS, VLLM
 from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
 from vtp_plugin.hosts.lmms_eval.process import Host, Listener
 from vtp_plugin.plugins import list_strategies
@@ -40,6 +40,8 @@ UNPRUNED = Spec(id=BASELINE, label="unpruned", pruning=BASELINE)
 SAME = ("model", "model_args", "tasks", "limit", "options")  # what all results of a folder must agree on
 ALL = "all"
 WORK, PICTURES, LOCK = "work", "pictures", ".lock"
+OWN, SHARED = "own", "shared"
+POLICIES = ("original", "compact", OWN, SHARED)  # for the positions of kept tokens
 SEEDS = 1000  # at most
 OURS = (*SAME, "pruning", "pruning_args", "output_path", "log_samples", "config")  # no options: they have a place
 PATH = re.compile(r"[\w./+:@=-]*", re.ASCII)  # a path that the host's options can hold
@@ -65,6 +67,26 @@ def cells(pruning: Sequence[str], keep: Sequence[float] = (), seeds: int = 1) ->
         for ratio in keep if free and keep else [None]:
             made += [cell(spec, ratio, seed) for seed in (range(seeds) if seeded else [None])]
     return unique(made)
+
+
+def numbered(cells: Sequence[Spec], positions: str, model: str = "") -> list[Spec]:
+    """The same cells with one policy for the positions of kept tokens, so that no method is ahead by its numbering.
+
+    `positions`: original, compact, own (what each method's paper does), or shared, which is original where the host
+    can (vLLM counts columns). A cell whose settings say it keeps what they say.
+    """
+    if positions not in POLICIES:
+        raise PruningError(f"positions must be one of {', '.join(POLICIES)}, got '{positions}'")
+    if positions == SHARED:
+        positions = "compact" if model in VLLM else "original"
+    return list(cells) if positions == OWN else [_numbered(each, positions) for each in cells]
+
+
+def _numbered(spec: Spec, positions: str) -> Spec:
+    said = any(key.rpartition(".")[2] == "positions" for key in spec.pruning_args)
+    if spec.pruning == BASELINE or said or any(strategy.positions for strategy in config.resolve(spec.pruning)):
+        return spec
+    return replace(spec, pruning_args={**spec.pruning_args, "positions": positions})
 
 
 def cell(
@@ -131,7 +153,7 @@ def run(
     folder, named = Path(folder), tasks.split(",") if isinstance(tasks, str) else list(tasks)
     settings = {"model": model, "model_args": model_args, "tasks": [task.strip() for task in named], "limit": limit}
     settings |= {"options": dict(options or {}), "launch": launch, "jobs": jobs, "environment": dict(environment or {})}
-    settings |= {"gallery": gallery, "cells": [asdict(cell) for cell in unique(cells)]}
+    settings |= {"gallery": gallery, "positions": OWN, "cells": [asdict(cell) for cell in unique(cells)]}
     _check(settings)
     settings = _joined(files.check_folder(folder), settings)
     folder.mkdir(parents=True, exist_ok=True)

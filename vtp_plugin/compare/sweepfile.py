@@ -13,7 +13,7 @@ from vtp_plugin.reporting import schema
 from vtp_plugin.reporting.runs import Spec
 
 HOST = ("model", "model_args", "tasks", "limit", "options", "launch", "jobs", "environment", "gallery")
-FIELDS = (*HOST, "pruning", "keep", "seeds", "cells", "without", "schema")
+FIELDS = (*HOST, "pruning", "keep", "seeds", "positions", "cells", "without", "schema")
 NEEDED = ("model", "model_args", "tasks")
 CELL_FIELDS = ("id", "label", "pruning", "pruning_args", "seed", "keep")
 
@@ -58,6 +58,7 @@ def planned(said: Mapping[str, Any]) -> tuple[list[Spec], dict[str, Any]]:
     made = sweep.unique([cell for cell in made if cell.id not in left_out])
     if len(made) < 2:
         raise PruningError("a comparison needs strategies to compare: pruning or cells")
+    made = sweep.numbered(made, said.get("positions", sweep.SHARED), said["model"])
     host = {field: said[field] for field in HOST if said.get(field) is not None}
     return made, host | {"tasks": names(said["tasks"])}
 

@@ -10,7 +10,7 @@ from typing import Any
 from vtp_plugin import config
 from vtp_plugin.compare import sweep
 from vtp_plugin.errors import PruningError
-from vtp_plugin.reporting import comparison
+from vtp_plugin.reporting import rows, verdicts
 from vtp_plugin.reporting.statistics import Estimate
 
 
@@ -30,9 +30,9 @@ class Tuned:
             best = max(self.tried)
             return (
                 f"{self.spec}: no keep ratio stays {allowed}; "
-                f"at {best:g} the difference is {comparison.points(self.tried[best])}"
+                f"at {best:g} the difference is {verdicts.points(self.tried[best])}"
             )
-        return f"{self.spec}: keep_ratio={self.keep:g} stays {allowed}: {comparison.points(self.tried[self.keep])}"
+        return f"{self.spec}: keep_ratio={self.keep:g} stays {allowed}: {verdicts.points(self.tried[self.keep])}"
 
 
 def check(spec: str) -> None:
@@ -79,5 +79,5 @@ def _measured(folder: Path, spec: str, ratio: float, **host: Any) -> Estimate:
     run = sweep.run(folder, [sweep.UNPRUNED, cell], **host)
     if run[cell.id].error:
         raise PruningError(f"{cell.id} failed: {run[cell.id].error}")
-    unpruned = comparison.Row([run.baseline], run.tasks)
-    return comparison.difference(comparison.Row([run[cell.id]], run.tasks), unpruned)
+    unpruned = rows.Row([run.baseline], run.tasks)
+    return rows.difference(rows.Row([run[cell.id]], run.tasks), unpruned)

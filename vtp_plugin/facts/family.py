@@ -32,17 +32,27 @@ class Family:
     tiled: ClassVar[bool] = False  # whether an image is several tiles for the tower, each with a class token of its own
     tokenwise: bool = False  # where the host rearranges what the tower makes: the projector works token by token
 
+    uniform: ClassVar[bool] = False  # whether every image has as many tokens as the tower has squares of patches
+
     tower: Tower
     projector: nn.Module
     language_model: nn.Module | None  # None: an encoder without a language model
     decoder_layers: Sequence[nn.Module]
     default_positions: str = "compact"  # of a shortened prompt, where neither the user nor the method says
     fixed_positions: str = ""  # why the prompt has no positions to choose from
+    first_position: int = 0  # of the first token of a prompt
     every_logit: bool = False  # whether its prefill computes the logits of all columns, not only of the last
     first_cut: int = 1  # the first decoder layer that may see fewer tokens than the one before
+    cannot_cut: str = ""  # what is in the way in front of it, where it is not 1
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         self.model, self.processor = model, processor
+
+    @property
+    def image_tokens(self) -> int | None:
+        """The tokens of every image; None where images have unequal numbers."""
+        rows, columns = self.tower.grid if self.uniform else (0, 0)
+        return rows * columns // self.tower.block**2 if self.uniform else None
 
     def shared_space(self, checkpoint: str | None) -> SharedSpace:
         """CLIP's joint space, from `checkpoint` or the tower's own; PruningError if the tower has none."""
@@ -50,6 +60,17 @@ class Family:
             f"{self.family} has no CLIP text encoder that matches its vision tower: text_encoder=llm compares with the "
             f"language model's embeddings of the question instead"
         )
+
+    def turns(self, attention: nn.Module) -> bool:
+        """Whether a decoder layer's attention rotates queries and keys by their positions."""
+        return True
+
+    def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """What goes into a projector that merges patches, unit by unit: per image [n, m D], m patches side by side.
+
+        `entering`: as the projector gets it, towers of one sequence in raster order. PruningError: nothing is merged.
+        """
+        raise PruningError(f"a token of {self.models} is one patch")
 
     # -- what FLOPs are counted from ------------------------------------------------------------------------------
 

@@ -90,7 +90,7 @@ def _observer(pruned: Session, part: str, number: int) -> Any:
             return
         before = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
         after = output[0] if isinstance(output, tuple) else output
-        left = _rows(after)
+        left = _embedded(after) if part == PATCH else _rows(after)
         patches = [call.images[n].patches or call.images[n].total for n in call.batch]
         seen = Seen(
             part,
@@ -118,11 +118,14 @@ def _ends(call: Call, cumulative: Tensor | None) -> Ends | None:
     return known
 
 
+def _embedded(tensor: Tensor) -> tuple[int, int]:
+    """Rows and tokens per row of what a patch embedding makes, [B, D, rows, columns], [B, N, D] or [S, D]."""
+    return (len(tensor), tensor.shape[2:].numel()) if tensor.ndim == 4 else _rows(tensor)
+
+
 def _rows(tensor: Tensor) -> tuple[int, int]:
-    """Rows and tokens per row of [B, D, rows, columns], [B, N, D] or [S, D]."""
-    if tensor.ndim == 4:
-        return len(tensor), tensor.shape[2] * tensor.shape[3]
-    return (len(tensor), tensor.shape[1]) if tensor.ndim == 3 else (1, len(tensor))
+    """Rows and tokens per row of [B, N, D], [B, rows, columns, D] or [S, D]."""
+    return (len(tensor), tensor.shape[1:-1].numel()) if tensor.ndim > 2 else (1, len(tensor))
 
 
 # -- MACs -------------------------------------------------------------------------------------------------------------

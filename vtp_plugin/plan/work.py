@@ -43,8 +43,7 @@ class Model:
         if not shape.decodes:
             raise PruningError(f"{name} is an encoder: vtp plan plans models that answer; vtp bench measures encoders")
         model = shape.build(layers or None, torch.device("meta"), torch.bfloat16, "sdpa")
-        families = plugins.adapters()
-        adapter = find_adapter(model, None, families, lambda: ", ".join(cls.models for cls in families))
+        adapter = find_adapter(model, None, plugins.adapters())
         draw = torch.Generator().manual_seed(0)
         (image,) = adapter.images(shape.prompt(1, draw) | shape.pixels(1, draw))
         widths = (_width(adapter.tower.blocks[0]), _width(adapter.decoder_layers[0]))

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vtp_plugin.reporting import comparison, gallery, overlays, statistics
-from vtp_plugin.reporting.comparison import Row
+from vtp_plugin.reporting import gallery, overlays, statistics
 from vtp_plugin.reporting.gallery import Shown
+from vtp_plugin.reporting.rows import Row, rows
 from vtp_plugin.reporting.runs import BASELINE, Answer, Cell, Run
 
 PICTURES, GALLERY = "pictures", "gallery"  # folders of a run (shared by its cells) and of a cell
@@ -20,7 +20,7 @@ class Cards:
     """Cards for the page's template; `name` stores a picture in the page and returns its class."""
 
     def __init__(self, run: Run, name: Callable[[bytes, str], str]) -> None:
-        self.run, self.name, self.rows = run, name, comparison.rows(run)
+        self.run, self.name, self.rows = run, name, rows(run)
         self.galleries = {cell.id: gallery.read(cell.folder / GALLERY, run.folder / PICTURES) for cell in run}
 
     def cards(self, samples: int | None) -> list[dict[str, Any]]:

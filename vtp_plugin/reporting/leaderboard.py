@@ -38,7 +38,8 @@ class Entry:
     low: float | None
     high: float | None
     change: Mapping[str, float] | None  # from the unpruned model
-    over: Mapping[str, float] | None  # from random
+    over: Mapping[str, float] | None  # from random, as many tokens in the last layer
+    layered: Mapping[str, float] | None  # from random, as many tokens x layers
     record: Path
     command: str
 
@@ -86,18 +87,18 @@ def _compared(content: Mapping[str, Any], path: Path) -> Iterator[Entry]:
         if len(row["tasks"]) > 1:
             questions = sum(task["questions"] for task in row["tasks"].values())
             ends = row.get("mean_interval") or {}
-            over = (row.get("over") or {}).get("random")
+            over = [(row.get(key) or {}).get("random") for key in ("over", "over_at_equal_layers")]
             accuracy = (row["mean"], ends.get("low"), ends.get("high"))
             yield _entry(common, MEAN, questions, accuracy, row["difference"], over)
         for name, task in row["tasks"].items():
             accuracy = tuple(task["accuracy"][key] for key in ("value", "low", "high"))
-            yield _entry(common, name, task["questions"], accuracy, task["difference"], None)
+            yield _entry(common, name, task["questions"], accuracy, task["difference"], (None, None))
 
 
 def _entry(common: dict[str, Any], task: str, questions: int, accuracy: tuple, change: Any, over: Any) -> Entry:
     value, low, high = accuracy
     pruned = common["method"] != summary.name([])
-    more = {"change": change if pruned else None, "over": over}
+    more = {"change": change if pruned else None, "over": over[0], "layered": over[1]}
     return Entry(**common, task=task, questions=questions, accuracy=value, low=low, high=high, **more)
 
 
@@ -174,7 +175,7 @@ def _evaluated(content: Mapping[str, Any], path: Path) -> Iterator[Entry]:
         value = next((results[name] for name in metrics if isinstance(results.get(name), (int, float))), None)
         if value is not None:
             questions = content["n-samples"][task]["effective"]
-            nothing = {"low": None, "high": None, "change": None, "over": None}
+            nothing = {"low": None, "high": None, "change": None, "over": None, "layered": None}
             yield Entry(**common, task=task, questions=questions, accuracy=value, **nothing)
 
 
@@ -185,7 +186,8 @@ COLUMNS = {
     "kept": "visual tokens kept, in % of all",
     "accuracy": "in %, with a 95 % interval",
     "change": "from the unpruned model, in points",
-    "over random": "from random tokens at the same or the next smaller budget, in points",
+    "over random": "from random tokens, as many in the last layer or the next fewer, in points",
+    "at equal layers": "from random tokens, as many on average over the decoder layers, in points",
     "FLOPs": "of the prefill, relative to the unpruned model",
     "KV": "bytes of the cache, relative to the unpruned model",
     "TTFT": "time to first token, relative to the unpruned model",
@@ -231,6 +233,7 @@ def _row(entry: Entry, target: Path, command: int) -> dict[str, Any]:
         (entry.accuracy, f"{100 * entry.accuracy:.1f}", _ends(entry.low, entry.high)),
         _points(entry.change),
         _points(entry.over),
+        _points(entry.layered),
         *((ratio, "-" if ratio is None else f"{ratio:.2f}x", "") for ratio in (entry.flops, entry.kv, entry.ttft)),
         (entry.task, entry.task, f"{entry.questions} questions"),
         (entry.model, entry.model, entry.family),

@@ -9,14 +9,20 @@ from typing import Any
 
 from vtp_plugin.reporting import charts, comparison, overlays, timing
 from vtp_plugin.reporting.cards import Cards
+from vtp_plugin.reporting.controls import CONTROLS
+from vtp_plugin.reporting.rows import rows
 from vtp_plugin.reporting.runs import BASELINE, Run
+from vtp_plugin.reporting.verdicts import warnings
 from vtp_plugin.version import __version__
 
 TEMPLATES = Path(__file__).parent / "templates"
+OVER = ("over", "over_at_equal_layers")
 COLOURS = 12  # that the page has for methods
 CAPTION = (
     "Accuracy in %, with 95 % intervals; mean: over the tasks. Change: of the mean, paired by question, in points.",
-    "Over random: the same against random tokens (all seeds) at the same or the next smaller budget, down to half.",
+    "Over random: the same against random tokens (all seeds), as many in the last layer or the next fewer, down to "
+    "half.",
+    "At equal layers: the same against random tokens that are as many on average over the decoder layers.",
     "Tokens: visual tokens per image that the last decoder layer sees, of all. KV: bytes of the KV cache.",
     "FLOPs: the whole prefill, vision tower included. TTFT: median time to first token, selection included, with the "
     "spread within the run (the middle half, of the median) and the machine's load average.",
@@ -53,7 +59,7 @@ def page(run: Run, samples: int | None = None) -> str:
         title=f"Visual token pruning on {run.baseline.model[1]}",
         lead=_lead(run),
         warnings=[*_warnings(run), *timing.notes(run, lines)],
-        caption=" ".join(text for text in CAPTION if _held(lines) or not text.startswith("Over random")),
+        caption=" ".join(text for text in CAPTION if _held(lines) or not text.startswith(("Over random", "At equal"))),
         columns=_columns(run, lines),
         rows=_rows(lines, groups),
         charts=_charts(lines, groups),
@@ -77,7 +83,7 @@ def methods(run: Run) -> dict[str, int]:
 
 def _held(lines: Sequence[Mapping[str, Any]]) -> bool:
     """Whether there is a control to hold methods against."""
-    return any(comparison.CONTROLS[0] in line["over"] for line in lines)
+    return any(CONTROLS[0] in line["over"] for line in lines)
 
 
 # -- the head and the foot --------------------------------------------------------------------------------------------
@@ -85,7 +91,7 @@ def _held(lines: Sequence[Mapping[str, Any]]) -> bool:
 
 def _lead(run: Run) -> str:
     questions = sum(len(run.baseline.answers(task)) for task in run.tasks)
-    compared = len(comparison.rows(run)) - 1
+    compared = len(rows(run)) - 1
     return (
         f"{compared} configurations of {len(methods(run))} methods against the unpruned model, "
         f"on {questions} questions of {len(run.tasks)} tasks."
@@ -94,7 +100,7 @@ def _lead(run: Run) -> str:
 
 def _warnings(run: Run) -> list[str]:
     """Whatever keeps a reader from trusting the numbers."""
-    said = [_sentence(text.removeprefix("WARNING: ")) for text in comparison.warnings(run)]
+    said = [_sentence(text.removeprefix("WARNING: ")) for text in warnings(run)]
     said += [f"{cell.label} failed: {cell.error}" for cell in run.failed]
     return said + ([f"Not finished yet: {', '.join(run.unfinished)}."] if run.unfinished else [])
 
@@ -124,7 +130,9 @@ def _joined(values: Mapping[str, Any]) -> str:
 
 def _columns(run: Run, lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     names = {"configuration": "", "mean": "mean accuracy over the tasks", "change": "of the mean, in points"}
-    names |= {"over random": "of the mean from random tokens, in points"} if _held(lines) else {}
+    if _held(lines):
+        names |= {"over random": "of the mean from as many random tokens in the last layer, in points"}
+        names |= {"at equal layers": "of the mean from as many random tokens over all decoder layers, in points"}
     names |= {"tokens": "", "KV": "bytes of the KV cache", "FLOPs": "", "TTFT": "time to first token"}
     names |= {"flips": "answers that became wrong / right", "same": "answers equal to the unpruned model's"}
     names |= {short: f"accuracy on {task}" for short, task in zip(comparison.short(run.tasks), run.tasks, strict=True)}
@@ -140,7 +148,7 @@ def _rows(lines: Sequence[Mapping[str, Any]], groups: Mapping[str, int]) -> list
             "unpruned": number == 0,
             "cells": [_accuracy(line, None, best if number else {})]
             + [_points(line["difference"] if number else None)]
-            + ([_points(line["over"].get(comparison.CONTROLS[0]))] if _held(lines) else [])
+            + ([_points(line[over].get(CONTROLS[0])) for over in OVER] if _held(lines) else [])
             + _costs(line)
             + (_changed(line) if number else [_cell(None, "")] * 2)
             + [_accuracy(line, task, best if number else {}) for task in line["tasks"]],

@@ -71,6 +71,7 @@ class SweepFile(Written):
     pruning: Names | None = None
     keep: str | Number | list[str | Number] | None = None
     seeds: int = 1
+    positions: str | None = None
     cells: list[CellEntry] | None = None
     without: Names | None = None
     version: Literal[1] = Field(1, alias="schema")

@@ -16,6 +16,8 @@ from scipy import stats
 
 LEVEL = 0.95
 RESAMPLES = 2000
+FLIPS, CHUNK = 4999, 1000
+ROUNDING = 1e-9  # of sums in another order
 RIGHT = 0.5
 YES, NO = "yes", "no"
 
@@ -79,6 +81,29 @@ def difference(differences: Sequence[ArrayLike]) -> Estimate:
 
 def _mean_of_means(*parts: NDArray, axis: int = -1) -> NDArray:
     return np.mean([part.mean(axis=axis) for part in parts], axis=0)
+
+
+def flipped_signs(differences: Sequence[ArrayLike]) -> float:
+    """Whether the mean over tasks of paired differences [N of the task] is 0: sign-flip permutation test, two-sided.
+
+    If two configurations were equally good, every difference could as well have the other sign. p of FLIPS random
+    choices of signs, the observed one included (Phipson and Smyth 2010), so at least 1 / (FLIPS + 1).
+    """
+    draw, drawn, value = np.random.default_rng(0), np.zeros(FLIPS), 0.0
+    for part in (np.asarray(part, dtype=float) for part in differences):
+        value += part.mean()
+        changed = part[part != 0]
+        for start in range(0, len(changed), CHUNK):
+            some = changed[start : start + CHUNK]
+            drawn += (2 * draw.integers(0, 2, (FLIPS, len(some)), dtype=np.int8) - 1) @ some / len(part)
+    return float((np.sum(np.abs(drawn) >= abs(value) - ROUNDING) + 1) / (FLIPS + 1))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p of several tests, adjusted so that all together err as rarely as one (Holm 1979, step-down); same order."""
+    order = np.argsort(p)
+    adjusted = np.minimum(1, np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1)))
+    return adjusted[np.argsort(order)].tolist()
 
 
 def right(values: ArrayLike) -> NDArray:

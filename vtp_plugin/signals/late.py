@@ -44,8 +44,15 @@ def without_embeddings(family: Family, strategy: Asking) -> str:
     """Why the language model's embeddings of a question cannot be compared with patches."""
     if strategy.text_encoder != "llm":
         return "the words of a question are the language model's, not CLIP's: it has to say text_encoder=llm"
-    reason = family.stages[Stage.LLM]
+    reason = "" if family.projectors else family.stages[Stage.LLM]
     return f"it compares patches with the question's input embeddings, but {reason}" if reason else ""
+
+
+def without_merger(family: Family, strategy: Asking) -> str:
+    """Why nothing is merged into tokens."""
+    if type(family).units is not Family.units:
+        return ""
+    return f"judge=before is for models that merge patches, a token of {family.models} is one patch"
 
 
 def without_alignment(family: Family, strategy: Asking) -> str:
@@ -214,6 +221,16 @@ def words(at: RowsView) -> Tensor:
 )
 def projected(at: RowsView) -> Tensor:
     return at.projected
+
+
+@signal(
+    "units",
+    Stage.PROJECTOR,
+    "[B, N, m D]: what goes into the merger for every token, its m patches side by side",
+    refuse=without_merger,
+)
+def units(at: RowsView) -> Tensor:
+    return at.units
 
 
 @signal(

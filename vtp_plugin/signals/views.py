@@ -148,6 +148,11 @@ class RowsView(View, ABC):
         """The class token where the tokens come from, [B, D]; None where there is none in their space."""
 
     @property
+    def units(self) -> Tensor:
+        """What goes into the merger, unit by unit, [B, N, m D]; only where a family merges patches."""
+        raise PruningError("nothing is merged into these tokens")
+
+    @property
     def view(self) -> Tensor | None:
         """[B, N] long, of images with several views."""
         return None

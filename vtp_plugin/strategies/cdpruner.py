@@ -27,20 +27,19 @@ from torch.nn.functional import cosine_similarity
 
 from vtp_plugin.selectors import cosines, determinantal
 from vtp_plugin.stages import Stage
-from vtp_plugin.strategy import QuestionStrategy
+from vtp_plugin.strategy import ComparingStrategy, QuestionStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
 
 EPS = 1e-6
 
 
 @dataclass(kw_only=True)
-class CDPruner(QuestionStrategy):
+class CDPruner(QuestionStrategy, ComparingStrategy):
     """Keep tokens that differ from each other and matter to the question."""
 
     name = "cdpruner"
     stage = Stage.PROJECTOR
     paper = "CDPruner: Maximizing Conditional Diversity for Token Pruning, https://arxiv.org/abs/2506.10967"
-    needs = ("projected", "aligned", "text")
     default_keep_ratio = 64 / 576
 
     relevance_sign: int = -1  # -1 as in the code, +1 as in the paper
@@ -51,11 +50,15 @@ class CDPruner(QuestionStrategy):
         self.check_choice("relevance_sign", (1, -1))
         self.check_choice("segments", (True, False))
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*self.reads("projected"), "aligned", "text")
+
     def select(self, visual: VisualTokens) -> Selection:
         relevance = self.relevance_sign * cosine_similarity(visual.aligned, visual.text[:, None], dim=-1)
         r = _scaled(relevance)
-        kernel = r[:, :, None] * cosines(visual.projected) * r[:, None]
-        picks = determinantal(kernel, self.wanted(visual), spare=relevance)
+        kernel = r[:, :, None] * cosines(self.judged(visual, visual.projected)) * r[:, None]
+        picks = determinantal(kernel, self.wanted(visual), fallback=relevance)
         return Selection.of(picks, r.shape[1], scores=relevance)
 
 

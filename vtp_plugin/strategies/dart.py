@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtp_plugin.strategy import PlacedStrategy
+from vtp_plugin.strategy import ComparingStrategy, PlacedStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
 
 
 @dataclass(kw_only=True)
-class DART(PlacedStrategy):
+class DART(PlacedStrategy, ComparingStrategy):
     """Keep a few pivots and the visual tokens that resemble them least."""
 
     name = "dart"
@@ -49,7 +49,9 @@ class DART(PlacedStrategy):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("key_norms", "text_key_norms", "normed", "text_normed") if self.at == "llm" else ("projected",)
+        if self.at == "llm":
+            return ("key_norms", "text_key_norms", "normed", "text_normed")
+        return self.reads("projected")
 
     def select(self, visual: VisualTokens) -> Selection:
         k, n = self.wanted(visual), visual.tokens.shape[1]
@@ -59,7 +61,7 @@ class DART(PlacedStrategy):
         """Per image: norms [N] and tokens [N, D] to judge by, and the same of the text."""
         if self.at == "llm":
             return list(zip(visual.key_norms, visual.normed, visual.text_key_norms, visual.text_normed, strict=True))
-        z = visual.projected.float()
+        z = self.judged(visual, visual.projected).float()
         return [(one.abs().sum(-1), one, one.new_zeros(0), one[:0]) for one in z]
 
     def _kept(self, norms: Tensor, tokens: Tensor, text_norms: Tensor, text: Tensor, k: int) -> Tensor:

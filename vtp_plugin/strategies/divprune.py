@@ -23,12 +23,12 @@ from torch import Tensor
 
 from vtp_plugin.selectors import centred, cosines, farthest_points, minmax
 from vtp_plugin.stages import Stage
-from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.strategy import ComparingStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
 
 
 @dataclass(kw_only=True)
-class DivPrune(PruningStrategy):
+class DivPrune(ComparingStrategy):
     """Keep tokens that are far from each other."""
 
     name = "divprune"
@@ -43,21 +43,22 @@ class DivPrune(PruningStrategy):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("projected",) + ("cls_attention",) * (self.weight == "attention")
+        return self.reads("projected") + ("cls_attention",) * (self.weight == "attention")
 
     def rounded(self, exact: float) -> int:
         return round(exact)
 
     def select(self, visual: VisualTokens) -> Selection:
-        alike = cosines(visual.projected)
-        apart = 1 - (cosines(centred(visual.projected)) if self.weight == "distinctiveness" else alike)
-        picks = farthest_points(apart, self.wanted(visual), self._weights(visual, alike))
+        z = self.judged(visual, visual.projected)
+        alike = cosines(z)
+        apart = 1 - (cosines(centred(z)) if self.weight == "distinctiveness" else alike)
+        picks = farthest_points(apart, self.wanted(visual), self._weights(visual, z, alike))
         return Selection.of(picks, visual.tokens.shape[1])
 
-    def _weights(self, visual: VisualTokens, alike: Tensor) -> Tensor | None:
-        """[B, N], of distances [B, N, N]."""
+    def _weights(self, visual: VisualTokens, z: Tensor, alike: Tensor) -> Tensor | None:
+        """[B, N], of tokens [B, N, D] and their cosines [B, N, N]."""
         if self.weight == "norm":
-            return visual.projected.float().norm(dim=-1)
+            return z.float().norm(dim=-1)
         if self.weight == "attention":
             return visual.cls_attention.float()
         return minmax(-alike.mean(-1)) if self.weight == "distinctiveness" else None

@@ -49,6 +49,7 @@ class FitPrune(PruningStrategy):
 
     name = "fitprune"
     stage = Stage.LLM
+    cut_field = "start"
     paper = "FitPrune: Fit and Prune, Training-free Visual Token Pruning, https://arxiv.org/abs/2409.10197"
     needs = ("self_attention", "cross_attention")
     nominal = True

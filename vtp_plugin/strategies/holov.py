@@ -24,20 +24,19 @@ from torch.nn.functional import one_hot
 
 from vtp_plugin.selectors import cosines
 from vtp_plugin.stages import Stage
-from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.strategy import ComparingStrategy
 from vtp_plugin.tokens import Selection, VisualTokens, best, true_columns
 
 SCALE = 1000.0
 
 
 @dataclass(kw_only=True)
-class HoloV(PruningStrategy):
+class HoloV(ComparingStrategy):
     """Divide the budget among stretches of the picture, and spend it there by CLS attention."""
 
     name = "holov"
     stage = Stage.PROJECTOR
     paper = "HoloV: Holistic Vision Token Pruning, https://arxiv.org/abs/2510.02912"
-    needs = ("projected", "cls_attention")
     default_keep_ratio = 64 / 576
 
     segments: int = 16
@@ -49,10 +48,15 @@ class HoloV(PruningStrategy):
         self.check_number("context", 0)
         self.check_choice("order", ("score", "raster"))
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*self.reads("projected"), "cls_attention")
+
     def select(self, visual: VisualTokens) -> Selection:
         k = self.wanted(visual)
-        n, images = visual.tokens.shape[1], zip(visual.projected, visual.cls_attention, strict=True)
+        z, n = self.judged(visual, visual.projected), visual.tokens.shape[1]
         pieces = torch.arange(n, device=visual.index.device).tensor_split(min(self.segments, n))
+        images = zip(z, visual.cls_attention, strict=True)
         worth = torch.stack([self._worth(*image, pieces) for image in images])  # [B, S]
         stretch = torch.cat([torch.full_like(piece, number) for number, piece in enumerate(pieces)])
         sources = _spent(visual.cls_attention, stretch, _quotas(worth, stretch, k), k)

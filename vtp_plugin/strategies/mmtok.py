@@ -22,18 +22,17 @@ from torch.nn.functional import normalize
 
 from vtp_plugin.selectors import cosines, greedy
 from vtp_plugin.stages import Stage
-from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.strategy import ComparingStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
 
 
 @dataclass(kw_only=True)
-class MMTok(PruningStrategy):
+class MMTok(ComparingStrategy):
     """Keep tokens that cover the words of the question and the other tokens."""
 
     name = "mmtok"
     stage = Stage.PROJECTOR
     paper = "MMTok: Multimodal Coverage Maximization for Visual Token Selection, https://arxiv.org/abs/2508.18264"
-    needs = ("projected", "words")
     text_encoder = "llm"
     default_keep_ratio = 64 / 576
 
@@ -46,9 +45,13 @@ class MMTok(PruningStrategy):
         for field in ("text_temperature", "image_temperature"):
             self.check_number(field, 1e-4)
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("projected", "words", *self.reads())
+
     def select(self, visual: VisualTokens) -> Selection:
         k, n = self.wanted(visual), visual.tokens.shape[1]
-        images = zip(visual.tokens, visual.projected, visual.words, strict=True)
+        images = zip(self.judged(visual, visual.tokens), visual.projected, visual.words, strict=True)
         return Selection.of(_covering(torch.stack([self._rows(*image) for image in images]), k), n)
 
     def _rows(self, x: Tensor, z: Tensor, words: Tensor) -> Tensor:

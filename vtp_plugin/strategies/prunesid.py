@@ -23,18 +23,17 @@ from torch import Tensor
 
 from vtp_plugin.selectors import cosines
 from vtp_plugin.stages import Stage
-from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.strategy import ComparingStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
 
 
 @dataclass(kw_only=True)
-class PruneSID(PruningStrategy):
+class PruneSID(ComparingStrategy):
     """Group tokens by principal directions and thin out every group."""
 
     name = "prunesid"
     stage = Stage.PROJECTOR
     paper = "PruneSID: Synergistic Importance-Diversity for Token Pruning, https://arxiv.org/abs/2603.09480"
-    needs = ("cls", "cls_attention")
     merges = True  # the class token's row is new
     default_keep_ratio = 64 / 576
 
@@ -45,9 +44,13 @@ class PruneSID(PruningStrategy):
         self.check_number("threshold", 0)
         self.check_choice("order", ("group", "raster"))
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("cls", "cls_attention", *self.reads())
+
     def select(self, visual: VisualTokens) -> Selection:
         k, class_token = self.wanted(visual), visual.cls is not None
-        images = zip(visual.tokens.float(), visual.cls_attention, strict=True)
+        images = zip(self.judged(visual, visual.tokens).float(), visual.cls_attention, strict=True)
         read = torch.stack([self._compared(*image, k) for image in images]).cpu()  # what follows is a walk on the host
         picks = torch.tensor([self._kept(one, k - class_token) for one in read], dtype=torch.long)
         picks = picks.to(visual.index.device)

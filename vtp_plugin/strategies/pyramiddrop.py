@@ -31,6 +31,7 @@ class PyramidDrop(PruningStrategy):
 
     name = "pyramiddrop"
     stage = Stage.LLM
+    cut_field = "layers"
     paper = "PyramidDrop: Accelerating LVLMs via Pyramid Visual Redundancy Reduction, https://arxiv.org/abs/2410.17247"
     default_keep_ratio = 0.125
     default_positions = "compact"

@@ -19,12 +19,12 @@ import torch
 
 from vtp_plugin.selectors import cosines, coverage
 from vtp_plugin.stages import Stage
-from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.strategy import ComparingStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
 
 
 @dataclass(kw_only=True)
-class SCOPE(PruningStrategy):
+class SCOPE(ComparingStrategy):
     """Keep salient tokens that cover what the kept ones do not."""
 
     name = "scope"
@@ -37,7 +37,7 @@ class SCOPE(PruningStrategy):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("cls_attention",) + ("heads",) * (self.gain == "additive")
+        return ("cls_attention", *self.reads()) + ("heads",) * (self.gain == "additive")
 
     def validate(self) -> None:
         self.check_choice("gain", ("product", "additive"))
@@ -49,5 +49,6 @@ class SCOPE(PruningStrategy):
             factor, bonus = attention**self.alpha, None
         else:
             factor, bonus = torch.ones_like(attention), (visual.heads * attention) ** self.alpha
-        picks = coverage(cosines(visual.tokens), factor, self.wanted(visual), bonus=bonus)
+        alike = cosines(self.judged(visual, visual.tokens))
+        picks = coverage(alike, factor, self.wanted(visual), bonus=bonus)
         return Selection.of(picks, visual.tokens.shape[1], scores=attention**self.alpha)

@@ -71,6 +71,7 @@ class SparseVLM(PruningStrategy):
 
     name = "sparsevlm"
     stage = Stage.LLM
+    cut_field = "layers"
     paper = "SparseVLM: Visual Token Sparsification for Efficient VLM Inference, https://arxiv.org/abs/2410.04417"
     merges = True
     nominal = True

@@ -20,20 +20,19 @@ from torch import Tensor
 
 from vtp_plugin.selectors import cosines
 from vtp_plugin.stages import Stage
-from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.strategy import ComparingStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
 
 LEAVE = 8  # patches per round
 
 
 @dataclass(kw_only=True)
-class VisPruner(PruningStrategy):
+class VisPruner(ComparingStrategy):
     """Keep the most attended patches and, of the others, those that no other patch resembles."""
 
     name = "vispruner"
     stage = Stage.PROJECTOR
     paper = "Beyond Text-Visual Attention: VisPruner, https://arxiv.org/abs/2412.01818"
-    needs = ("cls_attention",)
     default_keep_ratio = 0.25
 
     important: float = 0.5  # rho: share of the budget that CLS attention spends
@@ -41,11 +40,15 @@ class VisPruner(PruningStrategy):
     def validate(self) -> None:
         self.check_number("important", 0, 1)
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("cls_attention", *self.reads())
+
     def select(self, visual: VisualTokens) -> Selection:
         k = self.wanted(visual)
         order = visual.cls_attention.float().sort(dim=-1, descending=True, stable=True).indices  # [B, N]
         first = int(k * self.important + 1e-9)
-        rest = thinned(cosines(visual.tokens), order[:, first:], k - first)
+        rest = thinned(cosines(self.judged(visual, visual.tokens)), order[:, first:], k - first)
         picks = torch.cat([order[:, :first], rest], dim=1)
         return Selection.of(picks, order.shape[1], scores=visual.cls_attention)
 

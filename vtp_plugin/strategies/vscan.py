@@ -23,18 +23,17 @@ from torch.nn.functional import normalize
 
 from vtp_plugin.selectors import mask
 from vtp_plugin.stages import Stage
-from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.strategy import ComparingStrategy
 from vtp_plugin.tokens import Selection, VisualTokens, best, true_columns
 
 
 @dataclass(kw_only=True)
-class VScan(PruningStrategy):
+class VScan(ComparingStrategy):
     """Keep what windows and what the whole picture attend to; the others are averaged into the most similar ones."""
 
     name = "vscan"
     stage = Stage.PROJECTOR
     paper = "VScan: Rethinking Visual Token Reduction for Efficient LVLMs, https://arxiv.org/abs/2505.22654"
-    needs = ("projected", "cls_attention", "shallow_attention")
     merges = True
     default_keep_ratio = 96 / 576
 
@@ -48,6 +47,10 @@ class VScan(PruningStrategy):
         self.check_choice("merge", (True, False))
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        return (*self.reads("projected"), "cls_attention", "shallow_attention")
+
+    @property
     def shallow_layer(self) -> int:
         return self.shallow
 
@@ -58,7 +61,13 @@ class VScan(PruningStrategy):
         kept = Selection.of(torch.cat([local, best(rest, k - k // 2)], dim=1), n, scores=visual.cls_attention)
         if not self.merge:
             return kept
-        images = zip(visual.tokens, visual.projected, kept.columns, true_columns(~kept.keep, n - k), strict=True)
+        images = zip(
+            visual.tokens,
+            self.judged(visual, visual.projected),
+            kept.columns,
+            true_columns(~kept.keep, n - k),
+            strict=True,
+        )
         rows, into = zip(*(_averaged(*image) for image in images), strict=True)
         return replace(kept, tokens=tuple(rows), into=tuple(into))
 

@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vtp_plugin.selectors import centred, distances, farthest_points, mean_matching, minmax
-from vtp_plugin.strategy import PlacedStrategy
+from vtp_plugin.strategy import ComparingStrategy, PlacedStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
 
 FLOOR = 0.1  # importance that every token has
 
 
 @dataclass(kw_only=True)
-class VTP(PlacedStrategy):
+class VTP(PlacedStrategy, ComparingStrategy):
     """Keep tokens that differ, and as many of each kind as the picture has."""
 
     name = "vtp"
@@ -51,7 +51,7 @@ class VTP(PlacedStrategy):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return (self._features,) + (self._importance,) * (self.focus > 0)
+        return self.reads(self._features) + (self._importance,) * (self.focus > 0)
 
     @property
     def _features(self) -> str:
@@ -65,7 +65,7 @@ class VTP(PlacedStrategy):
         return round(exact)
 
     def select(self, visual: VisualTokens) -> Selection:
-        x, k = centred(getattr(visual, self._features)), self.wanted(visual)
+        x, k = centred(self.judged(visual, getattr(visual, self._features))), self.wanted(visual)
         picks = farthest_points(distances(x), self.different(k, x.shape[1]), self.weight(visual))
         return Selection.of(mean_matching(x, picks, k), x.shape[1])
 

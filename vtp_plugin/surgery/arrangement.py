@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -100,6 +101,12 @@ class Arrangement:
     def of_image(self, key: Any, maps: Tensor, number: int) -> Tensor:
         """The same of one image."""
         return self.rows(key, maps)[self.passing.batch.index(number)]
+
+    @cached_property
+    def units(self) -> dict[int, Tensor]:
+        """What goes into the merger for every row that the host makes, by image [n, m D]."""
+        made = self.vision.family.units(self.passing.features, self.kind, self.passing.inputs)
+        return dict(zip(self.passing.batch, made, strict=True))
 
     @property
     def middles(self) -> Tensor:

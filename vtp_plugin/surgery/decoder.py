@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vtp_plugin.errors import PruningError
 from vtp_plugin.signals import Tap, taps
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.surgery import attention, cache
+from vtp_plugin.surgery import attention, cache, checkpointing
 from vtp_plugin.surgery.call import Call
 from vtp_plugin.surgery.cut import Cut, additive, made_mask, narrow, with_new
 from vtp_plugin.surgery.deciding import Seen, decide
@@ -44,10 +44,13 @@ class DecoderCuts:
                     raise strategy.error(
                         f"budget={strategy.budget} is for the projector stage; the llm stage cuts per image"
                     )
-            first = self.session.adapter.first_cut
-            if not first <= layer < len(self.layers):
-                last = len(self.layers) - 1
-                raise strategies[0].error(f"layer must be in {first} ... {last} for this model, got {layer}")
+            strategies[0].check_layer(strategies[0].cut_field, layer, *self._possible(layer))
+
+    def _possible(self, layer: int) -> tuple[int, int, str]:
+        """The first and the last layer that may be cut, and what is in the way of this one."""
+        family, depth = self.session.adapter, len(self.layers)
+        why = family.cannot_cut if 0 < layer < family.first_cut else f"its language model has {depth} layers"
+        return family.first_cut, depth - 1, why
 
     def install(self, undo: Undo) -> None:
         for layer, strategies in self.by_layer.items():
@@ -78,7 +81,8 @@ class DecoderCuts:
             seen = self._seen(call, layer - 1, hidden)
             with torch.no_grad(), self.session.timed("selector"):
                 tables = kwargs["position_embeddings"]
-                call.prompt.readings[layer] = Reading.of(module, hidden, tables, past, seen.valid, seen.columns)
+                given = past, seen.valid, seen.columns, kwargs.get("attention_mask"), self._turns(module)
+                call.prompt.readings[layer] = Reading.of(module, hidden, tables, *given)
 
         return read
 
@@ -88,6 +92,7 @@ class DecoderCuts:
             if call is None:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
+            self._check_replay(module, hidden)
             stored = cache.of_layer(kwargs)
             self._check(stored)
             if stored is not None and (past := stored.get_seq_length(number)) > 0:
@@ -97,7 +102,7 @@ class DecoderCuts:
                 return args, {**kwargs, "attention_mask": mask, "position_embeddings": tables}
             self._check_window(module, kwargs["position_embeddings"][0].shape[1])
             if number in self.by_layer:
-                hidden = self._cut(call, number, hidden, kwargs["position_embeddings"])
+                hidden = self._cut(call, number, hidden, kwargs)
             return self._narrowed(call, number, hidden, args, kwargs)
 
         return enter
@@ -146,11 +151,11 @@ class DecoderCuts:
 
     # -- deciding -------------------------------------------------------------------------------------------------
 
-    def _cut(self, call: Call, number: int, hidden: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+    def _cut(self, call: Call, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Hidden states [B, L, D] without the dropped columns; decides if this is the first pass."""
         before = self._seen(call, number - 1, hidden)
         if number not in call.cuts:
-            seen = Seen(number, hidden, before, call.prompt.readings.pop(number, None), self._behind(number, tables))
+            seen = Seen(number, hidden, before, call.prompt.readings.pop(number, None), self._behind(number, kwargs))
             call.cuts[number] = decide(self.session, call, self.by_layer[number], len(self.layers), seen)
         after = call.cuts[number]
         where = torch.searchsorted(before.columns.contiguous(), after.columns.contiguous())
@@ -159,16 +164,17 @@ class DecoderCuts:
             hidden[rows, torch.searchsorted(after.columns[rows.start].contiguous(), columns)] = values.to(hidden.dtype)
         return hidden
 
-    def _behind(self, number: int, tables: tuple[Tensor, ...]) -> Callable[[Tensor, Cut], Reading]:
+    def _behind(self, number: int, kwargs: dict[str, Any]) -> Callable[[Tensor, Cut], Reading]:
         """Reads the layer behind the cut on hidden states [B, L, D], as if nothing were cut."""
 
         def read(hidden: Tensor, before: Cut) -> Reading:
             layer = self.layers[number]
             with torch.no_grad(), self.session.timed("selector"):
-                length = before.columns.shape[1]
-                rotary = self._tables(self.session.call, number, hidden, tables, before, length, before.columns)
-                normed = layer.input_layernorm.forward(hidden)
-                return Reading.of(layer.self_attn, normed, rotary, None, before.valid, before.columns)
+                length, tables, call = before.columns.shape[1], kwargs["position_embeddings"], self.session.call
+                rotary = self._tables(call, number, hidden, tables, before, length, before.columns)
+                mask, normed = self._mask(call, kwargs, before, before.columns), layer.input_layernorm.forward(hidden)
+                given = None, before.valid, before.columns, mask, self._turns(layer.self_attn)
+                return Reading.of(layer.self_attn, normed, rotary, *given)
 
         return read
 
@@ -181,7 +187,10 @@ class DecoderCuts:
         valid = call.valid.to(hidden.device).repeat_interleave(len(hidden) // len(call.valid), dim=0)
         columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
         counts = [count for count in call.lengths for _ in range(len(hidden) // len(call.valid))]
-        return Cut(columns, valid, valid.shape[1], tuple(counts))
+        return Cut(columns, valid, valid.shape[1], tuple(counts), everything=True)
+
+    def _turns(self, module: nn.Module) -> bool:
+        return self.session.adapter.turns(module)
 
     # -- small things ---------------------------------------------------------------------------------------------
 
@@ -225,6 +234,14 @@ class DecoderCuts:
     @property
     def _flash(self) -> bool:
         return "flash" in self.session.adapter.language_model.config._attn_implementation
+
+    def _check_replay(self, layer: nn.Module, hidden: Tensor) -> None:
+        """What is cut in front of a layer would not be when the backward pass runs it again, hooks and all."""
+        if checkpointing.with_its_hooks(layer) and checkpointing.runs_again(layer, hidden):
+            raise PruningError(
+                f"{self._names}: gradient checkpointing runs decoder layers again with their hooks before transformers "
+                f"5.23: train with a newer release, or without it"
+            )
 
     def _check_window(self, layer: nn.Module, length: int) -> None:
         """A kernel that counts its window itself would count what is left instead of the prompt's columns."""

@@ -96,9 +96,10 @@ class OriginalPositions:
         if call is None or call.positions is None:
             return None
         call.positions_used = True
+        first = self.session.adapter.first_position
         if "position_ids" in kwargs:
-            return args, {**kwargs, "position_ids": looked_up(call.positions, kwargs["position_ids"])}
-        return (args[0], looked_up(call.positions, args[1]), *args[2:]), kwargs
+            return args, {**kwargs, "position_ids": looked_up(call.positions, kwargs["position_ids"] - first) + first}
+        return (args[0], looked_up(call.positions, args[1] - first) + first, *args[2:]), kwargs
 
 
 @dataclass(frozen=True)

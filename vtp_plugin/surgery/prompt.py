@@ -142,7 +142,8 @@ class PlaceholderCalls:
         if untouched:
             columns = Columns.whole(len(ids), ids.shape[1], ids.device)
         if not untouched or any(s.stage is Stage.LLM for s in self.pruned.strategies):
-            call.turn = Turn(self.pruned.number, ids, real, columns, numbering, untouched)
+            first = self.family.first_position
+            call.turn = Turn(self.pruned.number, ids, real, columns, numbering, first, untouched)
         return features
 
     def _whole(self, call: Call, inputs: dict[str, Any]) -> Any:

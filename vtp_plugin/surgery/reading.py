@@ -24,6 +24,8 @@ class Reading:
     valid: Tensor  # [B, L] bool: columns that are not padding
     columns: Tensor  # [B, L] where they are in the whole prompt: what a sliding window counts
     stored: Tensor | None = None  # [B, Hkv, L, d] values, where the cache holds them
+    turns: bool = True  # whether queries and keys are rotated
+    mask: Tensor | None = None  # [B or 1, 1, L, L] bool or additive, as the layer was given it; None: causal
 
     @classmethod
     def of(
@@ -34,13 +36,17 @@ class Reading:
         stored: Any,
         valid: Tensor,
         columns: Tensor,
+        mask: Tensor | None,
+        turns: bool,
     ) -> Reading:
-        """From the layer's normed input, its rotary tables and the cache that holds its keys, if there is one."""
+        """From the layer's normed input, its rotary tables, the cache that may hold its keys, and its mask."""
         cos, sin = (table[:, : hidden.shape[1]] for table in tables)
         keys, values = _cached(module, stored, hidden.shape[1])
         if keys is None:
-            keys = attention.rotated(module, attention.heads(module, "k_proj", hidden), cos, sin)
-        return cls(module, hidden, cos, sin, keys, valid, columns, values)
+            keys = attention.heads(module, "k_proj", hidden)
+            keys = attention.rotated(module, keys, cos, sin) if turns else keys
+        whole = mask is not None and mask.ndim == 4
+        return cls(module, hidden, cos, sin, keys, valid, columns, values, turns, mask if whole else None)
 
     def last_row(self) -> Tensor:
         """Attention of the last real column, mean over heads, [B, L] fp32."""
@@ -51,7 +57,11 @@ class Reading:
         length = self.hidden.shape[1]
         last = (self.valid * torch.arange(1, length + 1, device=self.valid.device)).argmax(1, keepdim=True)  # [B, 1]
         query = self._queries(slice(None), last)  # [B, H, 1, d]
-        visible = self.valid & self._near(self.columns.gather(1, last), self.columns)
+        if self.mask is None:
+            visible = self.valid & self._near(self.columns.gather(1, last), self.columns)
+        else:
+            rows = self.mask[:, 0].expand(len(self.hidden), -1, -1)
+            visible = self.valid & self._shown(rows.gather(1, last[..., None].expand(-1, -1, rows.shape[2]))[:, 0])
         return attention.row(query[:, :, 0], self.keys, attention.scale(self.module), visible)
 
     def rows(self, sample: int, columns: Tensor) -> Tensor:
@@ -80,7 +90,7 @@ class Reading:
         """Logits of all-ones queries at some columns [T] and all-ones keys everywhere, [T, L] fp32."""
         cos, sin = (table.expand(len(self.hidden), -1, -1)[sample, None].float() for table in (self.cos, self.sin))
         ones = torch.ones_like(cos)[:, None, :, :1].expand(1, 1, -1, self.module.head_dim)
-        turned = attention.rotated(self.module, ones, cos, sin)[0, 0]  # [L, d]
+        turned = self._turned(ones, cos, sin)[0, 0]  # [L, d]
         return turned[columns] @ turned.T * attention.scale(self.module)
 
     def strongest(self, sample: int, columns: Tensor) -> Tensor:
@@ -112,9 +122,17 @@ class Reading:
 
     def _visible(self, sample: int, columns: Tensor) -> Tensor:
         """What some columns [T] of one sample attend to, [T, L] bool."""
+        if self.mask is not None:  # both ways inside an image, or over the whole prompt, in some families
+            own = self.mask.expand(len(self.hidden), -1, -1, -1)[sample, 0]
+            return self.valid[sample] & self._shown(own[columns])
         before = torch.arange(self.hidden.shape[1], device=columns.device) <= columns[:, None]
         places = self.columns[sample]
         return self.valid[sample] & before & self._near(places[columns, None], places)
+
+    def _shown(self, rows: Tensor) -> Tensor:
+        """Some rows of the mask [T, K] as bool, [T, L]."""
+        rows = rows[:, : self.hidden.shape[1]]
+        return rows if rows.dtype is torch.bool else rows > torch.finfo(rows.dtype).min / 2
 
     def _near(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Whether the keys at these places of the prompt are within the layer's window."""
@@ -125,7 +143,11 @@ class Reading:
         """Rotated queries of columns [B, T] -> [B, H, T, d]."""
         cos, sin = (table.expand(len(self.hidden), -1, -1)[samples] for table in (self.cos, self.sin))
         query = attention.heads(self.module, "q_proj", attention.take(self.hidden[samples], columns))
-        return attention.rotated(self.module, query, attention.take(cos, columns), attention.take(sin, columns))
+        return self._turned(query, attention.take(cos, columns), attention.take(sin, columns))
+
+    def _turned(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Heads [B, H, T, d] as the layer rotates them."""
+        return attention.rotated(self.module, heads, cos, sin) if self.turns else heads
 
 
 def _cached(module: nn.Module, cache: Any, length: int) -> tuple[Tensor | None, Tensor | None]:

@@ -163,6 +163,11 @@ class GroupRows(RowsView):
         return output[self.made.passing.tiles.index(self.first), :1]
 
     @property
+    def units(self) -> Tensor:
+        pieces = [self.made.units[part.number][part.source[where]] for part, where in self.group]
+        return torch.cat(pieces)[None]
+
+    @property
     def view(self) -> Tensor | None:
         if not self._several_views:
             return None

@@ -37,6 +37,7 @@ class Turn:
     real: Tensor  # [B, L] bool: what is no padding in them
     columns: Columns
     numbering: str | None  # original or compact; None: the host's own, of a prompt that was not shortened
+    first: int = 0  # the host's number of the first token
     untouched: bool = False  # nothing was dropped before the language model
     by_column: bool = True  # the host counts columns, padding included; else real tokens
     shift: Tensor | None = None  # [B] or [A, B]: what a new token's number becomes, where the caller counts
@@ -90,9 +91,9 @@ class Turn:
             raise PruningError(REFUSED_POSITIONS)
         if self.by_column:
             self.shift = torch.full_like(self.dropped, self.columns.short - self.length)
-            return torch.arange(at.short, device=given.device).expand(len(at.columns), -1)
+            return torch.arange(at.short, device=given.device).expand(len(at.columns), -1) + self.first
         self.shift = -self.dropped
-        return (at.valid.cumsum(1) - 1).clamp(min=0)
+        return (at.valid.cumsum(1) - 1).clamp(min=0) + self.first
 
     def _beside(self, given: Tensor, new: int) -> tuple[Tensor, Tensor]:
         """Position ids with one row per sequence, and which columns are real [B', L + new]."""
@@ -103,7 +104,7 @@ class Turn:
 
     def _counting(self, given: Tensor, new: int) -> list[Tensor]:
         """Whether position ids [B' or 1, L + new] count real tokens, and whether they count columns."""
-        given, real = self._beside(given, new)
+        given, real = self._beside(given - self.first, new)
         every = torch.arange(real.shape[1], device=given.device).expand_as(given)
         return [_same(given, (real.cumsum(1) - 1).clamp(min=0), real), _same(given, every, real)]
 
@@ -219,8 +220,13 @@ def inside() -> Iterator[None]:
 
 
 def stored_length(stored: Any) -> int:
-    """How many columns a cache really holds in its first layer."""
-    return 0 if stored is None else int(type(stored).get_seq_length(stored))
+    """How many columns a cache really holds in its first layer. PruningError for one that cannot say it."""
+    if stored is None:
+        return 0
+    length = getattr(type(stored), "get_seq_length", None)
+    if length is None:
+        raise PruningError(f"pruning needs a cache of transformers (DynamicCache), got {type(stored).__name__}")
+    return int(length(stored))
 
 
 def remember(stored: Any, turn: Turn) -> None:

@@ -49,8 +49,8 @@ class VisionCuts:
         for strategy in self.at(Stage.PROJECTOR):
             blocks = len(self.tower.blocks)
             for name, layer in (("layer", strategy.tower_layer), ("shallow", strategy.shallow_layer)):
-                if layer is not None and not -blocks <= layer < blocks:
-                    raise strategy.error(f"{name} must be in {-blocks} ... {blocks - 1} for this model, got {layer}")
+                if layer is not None:
+                    strategy.check_layer(name, layer, -blocks, blocks - 1, f"its vision tower has {blocks} blocks")
         for strategy in self.tapping(Tap.SPACE):
             self.spaces[space_of(strategy)] = self._space(strategy)
         for strategy in self.at(Stage.PIXELS, Stage.VIT):

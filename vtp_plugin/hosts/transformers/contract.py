@@ -1,6 +1,7 @@
 """Where this package touches transformers: by family, from the model, and what all families share.
 
 Paths start at the model that is pruned, so that a check needs no import; they are checked when it is attached to.
+A family that is not here puts its touch points together in its own file, of the functions below.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ FEATURES = (5, 18)  # `generate` repeats features for beams since; before, it re
 _At = partial(TouchPoint, TRANSFORMERS)
 
 
-def _decoder(path: str, normed: bool = False, window: bool = False) -> tuple[TouchPoint, ...]:
-    """A language model's layers, whose keywords the llm stage rewrites, and its rotary embedding."""
+def decoder(path: str, normed: bool = False, window: bool = False, numbered: bool = True) -> tuple[TouchPoint, ...]:
+    """A language model's layers, whose keywords the llm stage rewrites, and its rotary embedding.
+
+    `numbered`: a layer names its position ids; else they are among what it hands on.
+    """
     layer = f"{path}.layers.0"
-    keywords = ("hidden_states", "attention_mask", "position_ids", "position_embeddings", CACHE)
+    keywords = ("hidden_states", "attention_mask", "position_embeddings", *("position_ids",) * numbered, CACHE)
     parts = ("q_proj", "k_proj", "head_dim", "scaling|scale")
     norms = ("q_norm", "k_norm") if normed else ()
     sliding = ("sliding_window",) if window else ()
@@ -31,7 +35,7 @@ def _decoder(path: str, normed: bool = False, window: bool = False) -> tuple[Tou
     )
 
 
-def _prompt(core: str = ".model") -> tuple[TouchPoint, ...]:
+def prompt(core: str = ".model") -> tuple[TouchPoint, ...]:
     """A model whose prompt is shortened and whose features are served."""
     return (
         _At(".", "calls of the model", takes=("input_ids", "attention_mask", "labels", "logits_to_keep", CACHE)),
@@ -42,12 +46,12 @@ def _prompt(core: str = ".model") -> tuple[TouchPoint, ...]:
     )
 
 
-def _repeated() -> tuple[TouchPoint, ...]:
+def repeated() -> tuple[TouchPoint, ...]:
     where, why = "._expand_multimodal_outputs", "beams and returned sequences"
     return (_At(where, why, takes=("input_ids", "expand_size"), since=FEATURES),)
 
 
-def _clip(path: str) -> tuple[TouchPoint, ...]:
+def clip(path: str) -> tuple[TouchPoint, ...]:
     """A CLIP or SigLIP tower."""
     parts = ("embeddings", "encoder", "post_layernorm", "config")
     return (
@@ -58,7 +62,7 @@ def _clip(path: str) -> tuple[TouchPoint, ...]:
     )
 
 
-def _packed(*functions: str) -> tuple[TouchPoint, ...]:
+def packed(*functions: str) -> tuple[TouchPoint, ...]:
     """A Qwen-VL's tower and positions; `functions` of its file that compute something per patch."""
     path = ".model.visual"
     parts = ("patch_embed", "blocks", "merger", "spatial_merge_size")
@@ -80,7 +84,7 @@ def _packed(*functions: str) -> tuple[TouchPoint, ...]:
     )
 
 
-def _crops(module: str, packing: tuple[str, ...]) -> tuple[TouchPoint, ...]:
+def crops(module: str, packing: tuple[str, ...]) -> tuple[TouchPoint, ...]:
     """Tiles of any resolution, packed by the host."""
     home = f"transformers.models.{module}.modeling_{module}"
     return (
@@ -90,7 +94,7 @@ def _crops(module: str, packing: tuple[str, ...]) -> tuple[TouchPoint, ...]:
     )
 
 
-def _encoder(module: str, name: str) -> tuple[TouchPoint, ...]:
+def encoder(module: str, name: str) -> tuple[TouchPoint, ...]:
     """A vision transformer by itself, or beside a text tower."""
     home, why = f"transformers.models.{module}.modeling_{module}:{name}", "calls of the model"
     return (
@@ -111,39 +115,39 @@ SHARED = (
     ),
 )
 
-_LANGUAGE = ".model.language_model"
-_TOWER = ".model.vision_tower"
-_PLAIN = (*SHARED, *_prompt(), *_decoder(_LANGUAGE))
-_ROWS = (*_PLAIN, *_repeated())
+LANGUAGE = ".model.language_model"
+TOWER = ".model.vision_tower"
+PLAIN = (*SHARED, *prompt(), *decoder(LANGUAGE))
+ROWS = (*PLAIN, *repeated())
 
 FAMILIES: dict[str, tuple[TouchPoint, ...]] = {
-    "clip": _encoder("clip", "CLIP"),
-    "siglip": _encoder("siglip", "Siglip"),
-    "llava_hf": (*_PLAIN, *_clip(_TOWER)),
+    "clip": encoder("clip", "CLIP"),
+    "siglip": encoder("siglip", "Siglip"),
+    "llava_hf": (*PLAIN, *clip(TOWER)),
     "llava_next": (
-        *_ROWS,
-        *_clip(_TOWER),
-        *_crops("llava_next", ("image_features", "image_sizes", "vision_feature_select_strategy", "image_newline")),
+        *ROWS,
+        *clip(TOWER),
+        *crops("llava_next", ("image_features", "image_sizes", "vision_feature_select_strategy", "image_newline")),
     ),
     "llava_onevision": (
-        *_ROWS,
-        *_clip(_TOWER),
-        *_crops("llava_onevision", ("image_features", "image_sizes", "image_newline", "vision_aspect_ratio")),
+        *ROWS,
+        *clip(TOWER),
+        *crops("llava_onevision", ("image_features", "image_sizes", "image_newline", "vision_aspect_ratio")),
         _At(".model.apply_pooling", "rows of a video", takes=("image_features",)),
         _At(".model.get_video_features", "features of the videos", takes=("pixel_values_videos|pixel_values",)),
     ),
-    "qwen2_vl": (*_ROWS, *_packed()),
+    "qwen2_vl": (*ROWS, *packed()),
     "qwen2_5_vl": (
-        *_ROWS,
-        *_packed("get_vision_window_index"),
+        *ROWS,
+        *packed("get_vision_window_index"),
         _At(".model.visual", "windows of the tower", has=("window_size", "patch_size", "fullatt_block_indexes")),
     ),
     "qwen3_vl": (
         *SHARED,
-        *_prompt(),
-        *_repeated(),
-        *_decoder(_LANGUAGE, normed=True),
-        *_packed("get_vision_interpolation_indices_and_weights"),
+        *prompt(),
+        *repeated(),
+        *decoder(LANGUAGE, normed=True),
+        *packed("get_vision_interpolation_indices_and_weights"),
         _At(".model.visual", "deepstack", has=("deepstack_visual_indexes", "deepstack_merger_list")),
         _At(
             ".model.visual",
@@ -157,33 +161,33 @@ FAMILIES: dict[str, tuple[TouchPoint, ...]] = {
         ),
     ),
     "internvl": (
-        *_ROWS,
-        _At(_TOWER, "the vision tower", takes=("pixel_values",), has=("embeddings", "encoder", "layernorm")),
-        _At(f"{_TOWER}.embeddings.patch_embeddings.projection", "patches"),
-        _At(f"{_TOWER}.encoder.layer.0.attention", "attention rows", has=("q_proj", "k_proj", "head_dim")),
+        *ROWS,
+        _At(TOWER, "the vision tower", takes=("pixel_values",), has=("embeddings", "encoder", "layernorm")),
+        _At(f"{TOWER}.embeddings.patch_embeddings.projection", "patches"),
+        _At(f"{TOWER}.encoder.layer.0.attention", "attention rows", has=("q_proj", "k_proj", "head_dim")),
         _At(".model.pixel_shuffle", "squares of patches", takes=("vision_features", "scale_factor")),
     ),
     "gemma3": (
         *SHARED,
-        *_prompt(),
-        *_repeated(),
-        *_decoder(_LANGUAGE, normed=True, window=True),
-        *_clip(_TOWER),
-        _At(f"{_LANGUAGE}.rotary_emb", "positions per kind of layer", takes=("layer_type",)),
+        *prompt(),
+        *repeated(),
+        *decoder(LANGUAGE, normed=True, window=True),
+        *clip(TOWER),
+        _At(f"{LANGUAGE}.rotary_emb", "positions per kind of layer", takes=("layer_type",)),
         _At(".model.multi_modal_projector", "squares of patches", has=("kernel_size", "tokens_per_side", "avg_pool")),
     ),
     "mistral3": (
-        *_ROWS,
-        _At(_TOWER, "the vision tower", takes=("pixel_values", "image_sizes"), has=("patch_conv", "patch_size")),
-        _At(f"{_TOWER}.transformer.layers.0.attention", "attention rows", has=("q_proj", "k_proj", "head_dim")),
-        _At(f"{_TOWER}@apply_rotary_pos_emb", "attention rows", takes=("q", "k", "cos", "sin", "unsqueeze_dim")),
+        *ROWS,
+        _At(TOWER, "the vision tower", takes=("pixel_values", "image_sizes"), has=("patch_conv", "patch_size")),
+        _At(f"{TOWER}.transformer.layers.0.attention", "attention rows", has=("q_proj", "k_proj", "head_dim")),
+        _At(f"{TOWER}@apply_rotary_pos_emb", "attention rows", takes=("q", "k", "cos", "sin", "unsqueeze_dim")),
     ),
     "idefics3": (
         *SHARED,
-        *_prompt(),
-        *_repeated(),
-        *_decoder(".model.text_model"),
-        *_clip(".model.vision_model"),
+        *prompt(),
+        *repeated(),
+        *decoder(".model.text_model"),
+        *clip(".model.vision_model"),
         _At(".model.connector.pixel_shuffle", "squares of patches", takes=("x", "scale_factor")),
     ),
     "blip2": (

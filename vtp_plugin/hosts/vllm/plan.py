@@ -131,11 +131,14 @@ class Plan:
             if "text_encoder" not in strategy.fields():
                 raise strategy.error("the language model's embeddings of a question are not possible inside vLLM")
             raise strategy.error("text_encoder=llm is not possible inside vLLM: say text_encoder=clip")
+        if "units" in strategy.needs:
+            raise strategy.error("what goes into the merger is not kept inside vLLM: say judge=after")
         if strategy.budget != "per_image":
             raise strategy.error(f"budget={strategy.budget} is not possible inside vLLM, which caches single images")
-        layer = strategy.tower_layer
-        if layer is not None and not -self.blocks <= layer < self.blocks:
-            raise strategy.error(f"layer must be in {-self.blocks} ... {self.blocks - 1} for this model, got {layer}")
+        for name, layer in (("layer", strategy.tower_layer), ("shallow", strategy.shallow_layer)):
+            if layer is not None:
+                why = f"its vision tower has {self.blocks} blocks"
+                strategy.check_layer(name, layer, -self.blocks, self.blocks - 1, why)
 
 
 def plan_of(settings: Any, vision: Any) -> Plan:

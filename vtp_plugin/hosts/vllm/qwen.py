@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -166,10 +166,11 @@ class PackedParts(Parts):
     def read_block(self, block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockView:
         """A block of vLLM's tower, called with normed hidden states [S, 1, D]."""
         tables = kwargs["rotary_pos_emb_cos"], kwargs["rotary_pos_emb_sin"]
-        parts = _heads(block.attention, args[0], *tables)
-        key, query, turned = (part.transpose(0, 1) for part in parts)  # [H, S, d]
-        lengths = self.lengths(block.passing, block.number)
-        return sequences_view(query, turned, key, lengths, key.shape[-1] ** -0.5)
+        key, value, query, turned = _heads(block.attention, args[0], *tables)
+        whole = partial(_of_all_workers, block.attention)
+        keys, lengths = whole(key), self.lengths(block.passing, block.number)
+        factor = keys.shape[-1] ** -0.5
+        return sequences_view(whole(query), whole(turned), keys, lengths, factor, values=partial(whole, value))
 
     def order(self, passing: TowerPass) -> Tensor:
         """The units of the images in the tower [U], in the order in which its blocks see them."""
@@ -306,9 +307,13 @@ def places_of(digits: Tensor) -> Tensor:
 
 
 def _heads(module: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """Keys, and queries and keys rotated, of a block's attention for [S, 1, D]: all heads, wherever they live."""
+    """Of attention on [S, 1, D]: keys and values, queries and keys rotated; the heads [S, H, d] of this worker."""
     fused = module.qkv(hidden)[0][:, 0].unflatten(-1, (3, -1, module.hidden_size_per_attention_head))
-    query, key, _ = fused.unbind(1)  # [S, H, d]
-    turned = module.apply_rotary_emb(torch.stack([query, key]), cos, sin)
-    parts = (key, *turned.unbind(0))
-    return tuple(tensor_model_parallel_all_gather(part, dim=1) for part in parts) if module.tp_size > 1 else parts
+    query, key, value = fused.unbind(1)
+    return key, value, *module.apply_rotary_emb(torch.stack([query, key]), cos, sin).unbind(0)
+
+
+def _of_all_workers(module: nn.Module, heads: Tensor) -> Tensor:
+    """[S, H, d] of one worker -> [H', S, d]: all heads, wherever they live."""
+    whole = tensor_model_parallel_all_gather(heads.contiguous(), dim=1) if module.tp_size > 1 else heads
+    return whole.transpose(0, 1)

@@ -1,0 +1,113 @@
+"""The program `vtp`, as a user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from commands import program, vtp
+from PIL import Image
+
+from vtp_plugin import plugins
+from vtp_plugin.cli import app, vtp_register_commands
+from vtp_plugin.reporting import readme
+from vtp_plugin.version import __version__
+
+vtp_register_commands(cli=app)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    noise = np.random.default_rng(0).integers(0, 255, (200, 260, 3), dtype=np.uint8)
+    noise[:, :130] = 90  # half of it is flat
+    Image.fromarray(noise).save(path)
+    return path
+
+
+def test_list_names_every_strategy_and_family() -> None:
+    shown = vtp("list")
+    assert all(name in shown for name in plugins.list_strategies())
+    assert all(cls.family in vtp("list", "--models") for cls in plugins.adapters())
+    assert vtp("list", "--markdown").count("\n| ") == len(plugins.list_strategies()) + 1
+
+
+def test_show_draws_every_panel(picture: Path, tmp_path: Path) -> None:
+    target = tmp_path / "kept.png"
+    said = vtp("show", picture, "--question", "is there a circle", "--pruning", "atp,l2+fastv", "-o", target)
+    assert "atp 0.6: 144 -> 86 visual tokens per image, prefill FLOPs 0." in said
+    assert "l2 0.5 + fastv 0.5: 144 -> 36 visual tokens per image" in said
+    assert said.count("1 of 1 samples pruned; answer: ") == 2
+    assert Image.open(target).width > 400
+
+
+def test_calibration_reaches_the_share_and_its_yaml_is_usable(picture: Path, tmp_path: Path) -> None:
+    target = tmp_path / "vprune.yaml"
+    said = vtp("calibrate", "vprune", picture, "--target", 0.3, "--size", 168, "-o", target)
+    setting = yaml.safe_load(target.read_text())
+    assert setting["strategy"] == "vprune"
+    share = float(said.split("removes ")[1].split("%")[0])
+    assert 30 <= share < 45  # half of the picture is flat: 37.5 % go at once
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["show", "nowhere.png", "--question", "x"], "picture not found: nowhere.png"),
+        (["show", __file__, "--question", "x"], "not a picture that can be read"),
+        (["show", "nowhere.png", "--question", "x", "--pruning", "visonzip"], "Did you mean 'visionzip'?"),
+        (["calibrate", "vprune", "nowhere", "--target", "0.2"], "not found: nowhere"),
+        (["calibrate", "vprune", ".", "--target", "2"], "--target must be a share between 0 and 1"),
+        (["demo", "--keep-ratio", "7"], "--keep-ratio must be in (0, 1], got 7"),
+        (["demo", "--pruning", "fastvv"], "Did you mean 'fastv'?"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], sentence: str) -> None:
+    result = program(*arguments)
+    assert result.returncode == 2
+    assert sentence in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_empty_folder_and_an_unreachable_share_are_refused(tmp_path: Path, picture: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no pictures" in program("calibrate", "vprune", empty, "--target", 0.2).stderr
+    assert "at most" in program("calibrate", "vprune", picture, "--target", 0.74).stderr
+
+
+def test_a_target_that_cannot_be_met_says_what_limits_it(picture: Path) -> None:
+    flat = program("calibrate", "vprune", picture, "--target", 0.02, "--size", 168)
+    assert flat.returncode == 2
+    assert "vprune: at least " in flat.stderr
+    assert "2.0% asked" in flat.stderr
+    assert "no other number lets it" in flat.stderr
+    noisy = program("calibrate", "vprune", picture, "--target", 0.7, "--size", 168)
+    assert noisy.returncode == 2
+    assert "it is limited by chi2_threshold=5 (" in noisy.stderr
+
+
+def test_text_is_printed_as_it_is() -> None:
+    result = program("show", "[/red] :smile: \x1b[31m.png", "--question", "x")
+    assert result.stderr == "vtp: error: picture not found: [/red] :smile: \\x1b[31m.png\n"
+    assert program("--version").stdout == f"vtp-plugin {__version__}\n"
+
+
+@pytest.mark.slow
+def test_demo_ends_with_a_table_and_a_picture(tmp_path: Path) -> None:
+    said = vtp("demo", "--limit", 2, "--pruning", "l2,random", "-o", tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "36/144" in table
+    assert "unpruned" in said
+    assert Image.open(tmp_path / "kept.png").width > 400
+    results = tmp_path / "cells" / "l2-0.25" / "results.json"
+    assert json.loads(results.read_text())["pruning"]["visual_tokens"]["mean_after"] == 36
+
+
+@pytest.mark.parametrize("page", readme.PAGES, ids=str)
+def test_a_generated_page_is_up_to_date(page: Path) -> None:
+    text = page.read_text()
+    assert readme.filled(text) == text, "run `make readme`"

@@ -1,0 +1,27 @@
+"""The program `vtp` as a user types it, in this process and in one of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from typer.testing import CliRunner
+
+from vtp_plugin.cli import app, vtp_register_commands
+
+vtp_register_commands(cli=app)
+
+
+def vtp(*arguments: object) -> str:
+    """Run a command in this process; its output."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def program(*arguments: object) -> subprocess.CompletedProcess:
+    """Run the real program."""
+    command = [sys.executable, "-c", "from vtp_plugin.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -1,0 +1,149 @@
+"""Ways of calling that depend on the family: positions, masks, token types and caches of every one (docs/modes.md)."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, Processor
+from family_runs import batched, generated, model_of, prompts_of
+from torch import Tensor, nn
+
+import vtp_plugin as vtp
+from vtp_plugin.surgery import cache
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+CASES = {"stride": {"keep_ratio": 0.4}, "fastv": {"keep_ratio": 0.4, "layer": 3}}
+
+
+def cases() -> list[Any]:
+    found = [(name, case, positions) for name in FAMILIES for case in CASES for positions in ("original", "compact")]
+    return [pytest.param(*each, id="-".join(each)) for each in found]
+
+
+def pruned(name: str, case: str, positions: str) -> Any:
+    return vtp.prune(model_of(name, "sdpa"), case, processor=Processor(), **CASES[case], positions=positions)
+
+
+def held(model: nn.Module, stored: Any) -> dict[str, Any]:
+    return {cache.name_in(inspect.signature(model.forward).parameters): stored}
+
+
+def grown(mask: Tensor) -> Tensor:
+    return torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+
+
+@pytest.mark.parametrize(("name", "case", "positions"), cases())
+@torch.no_grad()
+def test_a_loop_of_ones_own_and_a_second_turn(name: str, case: str, positions: str) -> None:
+    """The logits of `generate`, step by step; another prompt in between does not matter."""
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    first, other = (batched(family, prompts_of(name, layout)) for layout in ("batch", "single"))
+    with pruned(name, case, positions):
+        told = generated(model, dict(first))
+        output, mask, seen = model(**first, use_cache=True), first["attention_mask"], []
+        stored = cache.of_output(output)
+        for _ in range(3):
+            seen.append(output.logits[:, -1])
+            model(**other)
+            mask = grown(mask)
+            output = model(input_ids=seen[-1].argmax(-1)[:, None], attention_mask=mask, **held(model, stored))
+        seen.append(output.logits[:, -1])
+        torch.testing.assert_close(torch.stack(seen), torch.stack(told.logits), **CLOSE)
+        alone = generated(model, dict(other))
+        again = copy.deepcopy(cache.of_output(alone))
+        whole = torch.cat([alone.sequences, torch.full((1, 2), 41)], 1)
+        mask = torch.ones_like(whole)
+        answer = generated(model, {"input_ids": whole, "attention_mask": mask}, **held(model, again), max_new_tokens=2)
+        step = model(input_ids=whole[:, -3:], attention_mask=mask, **held(model, cache.of_output(alone)))
+        torch.testing.assert_close(answer.logits[0], step.logits[:, -1], **CLOSE)
+
+
+@pytest.mark.parametrize(("name", "case", "positions"), cases())
+@torch.no_grad()
+def test_outputs_and_losses(name: str, case: str, positions: str) -> None:
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    first = batched(family, prompts_of(name, "batch"))
+    ids = first["input_ids"]
+    told = torch.where((ids >= 3) & (ids < 180) & (first["attention_mask"].cumsum(1) > 1), ids, -100)
+    with pruned(name, case, positions):
+        output = model(**first, labels=told, output_hidden_states=True)
+        full, loss, n = output.logits, output.loss, int((told >= 0).sum())
+        assert {state.shape[:2] for state in output.hidden_states} == {ids.shape}
+        there = full.abs().sum(-1) > 0
+        torch.testing.assert_close(model.lm_head(output.hidden_states[-1])[there], full[there], **CLOSE)
+        again = model(**first, labels=told, num_items_in_batch=4 * n).loss
+        torch.testing.assert_close(again, loss / 4, **CLOSE)
+        shifted = torch.nn.functional.pad(told, (0, 1), value=-100)[:, 1:].contiguous()
+        torch.testing.assert_close(model(**first, labels=told, shift_labels=shifted).loss, loss, **CLOSE)
+        for keep in (1, ids.shape[1] - 3, torch.tensor([4, ids.shape[1] - 2])):
+            wanted = full[:, keep] if isinstance(keep, Tensor) else full[:, -keep:]
+            torch.testing.assert_close(model(**first, logits_to_keep=keep).logits, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+@torch.no_grad()
+def test_threads(name: str) -> None:
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    prompts, found = [family.sample(seed, 1) for seed in range(3)], {}
+
+    def work(number: int) -> None:
+        found[number] = generated(model, batched(family, (prompts[number % 3],))).logits
+
+    with vtp.prune(model, "stride", keep_ratio=0.4):
+        alone = [generated(model, batched(family, (prompt,))).logits for prompt in prompts]
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number in range(6):
+        torch.testing.assert_close(torch.stack(found[number]), torch.stack(alone[number % 3]), **CLOSE)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+@torch.no_grad()
+def test_keeping_everything_is_the_host_bit_for_bit(name: str) -> None:
+    """All arguments at once, at keep_ratio=1, against the unpruned model."""
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    first = batched(family, prompts_of(name, "batch"))
+    ids = first["input_ids"]
+    told = torch.where(ids < 180, ids, -100)
+    arguments = {"labels": told, "num_items_in_batch": 7, "output_hidden_states": True}
+    whole = model(**first, **arguments)
+    with vtp.prune(model, "stride", keep_ratio=1.0), vtp.prune(copy.deepcopy(model), "fastv", keep_ratio=1.0, layer=3):
+        output = model(**first, **arguments)
+    assert output.loss.equal(whole.loss)
+    assert output.logits.equal(whole.logits)
+    assert all(a.equal(b) for a, b in zip(output.hidden_states, whole.hidden_states, strict=True))
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+@torch.no_grad()
+def test_a_cut_that_keeps_everything_leaves_all_as_the_hosts(name: str) -> None:
+    """Also where a column is padding in every row."""
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    first = batched(family, prompts_of(name, "batch"))
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
+        if key in first:
+            first[key] = torch.nn.functional.pad(first[key], (0, 1))
+    whole = cache.of_output(model(**first, use_cache=True))
+    states = model(**first, output_hidden_states=True)
+    with vtp.prune(model, "fastv", keep_ratio=1.0, layer=family.late):
+        kept = cache.of_output(model(**first, use_cache=True))
+        answer = model(**first, output_hidden_states=True)
+        with torch.enable_grad():
+            learning = model(**first, output_hidden_states=True)
+            learning.hidden_states[-2].retain_grad()
+            learning.logits.sum().backward()
+    assert learning.hidden_states[-2].grad.any()
+    model.zero_grad()
+    assert answer.logits.equal(states.logits)
+    assert all(a.equal(b) for a, b in zip(answer.hidden_states, states.hidden_states, strict=True))
+    for ours, hosts in zip(kept.layers, whole.layers, strict=True):
+        assert ours.keys.equal(hosts.keys)
+        assert ours.values.equal(hosts.values)

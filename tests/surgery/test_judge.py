@@ -1,0 +1,229 @@
+"""judge=before: what goes into a merger is judged instead of the rows that come out. The rows are the host's own.
+
+Which entries of the merger's input a row is made of is asked of its gradient, family by family.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import families
+import pytest
+import torch
+from families import FAMILIES, Processor, Prompt
+from family_runs import batched, model_of, prompts_of
+from models import tiny
+from torch import Tensor, nn
+
+import vtp_plugin as vtp
+from vtp_plugin import PruningStrategy, Selection, Stage, VisualTokens, get_strategy, list_strategies
+from vtp_plugin.errors import PruningError
+
+WHOLE = [name for name in FAMILIES if name.startswith("llava") or name == "paligemma"]  # a token is one patch
+MERGING = [name for name in FAMILIES if name not in WHOLE]
+JUDGING = [name for name in list_strategies() if "judge" in get_strategy(name).fields()]
+RANK = {"at": "projector", "keep_ratio": 0.4}  # l2 there
+
+
+def projector_of(model: nn.Module) -> nn.Module:
+    core = model.model
+    found = (getattr(core, name, None) for name in ("multi_modal_projector", "connector"))
+    return next((one for one in found if one is not None), None) or core.visual.merger
+
+
+def encoded(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    names = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
+    return model.model.get_image_features(**{n: inputs[n] for n in names if n in inputs}, return_dict=True)
+
+
+def flat(rows: Any) -> Tensor:
+    """Rows in whatever the host holds them, [n, D]."""
+    return torch.cat([r.flatten(0, -2) for r in rows]) if isinstance(rows, (list, tuple)) else rows.flatten(0, -2)
+
+
+@cache
+def units_of(name: str, layout: str) -> tuple[Tensor, Tensor]:
+    """Of every row of the images of a layout: its entries of the merger's input [n, m D] by gradient, and the row."""
+    model, entered = model_of(name, "eager"), []
+
+    def enter(module: nn.Module, args: Any) -> Any:
+        entered.append(args[0].detach().requires_grad_())
+        return (entered[-1], *args[1:])
+
+    handle = projector_of(model).register_forward_pre_hook(enter)
+    rows = flat(encoded(model, batched(FAMILIES[name], prompts_of(name, layout))).pooler_output)
+    handle.remove()
+    (x,), units = entered, []
+    for row in rows:
+        (gradient,) = torch.autograd.grad(row.square().sum(), x, retain_graph=True)
+        made_of = (gradient != 0).any(-1)  # patches, or units where the host has put them side by side
+        units.append(x.detach()[made_of].flatten())
+    return torch.stack(units), rows.detach()
+
+
+def rows_and_kept(name: str, layout: str, **fields: Any) -> tuple[Any, list[list[int]]]:
+    """The features that a pruned call is served, and the rows that are left of every image."""
+    model = model_of(name, "eager")
+    with torch.no_grad(), vtp.prune(model, "l2", **RANK, **fields) as pruned:
+        served = model(**batched(FAMILIES[name], prompts_of(name, layout)))["image_outputs"]
+        (event,) = pruned.events
+        return served, [kept.tolist() for kept in event.kept]
+
+
+@pytest.mark.parametrize("layout", ["single", "batch"])
+@pytest.mark.parametrize("name", MERGING)
+def test_rank_before_merge_is_the_norm_of_the_unit(name: str, layout: str) -> None:
+    units, rows = units_of(name, layout)
+    totals = [total for prompt in prompts_of(name, layout) for total in prompt.totals]
+    for judge, judged in (("before", units), ("after", rows)):
+        _, kept = rows_and_kept(name, layout, judge=judge)
+        for own, found in zip(judged.split(totals), kept, strict=True):
+            norms = own.double().norm(dim=-1).tolist()
+            best = sorted(range(len(norms)), key=lambda i: (-norms[i], i))[: max(1, round(0.4 * len(norms)))]
+            assert found == sorted(best)
+
+
+@pytest.mark.parametrize("name", MERGING)
+def test_a_kept_row_is_the_hosts_whoever_chose_it(name: str) -> None:
+    """Bit by bit, with the deepstack rows that go with it; the choices differ."""
+    model, layout, chosen = model_of(name, "eager"), "batch", []
+    with torch.no_grad():
+        host = encoded(model, batched(FAMILIES[name], prompts_of(name, layout)))
+    levels = [host.pooler_output, *(getattr(host, "deepstack_features", None) or ())]
+    starts = [0]
+    for prompt in prompts_of(name, layout):
+        starts += [starts[-1] + sum(prompt.totals[: n + 1]) for n in range(len(prompt.totals))]
+    for judge in ("before", "after"):
+        served, kept = rows_and_kept(name, layout, judge=judge)
+        where = torch.tensor([start + i for start, own in zip(starts, kept, strict=False) for i in own])
+        given = [served.pooler_output, *(getattr(served, "deepstack_features", None) or ())]
+        assert len(given) == len(levels)
+        for theirs, ours in zip(levels, given, strict=True):
+            assert torch.equal(flat(theirs)[where], flat(ours))
+        chosen.append(kept)
+    assert chosen[0] != chosen[1]
+
+
+@dataclass(kw_only=True)
+class Spy(PruningStrategy):
+    """Keeps everything but the last token, and what it saw."""
+
+    name, stage, paper, needs = "spy", Stage.PROJECTOR, "none", ("units",)
+
+    def select(self, visual: VisualTokens) -> Selection:
+        SEEN.append(visual)
+        keep = torch.ones(visual.tokens.shape[:2], dtype=torch.bool)
+        keep[:, -1] = False
+        return Selection(keep)
+
+
+SEEN: list[VisualTokens] = []
+
+
+@pytest.mark.parametrize("name", [n for n in MERGING if n.startswith("qwen")])
+def test_units_behind_a_cut_in_the_tower(name: str) -> None:
+    """The merger makes of the units what the strategy sees as tokens; of a video, too."""
+    family, model = FAMILIES[name], model_of(name, "eager")
+    for prompts in (prompts_of(name, "batch"), (family.video(3),)):
+        SEEN.clear()
+        with torch.no_grad(), vtp.prune(model, ["l2", Spy()], processor=Processor()):
+            model(**batched(family, prompts))
+            merger = projector_of(model)
+            for visual in SEEN:
+                made = merger(visual.units[0].unflatten(-1, (4, -1)).flatten(0, 1))
+                torch.testing.assert_close(made, visual.tokens[0], rtol=1e-4, atol=1e-5)
+        assert SEEN
+
+
+@pytest.mark.parametrize("name", ["internvl", "gemma3"])
+def test_units_behind_a_cut_in_a_tower_of_tiles(name: str) -> None:
+    family, model = FAMILIES[name], model_of(name, "eager")
+    SEEN.clear()
+    with torch.no_grad(), vtp.prune(model, ["l2", Spy()], processor=Processor()):
+        model(**batched(family, prompts_of(name, "batch")))
+        for visual in SEEN:
+            units = visual.units[0]
+            if name == "internvl":
+                made = projector_of(model)(units)
+            else:
+                projector = projector_of(model)
+                mean = units.unflatten(-1, (projector.kernel_size**2, -1)).mean(1)
+                made = projector.mm_soft_emb_norm(mean) @ projector.mm_input_projection_weight
+            torch.testing.assert_close(made, visual.tokens[0], rtol=1e-4, atol=1e-5)
+    assert SEEN
+
+
+def test_every_method_that_compares_features_can_judge_before() -> None:
+    """The others read the tower's attention and keys, which are from before the merger anyway, or nothing."""
+    assert set(JUDGING) == {
+        "l2", "divprune", "dart", "scope", "cdpruner", "prunesid", "holov", "vispruner", "mmtok", "vtp", "vscan",
+    }  # fmt: skip
+
+
+MORE = {  # what a tiny model needs, and where features weigh enough
+    "vscan": {"shallow": 1},
+    "cdpruner": {"text_encoder": "llm"},
+    "holov": {"context": 100, "segments": 4},
+    "mmtok": {"alpha": 50},
+}
+
+
+@pytest.mark.parametrize("method", JUDGING)
+def test_judging_before_changes_what_is_kept(method: str) -> None:
+    """On a family with a merger; the default is `after`."""
+    family, model, kept = FAMILIES["qwen2_vl"], model_of("qwen2_vl", "eager"), {}
+    fields: dict[str, Any] = {"at": "projector"} if "at" in get_strategy(method).fields() else {}
+    fields |= MORE.get(method, {})
+    prompt: Prompt = family.sample(0, 2)
+    for judge in ("", "after", "before"):
+        more = {"judge": judge} if judge else {}
+        with (
+            torch.no_grad(),
+            vtp.prune(model, method, processor=Processor(), keep_ratio=0.3, **fields, **more) as pruned,
+        ):
+            model(**batched(family, (prompt,)))
+            rows = [event.kept for event in pruned.events]
+            kept[judge] = [r.tolist() for own in rows for r in own]
+    assert kept[""] == kept["after"]
+    if method != "vscan":  # whose features decide who is merged with whom, not who stays
+        assert kept["before"] != kept["after"]
+
+
+def test_vscan_merges_by_what_it_judges() -> None:
+    """The survivors are the same, their values are not."""
+    family, model, rows = FAMILIES["qwen2_vl"], model_of("qwen2_vl", "eager"), {}
+    for judge in ("after", "before"):
+        with torch.no_grad(), vtp.prune(model, "vscan", shallow=1, keep_ratio=0.3, judge=judge):
+            rows[judge] = flat(model(**batched(family, (family.sample(0, 1),)))["image_outputs"].pooler_output)
+    assert rows["before"].shape == rows["after"].shape
+    assert not torch.equal(rows["before"], rows["after"])
+
+
+@pytest.mark.parametrize("name", [*WHOLE, "llava_hf"])
+def test_a_model_that_merges_nothing_is_refused(name: str) -> None:
+    model = tiny("llava_hf").model if name == "llava_hf" else model_of(name, "sdpa")
+    with pytest.raises(PruningError, match=r"^divprune: judge=before .* a token of .* is one patch") as error:
+        vtp.prune(model, "divprune", judge="before")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "said"),
+    [
+        ("divprune", {"judge": "never"}, "divprune: judge must be one of after, before, got 'never'"),
+        ("dart", {"judge": "before"}, "dart: judge must be after at the llm stage, got 'before'"),
+        ("l2", {"judge": "before"}, "l2: judge must be after at the vit stage, got 'before'"),
+        ("fastv", {"judge": "before"}, "unknown field 'judge' for 'fastv'"),
+    ],
+)
+def test_what_judge_may_be(method: str, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(PruningError, match=rf"^{said}"):
+        vtp.prune(families.FAMILIES["qwen2_vl"].build("sdpa"), method, **fields)
+
+
+def test_the_preset_is_plain_rank_before_merge() -> None:
+    with vtp.prune(model_of("qwen2_vl", "sdpa"), "l2:before_merge") as pruned:
+        (strategy,) = pruned.strategies
+    assert (strategy.stage, strategy.judge) == (Stage.PROJECTOR, "before")

@@ -1,0 +1,63 @@
+"""LLaVA-NeXT-Video in transformers: images as in LLaVA-NeXT; a video is one image whose tiles are its frames.
+
+The host averages squares of patches of every frame and projects the means: rows of a video are judged and merged as
+projected rows, the llm stage works, the pixels and vit stages are refused when a video arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtp_plugin.adapters.llava_next import LlavaNext
+from vtp_plugin.contract import TouchPoint
+from vtp_plugin.hosts.compatibility import TRANSFORMERS
+from vtp_plugin.hosts.transformers.contract import FAMILIES
+from vtp_plugin.surgery.call import Image
+
+
+class LlavaNextVideo(LlavaNext):
+    """transformers' LLaVA-NeXT-Video."""
+
+    family = "llava_next_video"
+    touches = (
+        *FAMILIES["llava_next"],
+        TouchPoint(TRANSFORMERS, ".model.vision_resampler", "rows of a video", takes=("image_features",)),
+        TouchPoint(TRANSFORMERS, ".model.get_video_features", "rows of a video", takes=("pixel_values_videos",)),
+    )
+    models = "LLaVA-NeXT-Video (transformers)"
+    names = ("LlavaNextVideoForConditionalGeneration",)
+    facts = {**LlavaNext.facts, "spatial_pool_mode": "average"}
+
+    def images(self, inputs: Mapping[str, Any]) -> list[Image]:
+        found = super().images(inputs) if inputs.get("pixel_values") is not None else []
+        videos = inputs.get("pixel_values_videos")
+        return found + [self._video(len(video), video.device) for video in (() if videos is None else videos)]
+
+    def _video(self, frames: int, device: torch.device) -> Image:
+        (rows, columns), stride = self.tower.grid, self.model.config.spatial_pool_stride
+        total, patches = frames * (rows // stride) * (columns // stride), frames * rows * columns
+        return Image(
+            total=total,
+            index=torch.arange(total, device=device),
+            kind="video",
+            token=self.model.config.video_token_id,
+            tiles=frames,
+            patches=patches,
+            projectable=total,
+        )
+
+    def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        if kind == "image":
+            return super().arrange(maps, kind, inputs)
+        rows = self.core.vision_resampler(maps)  # [T, n, C]
+        return list(rows.unflatten(0, inputs["pixel_values_videos"].shape[:2]).flatten(1, 2))
+
+    def pack(self, rows: Sequence[Tensor], kind: str, host: Any) -> Any:
+        """[videos, K, D] as in the host, [K, D] each where videos keep unequal numbers."""
+        if kind == "image":
+            return super().pack(rows, kind, host)
+        return torch.stack(list(rows)) if len({len(video) for video in rows}) == 1 else list(rows)
