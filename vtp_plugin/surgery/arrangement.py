@@ -124,7 +124,7 @@ class Arrangement:
             )
         tokens = self.rows("features", self.passing.features) if self.tokenwise else features
         known = [((alive > 0.5).nonzero().flatten(), alive.isnan().nonzero().flatten()) for alive, _ in left]
-        there = iter(self._there(known, features[0].device if features else self.device))
+        there = iter(self._there(known, features[0].device if len(features) else self.device))
         whole = zip(self.passing.batch, features, tokens, left, known, strict=True)
         return [
             ImageRows(number, source := next(there), seen[source], rows[source], tile, next(there), on_host)
