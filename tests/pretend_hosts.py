@@ -47,7 +47,10 @@ class Host:
     def _build(self) -> nn.Module:
         if self.name in models.FAMILIES:
             return models.FAMILIES[self.name]("sdpa").model.to(self.dtype)
-        return families.FAMILIES[self.name].build("sdpa").to(self.dtype)
+        model = families.FAMILIES[self.name].build("sdpa").to(self.dtype)
+        if hasattr(model.config.get_text_config(), "num_experts"):  # others are chosen by the device
+            model.set_experts_implementation("batched_mm")
+        return model
 
     @cache  # noqa: B019 - as many as there are layouts
     def inputs(self, layout: str) -> dict[str, Any]:
