@@ -68,7 +68,7 @@ def test_what_is_cut_off_leaves_the_most_telling_row(tmp_path: Path, said: list[
     ticks = iter([0.0, 0.0, 0.0, *[1e6] * 100])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vtp_plugin.bench.journal.time.monotonic", lambda: next(ticks))
-        gpu.bench("small", gpu.Asked(tmp_path, gpu.torch.device("cpu"), "float32", True), 10.0)
+        gpu.bench("small", gpu.Options(tmp_path, gpu.torch.device("cpu"), "float32", True), 10.0)
     assert rows(tmp_path, "small") == [("l2", 0.25, 8)]
 
 
