@@ -61,7 +61,8 @@ class Reference:
         )
         self.llm = getattr(self.core, "language_model", None) or self.core.text_model
         self.video = "pixel_values_videos" in inputs
-        self.where = (self.ids == (VIDEO if self.video else IMAGE)).nonzero().flatten().split(totals)
+        shared = "Glm4" in type(model).__name__  # one placeholder for both
+        self.where = (self.ids == (VIDEO if self.video and not shared else IMAGE)).nonzero().flatten().split(totals)
         with torch.no_grad():
             self._assemble()
 
@@ -149,6 +150,13 @@ class Reference:
         alive = alive.repeat_interleave(4)
         ALIVE.append(alive)
         poison = lambda module, args: (args[0].masked_fill(~alive[:, None], float("nan")),)  # noqa: E731
+        if hasattr(self.tower, "downsample"):  # merges before the merger
+            dead = ~alive[:, None]
+            return [
+                self.tower.post_layernorm.register_forward_hook(
+                    lambda m, args, out: out.masked_fill(dead, float("nan"))
+                )
+            ]
         mergers = [self.tower.merger, *getattr(self.tower, "deepstack_merger_list", [])]
         return [merger.register_forward_pre_hook(poison) for merger in mergers]
 
