@@ -415,7 +415,7 @@ def _glm4v(attention: str) -> nn.Module:
     """GLM-4.1V-9B: 32 / 2 heads with biases, half of a head turned, norms before and behind attention and MLP."""
     from transformers import Glm4vConfig, Glm4vForConditionalGeneration
 
-    return _qwen(Glm4vConfig, Glm4vForConditionalGeneration, GLM_VISION, GLM_TEXT, attention)
+    return _glm(Glm4vConfig, Glm4vForConditionalGeneration, GLM_VISION, GLM_TEXT, attention)
 
 
 def _glm46v(attention: str) -> nn.Module:
@@ -424,7 +424,7 @@ def _glm46v(attention: str) -> nn.Module:
 
     kinds = {"model_type": "glm4v_vision"}, {"model_type": "glm4v_text"}
     parts = GLM_VISION | kinds[0], GLM_TEXT | kinds[1]
-    return _qwen(Glm46VConfig, Glm46VForConditionalGeneration, *parts, attention)
+    return _glm(Glm46VConfig, Glm46VForConditionalGeneration, *parts, attention)
 
 
 def _glm4v_moe(attention: str) -> nn.Module:
@@ -432,7 +432,14 @@ def _glm4v_moe(attention: str) -> nn.Module:
     from transformers import Glm4vMoeConfig, Glm4vMoeForConditionalGeneration
 
     experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
-    return _qwen(Glm4vMoeConfig, Glm4vMoeForConditionalGeneration, GLM_VISION, GLM_TEXT | experts, attention)
+    return _glm(Glm4vMoeConfig, Glm4vMoeForConditionalGeneration, GLM_VISION, GLM_TEXT | experts, attention)
+
+
+def _glm(*parts: Any) -> nn.Module:
+    """Unequal gains in the norm in front of the convolution: with equal ones all of its inputs are equally long."""
+    model = _qwen(*parts)
+    nn.init.uniform_(model.model.visual.post_layernorm.weight, 0.5, 1.5)
+    return model
 
 
 def _glm_video(seed: int) -> Prompt:

@@ -151,12 +151,8 @@ class Reference:
         ALIVE.append(alive)
         poison = lambda module, args: (args[0].masked_fill(~alive[:, None], float("nan")),)  # noqa: E731
         if hasattr(self.tower, "downsample"):  # merges before the merger
-            dead = ~alive[:, None]
-            return [
-                self.tower.post_layernorm.register_forward_hook(
-                    lambda m, args, out: out.masked_fill(dead, float("nan"))
-                )
-            ]
+            dead, last = ~alive[:, None], self.tower.post_layernorm
+            return [last.register_forward_hook(lambda m, args, out: out.masked_fill(dead, float("nan")))]
         mergers = [self.tower.merger, *getattr(self.tower, "deepstack_merger_list", [])]
         return [merger.register_forward_pre_hook(poison) for merger in mergers]
 
