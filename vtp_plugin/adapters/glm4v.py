@@ -1,7 +1,7 @@
 """GLM-4.1V, GLM-4.5V and GLM-4.6V: packed tower, a strided convolution that merges 2x2 patches, original positions.
 
-What goes into that convolution is a token's unit; it comes out of a norm, so its length says little. The placeholders of a video's frames are those of images; the tower
-takes every frame as an image of its own.
+What goes into that convolution is a token's unit; it comes out of a norm, so its length says little. The placeholders
+of a video's frames are those of images; the tower takes every frame as an image of its own.
 """
 
 from __future__ import annotations
