@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # bf16 layers crash where AMX is promised and missing
@@ -25,3 +26,9 @@ def anyres(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
     from family_runs import anyres_model
 
     return anyres_model(str(tmp_path_factory.mktemp("clip")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that run whole programs come first: at the end a worker would wait for the other's longest file."""
+    programs = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -programs[item.path])

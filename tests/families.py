@@ -8,7 +8,7 @@ angles are divided, at how many depths visual features are added. VARIANTS are s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +75,7 @@ class Family:
     mrope: bool = False
     late: int = 2  # a decoder layer that may be cut
     video: Callable[[int], Prompt] | None = None
+    later: Mapping[str, int] = field(default_factory=dict)  # of a new token, in arguments with a value per column
 
 
 def pixels(*shape: int, seed: int) -> Tensor:
@@ -746,7 +747,7 @@ FAMILIES = {
         Family("mistral3", _mistral3, _mistral3_sample, stacked, stages=STAGES[2:]),
         Family("idefics3", _idefics3, _idefics3_sample, stacked, stages=STAGES[2:]),
         Family("smolvlm", _smolvlm, _smolvlm_sample, stacked, stages=STAGES[2:]),
-        Family("paligemma", _paligemma, _paligemma_sample, _paligemma_batch),
+        Family("paligemma", _paligemma, _paligemma_sample, _paligemma_batch, later={"token_type_ids": 1}),
         Family("aya_vision", _aya_vision, _aya_sample, stacked),
         Family("cohere2_vision", _cohere2_vision, _aya_sample, stacked),
     )

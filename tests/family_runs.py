@@ -115,10 +115,10 @@ def check_reference(model: Any, family: Family, prompts: Any, stage: str, strate
     assert torch.equal(output.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
     for row, (prompt, kept) in enumerate(zip(prompts, decisions, strict=True)):
         alone = batched(family, (prompt,))
-        reference = Reference(model, alone, prompt.totals, kept)
+        reference = Reference(model, alone, prompt.totals, kept, family.later)
         check_lengths(output.past_key_values, reference, kept, len(prompts) == 1)
         answer = output.sequences[row, inputs["input_ids"].shape[1] :].tolist()
-        expected = reference.logits(answer[:-1])[-NEW:]
+        expected = reference.logits(answer)
         actual = torch.stack([step[row] for step in output.logits])
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         if len(prompts) > 1:
@@ -135,7 +135,7 @@ def check_lengths(cache: Any, reference: Reference, kept: Kept, alone: bool) -> 
 
     A layer with a window holds the last of them, one less than the window.
     """
-    for number, layer in enumerate(reference.llm.layers):
+    for number, layer in enumerate(reference.parts.layers):
         if hasattr(layer, "linear_attn"):  # recurrent: its state has one size
             continue
         hidden = int(reference.hidden.sum()) if number >= kept.layer else 0

@@ -11,6 +11,7 @@ from models import PLACEHOLDER, Tiny, prompts, tiny
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from transformers import modeling_utils
+from transformers.utils import output_capturing
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.surgery import cache
@@ -217,6 +218,10 @@ def hidden_states(host: Tiny, case: str) -> None:
     embedded = host.decoder.embed_tokens(first["input_ids"])
     text = first["attention_mask"].bool() & (first["input_ids"] != PLACEHOLDER)
     assert output.hidden_states[0][text].equal(embedded[text])
+    if hasattr(output_capturing, "selected_hidden_states"):  # older hosts take a flag, or nothing
+        some = host.model(**first, output_hidden_states=[0, 3, -1]).hidden_states
+        assert [state is not None for state in some] == [True, False, False, True, True]
+        assert all(a.equal(b) for a, b in zip(some, output.hidden_states, strict=True) if a is not None)
     answer = generated(host, first, output_hidden_states=True, return_dict_in_generate=True)
     close(answer.hidden_states[0][-1], output.hidden_states[-1], there)
 

@@ -307,3 +307,13 @@ def emptied(host: Tiny, case: str) -> None:
         host.model(text[:, -1:], **{past(host): stored}).logits[:, -1],
         host.model(torch.cat([text, text[:, -1:]], 1)).logits[:, -1],
     )
+
+
+@row("a cache that cannot say its length")
+def unknown_cache(host: Tiny, case: str) -> None:
+    if case == "none":  # the host's own sentence
+        return
+    pair, first = torch.zeros(1, 4, 5, 8), inputs_of(host, "single")
+    for stored in (((pair, pair),) * 4, object()):
+        refused("needs a cache of transformers", host.model, **first, **{past(host): stored})
+        refused("needs a cache of transformers", host.model.generate, **first, **{past(host): stored})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -175,3 +176,30 @@ def test_compare_and_report_of_the_page_run(tmp_path: Path) -> None:
     vtp(*words, "--limit", SMALL)
     report = next(line for line in lines(text, "vtp") if line.startswith("vtp report RUN_DIR"))
     assert "written" in vtp(*shlex.split(report.replace("RUN_DIR", str(tmp_path / "run")))[1:])
+
+
+def test_the_walk_to_a_kept_index_names_what_there_is():
+    """docs/how-it-works.md: at most ten steps, and every module, class and function of them exists."""
+    walk = (ROOT / "docs" / "how-it-works.md").read_text().split("## From `--pruning atp`")[1].split("\n## ")[0]
+    steps = re.findall(r"^\d+\. .*(?:\n   .*)*", walk, re.MULTILINE)
+    assert 5 <= len(steps) <= 10
+    names = [name for step in steps for name in re.findall(r"`((?:\w+\.)+\w+)`", step)]
+    assert len(names) > 10
+    known = {p.stem for p in (ROOT / "vtp_plugin").rglob("*")} - {"session"}
+    for name in names:
+        parts = name.split(".")
+        if parts[0] in known:
+            assert _exists(parts), name
+
+
+def _exists(parts: list[str]) -> bool:
+    """Whether the package has the module, class or function, in the package or in its surgery."""
+    for package in ("vtp_plugin", "vtp_plugin.surgery"):
+        for cut in range(len(parts), 0, -1):
+            try:
+                found = importlib.import_module(".".join([package, *parts[:cut]]))
+            except ImportError:
+                continue
+            if all((found := getattr(found, part, None)) is not None for part in parts[cut:]):
+                return True
+    return False

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.metadata import distributions, entry_points
 from pathlib import Path
 
 import pytest
 import slow
 import torch
+from family_runs import SHALLOW
 from paths import ROOT, TESTS
 
 from vtp_plugin import plugins, prune
 from vtp_plugin.conformance import conforms
+from vtp_plugin.errors import PruningError
+from vtp_plugin.promises import promises
 
 EXAMPLE = ROOT / "docs" / "example-plugin"
+REFUSED = {  # on its family
+    **dict.fromkeys(("atp", "cdpruner"), "has no CLIP text encoder"),
+    **dict.fromkeys(("prumerge", "prumerge_plus"), "it needs a class token"),
+    "mmtok": "this strategy reads the question",
+    "tome": "merging inside the blocks is not possible",
+}
 
 
 @pytest.fixture
@@ -72,6 +83,63 @@ def test_its_own_signal_reaches_its_strategy(family: str):
         model(**one.batch([one.sample(0, 1)]))
     assert [event.strategy for event in pruned.events] == ["quiet"]
     assert pruned.events[0].after[0] < pruned.events[0].before[0]
+
+
+@pytest.mark.usefixtures("installed")
+def test_its_family_keeps_its_promises():
+    from vtp_example import small
+
+    assert [outcome for outcome in promises(small.build()) if not outcome.passed] == []
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("name", [*plugins.list_strategies(), "center", "quiet"])
+@torch.no_grad()
+def test_every_strategy_runs_on_its_family_or_is_refused(name: str):
+    from vtp_example import small
+
+    case = small.build()
+    strategy = plugins.get_strategy(name)(**SHALLOW.get(name, {}))
+    with pytest.raises(PruningError, match=REFUSED[name]) if name in REFUSED else nullcontext():
+        with prune(case.model, strategy, processor=case.processor) as pruned:
+            case.model(**case.batch)
+        assert {event.strategy for event in pruned.events} == {name}
+
+
+def lines(path: str, name: str) -> int:
+    """Lines of code of a class or function, or of a file without a name: no blank lines, no docstrings."""
+    tree = ast.parse((EXAMPLE / "src" / "vtp_example" / path).read_text())
+    nodes = [n for n in tree.body if not name or name in (getattr(n, "name", ""),)]
+    assert nodes
+    code = [node for top in nodes for node in ast.walk(top)]
+    told = [n.value for n in code if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+    silent = {line for doc in told for line in range(doc.lineno, doc.end_lineno + 1)}
+    first = lambda n: min([n.lineno, *(d.lineno for d in getattr(n, "decorator_list", []))])  # noqa: E731
+    text = (EXAMPLE / "src" / "vtp_example" / path).read_text().splitlines()
+    spans = {line for node in nodes for line in range(first(node), node.end_lineno + 1)} - silent
+    return sum(bool(text[line - 1].strip()) for line in spans)
+
+
+def test_its_page_says_how_many_lines_it_took():
+    page = (EXAMPLE / "README.md").read_text()
+    counted = [
+        ("a signal, `key_lengths`", "plugin.py", lines("plugin.py", "key_lengths")),
+        ("a strategy that reads it, `quiet`", "plugin.py", lines("plugin.py", "Quiet")),
+        ("a strategy that reads nothing, `center`", "plugin.py", lines("plugin.py", "Center")),
+        ("a family, `deepseek_vl`", "deepseek_vl.py", lines("deepseek_vl.py", "")),
+        (
+            "how all of them join",
+            "plugin.py",
+            lines("plugin.py", "vtp_register_strategies") + lines("plugin.py", "vtp_register_adapters"),
+        ),
+    ]
+    for what, path, count in counted:
+        assert f"| {what} | `{path}` | {count} |" in page, count
+
+
+def test_the_worked_example_of_a_family_is_its_file():
+    family = (EXAMPLE / "src" / "vtp_example" / "deepseek_vl.py").read_text()
+    assert f"```python\n{family}```" in (ROOT / "docs" / "add-a-model.md").read_text()
 
 
 def test_without_the_package_it_is_unknown():

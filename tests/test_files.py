@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vtp_plugin import config, files, fits, plugins, settings
+from vtp_plugin import config, files, plugins, settings
 from vtp_plugin.errors import LONGEST, PruningError, one_line, sentence
 
 MODULE = '''
@@ -174,20 +174,6 @@ def test_a_value_given_twice_is_refused_with_both() -> None:
 )  # fmt: skip
 def test_a_value_of_another_kind_is_no_value(spec: str, fields: dict[str, Any]) -> None:
     assert refusal(config.resolve, spec, fields).startswith(f"{spec}: {next(iter(fields))} must be")
-
-
-def test_a_layer_that_the_model_does_not_have_is_known_from_its_configuration() -> None:
-    model = {"text_config": {"num_hidden_layers": 4}, "vision_config": {"num_hidden_layers": 6}}
-    fits.refuse(config.resolve("fastv+atp"), model)
-    said = refusal(fits.refuse, config.resolve("fastv", {"layer": 99}), model)
-    assert said == "fastv: layer must be in 1 ... 3 for this model, got 99: its language model has 4 layers"
-    said = refusal(fits.refuse, config.resolve("atp", {"layer": 9}), model)
-    assert said == "atp: layer must be in -6 ... 5 for this model, got 9: its vision tower has 6 blocks"
-    said = refusal(fits.refuse, config.resolve("hiprune"), model)
-    assert said == "hiprune: shallow must be in -6 ... 5 for this model, got 8: its vision tower has 6 blocks"
-    said = refusal(fits.refuse, config.resolve("coreprune"), model)
-    assert said == "coreprune: layer must be in 1 ... 3 for this model, got 8: its language model has 4 layers"
-    fits.refuse(config.resolve("fastv", {"layer": 99}), {"num_hidden_layers": True})
 
 
 # -- files of one's own -----------------------------------------------------------------------------------------------

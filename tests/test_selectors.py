@@ -113,24 +113,24 @@ def test_coverage(kind: str, n: int, k: int, demanded: bool):
 def test_determinantal(n: int, k: int, d: int):
     r = torch.rand(2, n) + 0.2
     kernel = r[:, :, None] * selectors.cosines(slow.tokens("random", n, d)) * r[:, None]
-    picks = selectors.determinantal(kernel, k, spare=r)
+    picks = selectors.determinantal(kernel, k, fallback=r)
     for one, chosen in zip(kernel, picks.tolist(), strict=True):
         follows(chosen, determinant_gains(one, chosen))
 
 
 def test_determinantal_of_an_identity_takes_the_largest_qualities():
     r = torch.rand(1, 9)
-    picks = selectors.determinantal(torch.diag_embed(r**2), 5, spare=r)
+    picks = selectors.determinantal(torch.diag_embed(r**2), 5, fallback=r)
     assert picks[0].tolist() == slow.ranked(r[0].tolist())[:5]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_determinantal_beyond_the_rank_goes_on_by_the_spare_score(scale: float):
-    x, spare = slow.tokens("duplicates", 20, d=8, b=1), torch.rand(1, 20)
-    picks = selectors.determinantal(scale * selectors.cosines(x), 20, spare)[0].tolist()
+    x, fallback = slow.tokens("duplicates", 20, d=8, b=1), torch.rand(1, 20)
+    picks = selectors.determinantal(scale * selectors.cosines(x), 20, fallback)[0].tolist()
     assert sorted(picks) == list(range(20))
     assert len({i % 5 for i in picks[:5]}) == 5  # first one of every direction
-    left = [spare[0, i].item() for i in picks[5:]]
+    left = [fallback[0, i].item() for i in picks[5:]]
     assert left == sorted(left, reverse=True)
 
 

@@ -45,6 +45,14 @@ class Adapter(Family, ABC):
                 return f"its configuration has {path}={found!r}, only {wanted} is possible yet"
         return ""
 
+    @classmethod
+    def tokens_in(cls, config: Mapping[str, Any]) -> int | None:
+        """The tokens of every image, from a model's configuration; None where it does not say."""
+        vision = config.get("vision_config")
+        sides = [vision.get(name) for name in ("image_size", "patch_size")] if isinstance(vision, Mapping) else []
+        known = cls.uniform and sides and all(type(side) is int and side > 0 for side in sides)
+        return (sides[0] // sides[1]) ** 2 if known else None
+
     @abstractmethod
     def install(self, pruned: Session, undo: Undo) -> None:
         """Wrap the model's entry points, on the instance, so that every call becomes a `Call` of `pruned`."""

@@ -10,14 +10,14 @@ import inspect
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vtp_plugin import signals
 from vtp_plugin.errors import PruningError
-from vtp_plugin.samples import REAL, cuts_of, left, row_of, run, same, sample, selection_of
+from vtp_plugin.outcomes import Broken, Outcome, outcomes
+from vtp_plugin.samples import REAL, cuts_of, row_of, run, same, sample, selection_of, survivors
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import BUDGET, PruningStrategy
 from vtp_plugin.tokens import Selection
@@ -28,31 +28,9 @@ VALUES = (True, False, 0, 1, 2, 3, 5, 8, 64, -1, -2, 0.0, 0.1, 0.5, 0.9, 1.0, 3.
 PREFILL = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # multiply-accumulates per token of a LLaVA-1.5-7B, attention aside
 
 
-class Broken(Exception):
-    """A promise that is not kept; the message says how it was seen."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One check on one strategy."""
-
-    name: str
-    passed: bool
-    remark: str
-
-
 def conforms(cls: type[PruningStrategy]) -> Iterator[Outcome]:
     """Every check on the strategy, one after the other; a class that cannot run at all gets no further."""
-    for check in CHECKS:
-        try:
-            yield Outcome(check.__doc__, True, check(cls) or "")
-            continue
-        except (Broken, PruningError) as broken:
-            yield Outcome(check.__doc__, False, str(broken))
-        except Exception as error:
-            yield Outcome(check.__doc__, False, f"{type(error).__name__}: {error}")
-        if check is _runnable:
-            return
+    return outcomes(CHECKS, cls, needed=_runnable)
 
 
 def _make(cls: type[PruningStrategy], k: int | None = None) -> PruningStrategy:
@@ -188,7 +166,7 @@ def _permutation(cls: type[PruningStrategy]) -> str:
     """says whether the order of the tokens matters"""
     strategy = _make(cls, 9)
     seen, order = sample(strategy, 36, b=1), torch.randperm(36, generator=torch.Generator().manual_seed(3))
-    moved = left(strategy, seen, Selection(torch.ones(1, 36, dtype=torch.bool), source=(order,)))
+    moved = survivors(strategy, seen, Selection(torch.ones(1, 36, dtype=torch.bool), source=(order,)))
     if strategy.ranks() and "fingerprint" not in strategy.needs:
         if not torch.allclose(strategy.score(moved), strategy.score(seen)[:, order]):
             raise Broken("a score must follow its token, but other tokens get it when they move")

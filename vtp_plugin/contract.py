@@ -58,7 +58,7 @@ class TouchPoint:
         """What is not as it was, as a part of a sentence; "" if all is, or if the release is older than it."""
         if self.since and _release(self.window.package) < self.since:
             return ""
-        name = self.where.lstrip(".")
+        name = self.where.lstrip(".") or f"{type(root).__name__}.forward"
         try:
             found = located(self.where, root)
         except (ImportError, AttributeError, IndexError, KeyError, TypeError) as error:

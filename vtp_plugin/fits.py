@@ -1,15 +1,15 @@
 """Whether settings fit a model, asked of its configuration before any weight is loaded.
 
-A host's folder of weights has a config.json; what it does not say is left to the check when strategies are attached.
+What a configuration does not say is left to the check when strategies are attached. Where images have unequal numbers
+of tokens (tiles, dynamic resolution), no number of kept tokens is too large for the model: it may be for an image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from vtp_plugin import files
+from vtp_plugin import plugins
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 
@@ -17,15 +17,8 @@ TEXT, VISION = ("text_config", "llm_config", "language_config"), ("vision_config
 DEPTH = ("num_hidden_layers", "depth", "n_layer")
 
 
-def refuse_checkpoint(strategies: Sequence[PruningStrategy], folder: str | Path) -> None:
-    """PruningError for a setting that the model in a folder cannot have; nothing where there is no config.json."""
-    path = Path(folder) / "config.json"
-    if path.is_file():
-        refuse(strategies, files.read_json(path))
-
-
 def refuse(strategies: Sequence[PruningStrategy], config: Mapping[str, Any]) -> None:
-    """PruningError for a layer that a model of this configuration (as a dictionary) does not have."""
+    """PruningError for what a model of this configuration (as a dictionary) does not have: a layer, so many tokens."""
     decoder, tower = _depth(config, TEXT) or _own_depth(config), _depth(config, VISION)
     for strategy in strategies:
         if strategy.stage is Stage.LLM and decoder:
@@ -35,6 +28,23 @@ def refuse(strategies: Sequence[PruningStrategy], config: Mapping[str, Any]) -> 
         for name, layer in (("layer", strategy.tower_layer), ("shallow", strategy.shallow_layer)):
             if layer is not None and tower:
                 strategy.check_layer(name, layer, -tower, tower - 1, f"its vision tower has {tower} blocks")
+    refuse_budgets(strategies, _tokens(config))
+
+
+def refuse_budgets(strategies: Sequence[PruningStrategy], tokens: int | None) -> None:
+    """PruningError for more kept tokens than an image has; None: images have unequal numbers."""
+    for strategy in strategies:
+        kept = strategy.keep_tokens
+        if tokens is not None and kept is not None and kept > tokens and strategy.budget != "total":
+            raise strategy.error(f"keep_tokens must be at most {tokens}, the tokens of an image here, got {kept}")
+
+
+def _tokens(config: Mapping[str, Any]) -> int | None:
+    """The tokens of every image in a model of this configuration, where the family knows it."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    families = (cls for cls in reversed(plugins.adapters()) if name in cls.names)
+    return next((cls.tokens_in(config) for cls in families), None)
 
 
 def _depth(config: Mapping[str, Any], parts: Sequence[str]) -> int | None:

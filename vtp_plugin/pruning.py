@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtp_plugin import plugins, signals
+from vtp_plugin import fits, plugins, signals
 from vtp_plugin.adapter import Adapter, find_adapter
 from vtp_plugin.clock import clock
 from vtp_plugin.config import NONE, Spec, describe, resolve
@@ -20,6 +20,7 @@ from vtp_plugin.metrics import counting, latency
 from vtp_plugin.metrics.totals import Totals
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.surgery import asking
 from vtp_plugin.surgery.call import Call, PruningEvent
 from vtp_plugin.surgery.copies import make_copyable
 from vtp_plugin.surgery.decoder import DecoderCuts
@@ -68,7 +69,7 @@ class Pruned(OneAtATime):
         self.failure: BaseException | None = None  # the first exception inside a call, even if the host swallowed it
         self._processed = 0.0  # seconds of image processing since the last call
         self._called, self._measured = False, measure
-        self.looking = False  # keep every decision until the call has ended
+        self.keep_decisions = False  # until the call has ended, for who observes
         self._undo = Undo()
         try:
             self._attach(measure)
@@ -84,6 +85,7 @@ class Pruned(OneAtATime):
             if reason := self._unfit(strategy, vision):
                 possible = [name for name, cls in plugins.strategies().items() if self._fits(cls(), vision)]
                 raise strategy.error(f"{reason}; possible here: {', '.join(possible)}")
+        fits.refuse_budgets(self.strategies, self.adapter.image_tokens)
         self.positions = Choice.of(self.strategies, self.adapter)
         decoder = DecoderCuts(self, self.adapter.decoder_layers, [s for s in self.strategies if s.stage is Stage.LLM])
         vision.prepare()
@@ -95,6 +97,7 @@ class Pruned(OneAtATime):
         if self.positions.prompt == "original" and self.adapter.language_model is not None:
             OriginalPositions(self).install(self._undo)
         self.adapter.install(self, self._undo)
+        asking.guard(self, self._undo)
         if vision.pixels is not None:
             self._watch_processor(vision)
         if measure:
@@ -162,7 +165,7 @@ class Pruned(OneAtATime):
     @contextmanager
     def calling(self) -> Iterator[Call]:
         """One call of the host model; proves at its end that every strategy has cut."""
-        call = Call(warmup=not self._called, decisions=[] if self.looking else None, measured=self._measured)
+        call = Call(warmup=not self._called, decisions=[] if self.keep_decisions else None, measured=self._measured)
         self._called = True
         call.spend("image_processing", self._processed)
         self._processed, call.started = 0.0, clock(self.device, waiting=call.measured)

@@ -65,7 +65,7 @@ def run(strategy: PruningStrategy, seen: VisualTokens) -> list[Selection]:
         seen = dataclasses.replace(seen, layer=layer, cut=(number, len(layers)), entered=n)
         selections.append(strategy.decide(seen))
         if number + 1 < len(layers):
-            seen = left(strategy, seen, selections[-1])
+            seen = survivors(strategy, seen, selections[-1])
     return selections
 
 
@@ -79,7 +79,7 @@ def _inside(strategy: PruningStrategy) -> bool:
     return strategy.stage is Stage.VIT and bool(cuts_of(strategy))
 
 
-def left(strategy: PruningStrategy, seen: VisualTokens, selection: Selection) -> VisualTokens:
+def survivors(strategy: PruningStrategy, seen: VisualTokens, selection: Selection) -> VisualTokens:
     """The tokens after a cut, with their signals; values unrounded, because the judgement is compared."""
     columns, given = torch.stack(selection.sources), signals.given(strategy.stage, inside=_inside(strategy))
 

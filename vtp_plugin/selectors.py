@@ -124,17 +124,17 @@ def coverage(
     return greedy(gain, pick, torch.zeros_like(weight, dtype=torch.bool), k)
 
 
-def determinantal(kernel: Tensor, k: int, spare: Tensor) -> Tensor:
+def determinantal(kernel: Tensor, k: int, fallback: Tensor) -> Tensor:
     """Greedy MAP of a determinantal point process with kernel [B, N, N], by the Cholesky recursion.
 
-    Once no candidate is independent of the picks (k > rank), the rest is picked by the highest `spare` [B, N].
+    Once no candidate is independent of the picks (k > rank), the rest is picked by the highest `fallback` [B, N].
     """
     quality = kernel.diagonal(dim1=1, dim2=2)
     left = quality.clone()  # [B, N]: what the picks do not span yet
     factor = kernel.new_zeros(len(kernel), k, kernel.shape[1])
     rows, step = torch.arange(len(kernel), device=kernel.device), iter(range(k))
     taken = torch.zeros_like(left, dtype=torch.bool)
-    last = spare - spare.amax(-1, keepdim=True) - 1  # below every real gain
+    last = fallback - fallback.amax(-1, keepdim=True) - 1  # below every real gain
 
     def independent() -> Tensor:
         return (left > DEPENDENT * quality) & (left > 0)

@@ -7,12 +7,12 @@ from typing import Any
 import families
 import pytest
 from models import build_authors, build_hf
-from state import state
 from torch import nn
 
 import vtp_plugin as vtp
 from vtp_plugin import plugins
 from vtp_plugin.errors import PruningError
+from vtp_plugin.promises.state import state
 
 FACTS = [(adapter.family, path) for adapter in plugins.adapters() for path in adapter.facts]
 OTHER = {"vision_feature_layer": [-2, -1], "vision_feature_select_strategy": "cls"}  # else a tower of another kind

@@ -30,13 +30,13 @@ from family_runs import (
 )
 from models import tiny
 from promises import CASES
-from state import state
 from torch import nn
 
 import vtp_plugin as vtp
 from vtp_plugin import Stage, get_strategy, plugins, pruning
 from vtp_plugin.cli.list import families
 from vtp_plugin.errors import PruningError
+from vtp_plugin.promises.state import state
 
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     "blip2": blip2,

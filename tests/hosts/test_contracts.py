@@ -108,6 +108,13 @@ def test_a_decoder_layer_without_its_cache_is_named_when_it_is_attached_to(monke
     assert "\n" not in said
 
 
+def test_the_models_own_forward_has_a_name(monkeypatch: pytest.MonkeyPatch):
+    model = FAMILIES_BUILT["llava_next"].build("sdpa")
+    monkeypatch.setattr(type(model), "forward", lambda self, input_ids, cache: None)
+    with pytest.raises(HostChanged, match=r"`logits_to_keep` to LlavaNextForConditionalGeneration\.forward, needed"):
+        vtp.prune(model, "stride")
+
+
 def test_a_part_that_is_gone_is_named_when_it_is_attached_to(monkeypatch: pytest.MonkeyPatch):
     model = FAMILIES_BUILT["qwen2_5_vl"].build("sdpa")
     monkeypatch.delattr(sys.modules[type(model.model.visual).__module__], "get_vision_window_index")

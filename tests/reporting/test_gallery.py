@@ -21,7 +21,7 @@ from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting import gallery, overlays
 from vtp_plugin.reporting.figures import kept_figure
 from vtp_plugin.reporting.gallery import Recorder
-from vtp_plugin.reporting.looks import Look, Looking, view_of
+from vtp_plugin.reporting.observations import Observation, Observer, view_of
 from vtp_plugin.reporting.views import view
 from vtp_plugin.surgery.call import Image as Passing
 from vtp_plugin.tiny.inference import answer, load
@@ -38,11 +38,13 @@ def scene() -> Image.Image:
     return Image.fromarray(levels).resize((168, 168), Image.Resampling.NEAREST)
 
 
-def looked(tiny: tuple[Any, Any], scene: Image.Image, spec: str, **fields: Any) -> tuple[Look, list[Any], list[Any]]:
+def looked(
+    tiny: tuple[Any, Any], scene: Image.Image, spec: str, **fields: Any
+) -> tuple[Observation, list[Any], list[Any]]:
     """The look at the scene, and the call's events and decisions."""
     with prune(tiny[0], spec, processor=tiny[1], **fields) as pruned:
-        looking, found, calls = Looking(pruned), [], []
-        pruned.finished.append(lambda call: (found.extend(looking.looks(call)), calls.append(call)))
+        observer, found, calls = Observer(pruned), [], []
+        pruned.finished.append(lambda call: (found.extend(observer.observe(call)), calls.append(call)))
         answer(*tiny, scene, "is there a circle")
     return found[0], calls[0].events, calls[0].decisions
 
@@ -131,8 +133,8 @@ def test_every_family_with_a_grid_can_be_looked_at(name: str) -> None:
     family = families.FAMILIES[name]
     inputs, found, calls = family.batch([family.sample(0, 1)]), [], []
     with prune(family.build("sdpa"), "random", keep_ratio=0.5, processor=families.Processor()) as pruned:
-        looking = Looking(pruned)
-        pruned.finished.append(lambda call: (found.extend(looking.looks(call)), calls.append(call)))
+        observer = Observer(pruned)
+        pruned.finished.append(lambda call: (found.extend(observer.observe(call)), calls.append(call)))
         with torch.no_grad():
             pruned.model(**inputs)
     for look, image in zip(found, calls[0].images, strict=True):
@@ -150,11 +152,11 @@ def test_every_family_with_a_grid_can_be_looked_at(name: str) -> None:
 
 def test_what_is_written_reads_back(tiny: tuple[Any, Any], scene: Image.Image, tmp_path: Path) -> None:
     environment = {"VTP_GALLERY": str(tmp_path), "VTP_GALLERY_SAMPLES": "2"}
-    found: list[Look] = []
+    found: list[Observation] = []
     with prune(tiny[0], "visionzip", processor=tiny[1]) as pruned:
         recorder = Recorder.wanted(pruned, environment)
-        looks = recorder.looking.looks
-        recorder.looking.looks = lambda call: found.extend(looks(call)) or found[-1:]
+        looks = recorder.observer.observe
+        recorder.observer.observe = lambda call: found.extend(looks(call)) or found[-1:]
         documents = iter([("task", 0), ("task", 0), ("task", 7), ("other", 1)])
         pruned.finished.append(lambda call: recorder.add(call, [next(documents)]))
         for _ in range(4):
@@ -178,7 +180,7 @@ def test_no_folder_no_recorder(tiny: tuple[Any, Any]) -> None:
         assert Recorder.wanted(pruned, {}) is None
         with pytest.raises(PruningError, match="VTP_GALLERY_SAMPLES must be a whole number, got 'many'"):
             Recorder.wanted(pruned, {"VTP_GALLERY": "x", "VTP_GALLERY_SAMPLES": "many"})
-        assert not pruned.looking
+        assert not pruned.keep_decisions
 
 
 def test_scores_are_quantised_from_end_to_end() -> None:

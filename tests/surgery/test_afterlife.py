@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import families
@@ -18,9 +20,28 @@ EARLY = ("vprune", "l2")
 NAMES = ("stride", "visionzip", "vtp", "fastv", "sparsevlm", "dart")
 
 
-def tensors() -> dict[int, Tensor]:
+@contextmanager
+def new_tensors() -> Iterator[list[Tensor]]:
+    """Those that were made inside and are alive at its end; what was there before is frozen, out of sight."""
+    found: list[Tensor] = []
     gc.collect()
-    return {id(x): x for x in gc.get_objects() if isinstance(x, Tensor)}
+    gc.freeze()
+    try:
+        yield found
+        gc.collect()
+        found += [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+    finally:
+        gc.unfreeze()
+
+
+def test_what_is_kept_is_seen():
+    """The instrument itself."""
+    before = torch.zeros(3)
+    with new_tensors() as found:
+        kept = {"there": torch.ones(2)}
+        torch.ones(4)
+    assert [x is kept["there"] for x in found] == [True]
+    assert before is not None
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -37,10 +58,9 @@ def test_no_tensor_outlives_its_call(family: str):
         with pruned:
             model.generate(**inputs, max_new_tokens=2)  # what is made once per model
             pruned.events.clear()
-            before = tensors()
-            model.generate(**inputs, max_new_tokens=2)
-            pruned.events.clear()
-            left = {n: x for n, x in tensors().items() if n not in before}
+            with new_tensors() as left:
+                model.generate(**inputs, max_new_tokens=2)
+                pruned.events.clear()
         host = getattr(model.model, "rope_deltas", None)  # what the host itself keeps
         kept = set() if host is None else {host.untyped_storage().data_ptr()}
-        assert [tuple(x.shape) for x in left.values() if x.untyped_storage().data_ptr() not in kept] == []
+        assert [tuple(x.shape) for x in left if x.untyped_storage().data_ptr() not in kept] == []

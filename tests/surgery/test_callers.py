@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 import threading
@@ -284,6 +285,22 @@ def test_no_image_passes_unpruned(host: Tiny, case: str):
             host.model(inputs_embeds=embeds)
 
 
+@pytest.mark.parametrize("case", ["l2", "stride", "fastv"])
+@torch.no_grad()
+def test_embeddings_given_to_the_language_model_itself_are_refused(host: Tiny, case: str):
+    embeds, ids = host.decoder.embed_tokens(torch.tensor([[1, 17, 18]])), torch.tensor([[1, 17, 18]])
+    wanted = host.decoder(inputs_embeds=embeds).last_hidden_state
+    with host.prune(case):
+        with pytest.raises(PruningError, match="the language model was called directly"):
+            host.decoder(inputs_embeds=embeds)
+        assert host.decoder(input_ids=ids).last_hidden_state.equal(wanted)
+        if host.family == "llava_hf":  # an assistant's passes, and prompts without images, are no such thing
+            host.generate(prompts("single"), **({} if case == "fastv" else {"assistant_model": host.model}))
+        host.generate([[1, 17, 18, 19]])
+    with host.prune("none"):
+        assert host.decoder(inputs_embeds=embeds).last_hidden_state.equal(wanted)
+
+
 NOTHING = ([], {}, (), None, "", 5, vtp.get_strategy("l2"), [{}], {"l2": 3}, {"strategies": []})
 
 
@@ -344,6 +361,86 @@ def test_a_loss_of_ones_own_learns_the_same():
         there = logits[0].abs().sum(-1) > 0
         cross_entropy(logits[0][there][:-1], told[0][there][1:]).backward()
     assert host.decoder.layers[0].self_attn.q_proj.weight.grad.allclose(wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("case", ["l2", "visionzip", "stride", "fastv", "sparsevlm"])
+def test_gradient_checkpointing_learns_the_same(case: str, reentrant: bool):
+    host = build_hf("sdpa")
+    first = host.inputs(prompts("batch"))
+    told = first["input_ids"].masked_fill(first["input_ids"] == PLACEHOLDER, -100)
+
+    def learned() -> dict[str, Tensor]:
+        host.model.zero_grad()
+        host.model(**first, labels=told).loss.backward()
+        return {name: p.grad.clone() for name, p in host.model.named_parameters() if p.grad is not None}
+
+    with host.prune(case):
+        host.model.train()
+        wanted = learned()
+        again(host, reentrant)
+        if case in ("fastv", "sparsevlm") and type(host.decoder.layers[0]).__call__ is not nn.Module.__call__:
+            with pytest.raises(PruningError, match=r"before transformers 5\.23"):
+                learned()
+            return
+        found = learned()
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(found[name], wanted[name], rtol=1e-3, atol=1e-5) for name in wanted)
+
+
+def again(host: Tiny, reentrant: bool) -> None:
+    """Gradient checkpointing, under its name of today or the one before."""
+    enable = getattr(host.model, "activation_checkpointing_enable", host.model.gradient_checkpointing_enable)
+    enable({"use_reentrant": reentrant})
+    if not getattr(host.model, "_require_grads_hooks", None):  # the reentrant kind needs inputs that have a gradient
+        host.model.enable_input_require_grads()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_blocks_that_merge_and_run_again_are_refused(reentrant: bool):
+    host = build_hf("sdpa")
+    first = host.inputs(prompts("single"))
+    with host.prune("tome"):
+        wanted = host.model(**first).logits
+        host.model.train()
+        again(host, reentrant)
+        with pytest.raises(PruningError, match="gradient checkpointing runs the tower's blocks again"):
+            host.model(**first)
+        with torch.no_grad():
+            assert host.model(**first).logits.equal(wanted)
+        host.model.generate(**first, max_new_tokens=2, do_sample=False)
+        host.tower.requires_grad_(False)
+        host.model.disable_input_require_grads()
+        host.model(**first, labels=first["input_ids"]).loss.backward()
+        assert host.decoder.layers[0].self_attn.q_proj.weight.grad.any()
+
+
+@pytest.mark.parametrize("logits", [False, True])
+@pytest.mark.parametrize("case", ["stride", "fastv"])
+def test_a_fused_loss_is_refused(case: str, logits: bool, monkeypatch: pytest.MonkeyPatch):
+    """As fused kernels put it in the place of the host's forward: the loss from hidden states, perhaps no logits."""
+    host = build_hf("sdpa")
+    first = host.inputs(prompts("single"))
+    told = first["input_ids"].masked_fill(first["input_ids"] == PLACEHOLDER, -100)
+
+    own = type(host.model).forward
+
+    def fused(self: nn.Module, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        output = own(self, input_ids=input_ids, output_hidden_states=True, **kwargs)
+        if labels is not None:
+            made = self.lm_head(output.hidden_states[-1])
+            output.loss = cross_entropy(made[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            output.logits = output.logits if logits else None
+        return output
+
+    fused.__signature__ = inspect.signature(own)
+    monkeypatch.setattr(type(host.model), "forward", fused)
+    whole = host.model(**first, labels=told).loss
+    with host.prune(case):
+        with pytest.raises(PruningError, match="computes its loss elsewhere than in loss_function"):
+            host.model(**first, labels=told)
+        assert host.model(**first).logits.shape[1] == told.shape[1]
+    assert host.model(**first, labels=told).loss.equal(whole)
 
 
 # -- what is kept -----------------------------------------------------------------------------------------------------

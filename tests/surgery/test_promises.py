@@ -11,11 +11,11 @@ import reference
 import torch
 from models import N, Row, Tiny, picture, prompts, tiny
 from promises import CASES, CLOSE, Lengths, check_answer, check_kept, expected, kept, make, strategies
-from state import state
 from torch import Tensor, nn
 
 from vtp_plugin import get_strategy
 from vtp_plugin.errors import PruningError
+from vtp_plugin.promises.state import state
 from vtp_plugin.strategies.stride import Stride
 
 FEW = ["l2", "vprune", "visionzip", "fastv", "vprune+atp+fastv"]

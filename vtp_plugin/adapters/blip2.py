@@ -35,6 +35,7 @@ class Blip2(Adapter):
     touches = FAMILIES["blip2"]
     models = "BLIP-2"
     names = ("Blip2ForConditionalGeneration",)
+    uniform = True
     stages = {
         Stage.PIXELS: "",
         Stage.VIT: "",

@@ -34,6 +34,7 @@ ENCODER = {
 class Encoder(Adapter):
     """A vision transformer that is called with pixel values."""
 
+    uniform = True
     stages = ENCODER
     fixed_positions = "an encoder has no prompt"
     language_model = None

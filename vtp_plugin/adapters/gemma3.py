@@ -29,10 +29,15 @@ class Gemma3(RowsAdapter):
     names = ("Gemma3ForConditionalGeneration",)
     facts = {"vision_config.model_type": "siglip_vision_model"}
     stages = dict.fromkeys(Stage, "")
+    uniform = True
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
         self.tower = flat_tower(self.core.vision_tower, -1, block=self.projector.kernel_size)
+
+    @classmethod
+    def tokens_in(cls, config: Mapping[str, Any]) -> int | None:
+        return config.get("mm_tokens_per_image")
 
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         side, values = self.projector.tokens_per_side, inputs["pixel_values"]

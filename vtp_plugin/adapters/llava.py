@@ -7,7 +7,7 @@ left while a pruned model runs, because the package's default side is wrong for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -43,6 +43,7 @@ class Llava(Adapter):
     names = tuple(f"Llava{decoder}ForCausalLM" for decoder in ("Llama", "Mistral", "Mpt", "Qwen", "Mixtral", "Gemma"))
     stages = dict.fromkeys(Stage, "")
     every_logit = True
+    uniform = True
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
@@ -68,6 +69,10 @@ class Llava(Adapter):
         if aspect.startswith(("anyres_", "highres", "crop_split")):
             return f"its image_aspect_ratio is {aspect!r}, only pad, square and anyres are possible yet"
         return ""
+
+    @classmethod
+    def tokens_in(cls, config: Mapping[str, Any]) -> int | None:
+        return None if config.get("image_aspect_ratio") == "anyres" else super().tokens_in(config)
 
     def install(self, pruned: Session, undo: Undo) -> None:
         self.pruned = pruned

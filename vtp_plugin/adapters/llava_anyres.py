@@ -33,6 +33,7 @@ class LlavaAnyres(Llava):
     models = "LLaVA-1.6 (llava-torch)"
     names = ()  # those of LLaVA-1.5: one of the two speaks for them
     stages = dict.fromkeys(Stage, "")
+    uniform = False
     layout = TILED
     tiled = True
     tokenwise = True

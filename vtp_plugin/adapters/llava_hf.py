@@ -38,6 +38,7 @@ class LlavaHf(Adapter):
         "vision_feature_select_strategy": "default",
     }
     stages = dict.fromkeys(Stage, "")
+    uniform = True
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)

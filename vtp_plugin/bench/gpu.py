@@ -53,11 +53,11 @@ class Part:
 
     name: str
     until: float
-    work: Callable[[Asked, float], None]
+    work: Callable[[Options, float], None]
 
 
 @dataclass(frozen=True)
-class Asked:
+class Options:
     """Where, on what, and how large."""
 
     folder: Path
@@ -70,17 +70,17 @@ class Asked:
 # -- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def bench(name: str, asked: Asked, until: float) -> None:
+def bench(name: str, options: Options, until: float) -> None:
     """One shape: every strategy at every budget and batch size, the most telling first."""
     shape = shape_of(name)
-    facts = {"shape": name, "layers": 0, "attention": "sdpa", "dtype": asked.dtype, "repeats": REPEATS}
-    journal = Journal(asked.folder / f"{name}.json", facts, asked.device, asked.again)
+    facts = {"shape": name, "layers": 0, "attention": "sdpa", "dtype": options.dtype, "repeats": REPEATS}
+    journal = Journal(options.folder / f"{name}.json", facts, options.device, options.again)
     held: list[Any] = []
 
     def model() -> Any:
         if not held:
             say(f"{name}: building")
-            held.append(rounds.built(shape, facts, asked.device))
+            held.append(rounds.built(shape, facts, options.device))
         return held[0]
 
     for keep in KEEPS:
@@ -88,7 +88,7 @@ def bench(name: str, asked: Asked, until: float) -> None:
         journal.fill(rounds.items(shape, model, chosen, BATCHES, REPEATS, ROW), until)
     held.clear()
     gc.collect()
-    if asked.device.type == "cuda":
+    if options.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
@@ -108,31 +108,31 @@ def strategies(shape: Shape, keep: float, budgeted_only: bool) -> list[PruningSt
 # -- tests, training, vLLM --------------------------------------------------------------------------------------------
 
 
-def tests(asked: Asked, until: float) -> None:
+def tests(options: Options, until: float) -> None:
     """The tests marked gpu; with small shapes, a few of those that run anywhere."""
-    chosen = ["-k", "tiny and budgets"] if asked.small else ["-m", "gpu"]
+    chosen = ["-k", "tiny and budgets"] if options.small else ["-m", "gpu"]
     command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", *chosen]
     ran = _process(command, until)
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", ran["said"])}
-    _write(asked, "tests", command, {**ran, **counts})
+    _write(options, "tests", command, {**ran, **counts})
 
 
-def training(asked: Asked, until: float) -> None:
+def training(options: Options, until: float) -> None:
     """A minute of training, less where less is left."""
-    seconds = 2.0 if asked.small else max(5.0, min(60.0, until - time.monotonic() - 20))
-    command = [sys.executable, "-m", "vtp_plugin.bench.training", "--device", asked.device.type]
+    seconds = 2.0 if options.small else max(5.0, min(60.0, until - time.monotonic() - 20))
+    command = [sys.executable, "-m", "vtp_plugin.bench.training", "--device", options.device.type]
     ran = _process([*command, "--seconds", f"{seconds:.0f}"], until + 20)
     if ran["code"] == 0:
         ran |= json.loads(ran.pop("said").strip().splitlines()[-1])
-    _write(asked, "training", command, ran)
+    _write(options, "training", command, ran)
 
 
-def vllm(asked: Asked, until: float) -> None:
+def vllm(options: Options, until: float) -> None:
     """Requests per second of a server, where vLLM is installed."""
     if importlib.util.find_spec("vllm") is None:
         say("vllm: not installed")
         return
-    target = asked.folder / "vllm.json"
+    target = options.folder / "vllm.json"
     command = [sys.executable, "-c", "from vtp_plugin.cli import main; main()", "serve-bench", "--model", "vtp-tiny"]
     ran = _process([*command, "-o", str(target)], until)
     say(f"vllm: exit code {ran['code']}")
@@ -151,10 +151,10 @@ def _process(command: Sequence[str], until: float) -> dict[str, Any]:
     return {"code": code, "seconds": time.monotonic() - began, "said": said[-2000:]}
 
 
-def _write(asked: Asked, name: str, command: Sequence[str], found: dict[str, Any]) -> None:
+def _write(options: Options, name: str, command: Sequence[str], found: dict[str, Any]) -> None:
     shown = ["python", *command[1:]]
-    content = {"command": " ".join(shown), **machine(asked.device), **found}
-    files.write_json(asked.folder / f"{name}.json", content)
+    content = {"command": " ".join(shown), **machine(options.device), **found}
+    files.write_json(options.folder / f"{name}.json", content)
     say(f"{name}: " + ("done" if found["code"] == 0 else f"exit code {found['code']}, see {name}.json"))
 
 
@@ -165,7 +165,9 @@ def parts(small: bool) -> list[Part]:
     """In the order of what matters most; the shares add up to the whole."""
     names = ("small", "small-next", "small-qwen", "small-qwen3") if small else gpu_page.SHAPES
     ends = dict(zip(names, (0.25, 0.56, 0.72, 0.85), strict=True))
-    benches = [Part(name, end, lambda asked, until, name=name: bench(name, asked, until)) for name, end in ends.items()]
+    benches = [
+        Part(name, end, lambda options, until, name=name: bench(name, options, until)) for name, end in ends.items()
+    ]
     return [
         benches[0],
         Part("tests", 0.37, tests),
@@ -175,27 +177,27 @@ def parts(small: bool) -> list[Part]:
     ]
 
 
-def run(asked: Asked, seconds: float) -> None:
+def run(options: Options, seconds: float) -> None:
     """Every part in its turn; one that fails does not stop the others."""
-    asked.folder.mkdir(parents=True, exist_ok=True)
+    options.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    for part in parts(asked.small):
-        if _whole(asked, part.name):
+    for part in parts(options.small):
+        if _whole(options, part.name):
             say(f"{part.name}: measured already")
             continue
         say(f"{part.name}: {time.monotonic() - began:.0f} s of {seconds:.0f} s")
         try:
-            part.work(asked, began + part.until * seconds)
+            part.work(options, began + part.until * seconds)
         except Exception as error:
             say(f"{part.name}: {sentence(error)}")
-        files.write(asked.folder / "README.md", gpu_page.page(asked.folder))
-    say(f"done after {time.monotonic() - began:.0f} s: {asked.folder}")
+        files.write(options.folder / "README.md", gpu_page.page(options.folder))
+    say(f"done after {time.monotonic() - began:.0f} s: {options.folder}")
 
 
-def _whole(asked: Asked, name: str) -> bool:
+def _whole(options: Options, name: str) -> bool:
     """Whether a part that has no rows of its own was done."""
-    path = asked.folder / f"{name}.json"
-    if asked.again or not path.exists() or name not in ("tests", "training", "vllm"):
+    path = options.folder / f"{name}.json"
+    if options.again or not path.exists() or name not in ("tests", "training", "vllm"):
         return False
     return files.read_json(path).get("code", 0) == 0
 
@@ -212,7 +214,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not cuda and not chosen.small:
             raise PruningError("there is no CUDA device here; --small tries the command with small shapes on the CPU")
         device = torch.device("cuda" if cuda else "cpu")
-        run(Asked(chosen.output, device, "bfloat16" if cuda else "float32", chosen.small, chosen.again), chosen.seconds)
+        run(
+            Options(chosen.output, device, "bfloat16" if cuda else "float32", chosen.small, chosen.again),
+            chosen.seconds,
+        )
     except PruningError as error:
         say(f"error: {sentence(error)}")
         raise SystemExit(2) from None

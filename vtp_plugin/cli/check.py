@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.text import Text
 from vtp_plugin import modules, plugins
 from vtp_plugin.conformance import conforms
 from vtp_plugin.errors import unknown
+from vtp_plugin.outcomes import Outcome
 from vtp_plugin.reporting.terminal import console
 from vtp_plugin.strategy import PruningStrategy
 
@@ -21,8 +23,13 @@ def command(
     module: Annotated[Path | None, typer.Option(help="A Python file that defines it.")] = None,
 ) -> None:
     cls = plugins.get_strategy(name) if module is None else _defined(module, name)
+    verdict(name, conforms(cls))
+
+
+def verdict(name: str, outcomes: Iterable[Outcome]) -> None:
+    """Print every check as it ends; the program ends with 1 if one failed."""
     out, failed = console(), 0
-    for outcome in conforms(cls):
+    for outcome in outcomes:
         failed += not outcome.passed
         sign = Text("ok    ", "green") if outcome.passed else Text("failed", "red")
         out.print(sign + f"  {outcome.name}" + (f": {outcome.remark}" if outcome.remark else ""))

@@ -32,6 +32,8 @@ class Family:
     tiled: ClassVar[bool] = False  # whether an image is several tiles for the tower, each with a class token of its own
     tokenwise: bool = False  # where the host rearranges what the tower makes: the projector works token by token
 
+    uniform: ClassVar[bool] = False  # whether every image has as many tokens as the tower has squares of patches
+
     tower: Tower
     projector: nn.Module
     language_model: nn.Module | None  # None: an encoder without a language model
@@ -45,6 +47,12 @@ class Family:
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         self.model, self.processor = model, processor
+
+    @property
+    def image_tokens(self) -> int | None:
+        """The tokens of every image; None where images have unequal numbers."""
+        rows, columns = self.tower.grid if self.uniform else (0, 0)
+        return rows * columns // self.tower.block**2 if self.uniform else None
 
     def shared_space(self, checkpoint: str | None) -> SharedSpace:
         """CLIP's joint space, from `checkpoint` or the tower's own; PruningError if the tower has none."""

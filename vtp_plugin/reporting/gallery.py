@@ -24,7 +24,7 @@ import torch
 
 from vtp_plugin import files
 from vtp_plugin.errors import PruningError
-from vtp_plugin.reporting.looks import Look, Looking
+from vtp_plugin.reporting.observations import Observation, Observer
 
 if TYPE_CHECKING:
     from vtp_plugin.pruning import Pruned
@@ -79,7 +79,7 @@ class Recorder:
 
     def __init__(self, pruned: Pruned, folder: Path, pictures: Path, samples: int) -> None:
         self.folder, self.pictures, self.samples = folder, pictures, samples
-        self.looking = Looking(pruned)
+        self.observer = Observer(pruned)
         self.overview = pruned.adapter.overview
         self.lines: dict[tuple[str, int], str] = {}
 
@@ -96,7 +96,7 @@ class Recorder:
 
     def add(self, call: Call, documents: Sequence[tuple[str, int]]) -> None:
         """One finished call, with the document behind every row of its batch; none if they are not known."""
-        looks = self.looking.looks(call) if any(self._new(*document) for document in documents) else []
+        looks = self.observer.observe(call) if any(self._new(*document) for document in documents) else []
         for row, (task, number) in enumerate(documents):
             if self._new(task, number):
                 own = [look for look, image in zip(looks, call.images, strict=True) if image.sample == row]
@@ -115,10 +115,10 @@ class Recorder:
     def _new(self, task: str, number: Any) -> bool:
         return isinstance(number, int) and number < self.samples and (task, number) not in self.lines
 
-    def _shown(self, looks: Sequence[Look | None]) -> Sequence[Look | None]:
+    def _shown(self, looks: Sequence[Observation | None]) -> Sequence[Observation | None]:
         return looks if len(looks) <= SHOWN else [looks[self.overview]]
 
-    def _entry(self, look: Look) -> dict[str, Any]:
+    def _entry(self, look: Observation) -> dict[str, Any]:
         kept = np.zeros(look.grid[0] * look.grid[1], dtype=bool)
         kept[look.kept] = True
         entry = {"grid": look.grid, "total": look.total, "left": look.left, "kept": _coded(np.packbits(kept))}

@@ -12,7 +12,7 @@ from vtp_plugin.config import NONE
 from vtp_plugin.errors import PruningError
 from vtp_plugin.pruning import Pruned, prune
 from vtp_plugin.reporting import statistics
-from vtp_plugin.reporting.looks import Look, Looking
+from vtp_plugin.reporting.observations import Observation, Observer
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.tiny.inference import answer
 
@@ -24,7 +24,7 @@ class View:
     label: str
     question: str
     answer: str
-    look: Look
+    look: Observation
     summary: str = ""  # what was cut and saved
     right: bool | None = None  # whether the answer is; None: nobody said what is right
 
@@ -41,14 +41,14 @@ def view(
 ) -> View:
     """Ask the pruned model about the picture; `target`: the right answer. PruningError if tokens have no place."""
     with prune(model, list(strategies) or NONE, processor=processor) as pruned:
-        looking, looks = Looking(pruned), []
-        pruned.finished.append(lambda call: looks.extend(looking.looks(call)))
+        observer, looks = Observer(pruned), []
+        pruned.finished.append(lambda call: looks.extend(observer.observe(call)))
         said = answer(model, processor, picture, question)
     right = None if target is None else statistics.normal(said) == statistics.normal(target)
     return View(label, question, said, _whole(pruned, looks), pruned.summary(), right)
 
 
-def _whole(pruned: Pruned, looks: Sequence[Look | None]) -> Look:
+def _whole(pruned: Pruned, looks: Sequence[Observation | None]) -> Observation:
     """The look at the whole picture, where a family makes several images of it."""
     look = looks[pruned.adapter.overview] if looks else None
     if look is None or look.pixels is None:

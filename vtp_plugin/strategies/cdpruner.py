@@ -58,7 +58,7 @@ class CDPruner(QuestionStrategy, ComparingStrategy):
         relevance = self.relevance_sign * cosine_similarity(visual.aligned, visual.text[:, None], dim=-1)
         r = _scaled(relevance)
         kernel = r[:, :, None] * cosines(self.judged(visual, visual.projected)) * r[:, None]
-        picks = determinantal(kernel, self.wanted(visual), spare=relevance)
+        picks = determinantal(kernel, self.wanted(visual), fallback=relevance)
         return Selection.of(picks, r.shape[1], scores=relevance)
 
 

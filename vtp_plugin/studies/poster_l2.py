@@ -120,17 +120,17 @@ class PosterL2(Study):
         from vtp_plugin.reporting.figures import kept_figure
 
         spread = self.classes.pictures[:: max(1, len(self.classes.pictures) // SHOWN)][:SHOWN]
-        return kept_figure([[self._look(picture, method) for method in METHODS] for picture in spread])
+        return kept_figure([[self._observe(picture, method) for method in METHODS] for picture in spread])
 
-    def _look(self, picture: Any, method: str) -> View:
+    def _observe(self, picture: Any, method: str) -> View:
         """What a method keeps of one picture."""
         from vtp_plugin.pruning import prune
-        from vtp_plugin.reporting.looks import Looking
+        from vtp_plugin.reporting.observations import Observer
         from vtp_plugin.reporting.views import View
 
         with prune(self.encoder.model, strategies(method, POSTER, 0), processor=self.encoder.processor) as pruned:
-            looking, looks = Looking(pruned), []
-            pruned.finished.append(lambda call: looks.extend(looking.looks(call)))
+            observer, looks = Observer(pruned), []
+            pruned.finished.append(lambda call: looks.extend(observer.observe(call)))
             self.encoder.features([picture])
         return View(method, "", "", replace(looks[0], pixels=self.encoder.seen(picture)))
 

@@ -73,6 +73,8 @@ def seen(call: Call, left: Columns, layer: int | None = None) -> Columns:
     if not earlier:
         return left
     cut = call.cuts[max(earlier)].to(left.columns.device)
+    if cut.everything:
+        return left
     new = left.short - cut.length
     columns = torch.arange(cut.length, left.short, device=cut.columns.device).expand(len(cut.columns), new)
     valid = torch.cat([cut.valid, cut.valid.new_ones(len(cut.valid), new)], 1)
@@ -84,7 +86,10 @@ def put_back(output: Any, call: Call, left: Columns, queries: int) -> None:
     whole = queries == left.short
     states = getattr(output, "hidden_states", None)
     if states is not None and whole:
-        output.hidden_states = tuple(_at(seen(call, left, n - 1), left, state) for n, state in enumerate(states))
+        output.hidden_states = tuple(
+            None if state is None else _at(seen(call, left, number - 1), left, state)  # None: not asked for
+            for number, state in enumerate(states)
+        )
     maps = getattr(output, "attentions", None)
     if maps is None:
         return

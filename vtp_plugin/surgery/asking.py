@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from vtp_plugin.errors import PruningError
@@ -15,6 +16,7 @@ from vtp_plugin.surgery import cache, turns
 if TYPE_CHECKING:
     from vtp_plugin.surgery.placeholders import PlaceholderModel
     from vtp_plugin.surgery.session import Session
+    from vtp_plugin.surgery.undo import Undo
 
 CROPPING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 NOT_WITH_IMAGES = {  # settings of generate, and why they are refused
@@ -60,6 +62,21 @@ def refuse_settings(model: nn.Module, strategies: Sequence[PruningStrategy], inp
     asked = [name for name in CROPPING if setting(model, inputs, name)]
     if late and asked:  # they crop the cache
         raise PruningError(f"{late[0].name}: {asked[0]} is not possible when decoder layers cache unequal lengths")
+
+
+def guard(session: Session, undo: Undo) -> None:
+    """Refuse embeddings that are given to the language model itself: whose features they hold, nobody knows."""
+
+    def entered(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        if torch.compiler.is_compiling() or session.mine or kwargs.get("inputs_embeds") is None:
+            return
+        raise PruningError(
+            "the language model was called directly with inputs_embeds, where nothing is pruned: call the model "
+            "itself, with input_ids and pixels"
+        )
+
+    if session.strategies and session.adapter.language_model is not None:
+        undo.before(session.adapter.language_model, entered)
 
 
 def refuse_filled_cache(stored: Any) -> None:

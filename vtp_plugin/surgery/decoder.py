@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vtp_plugin.errors import PruningError
 from vtp_plugin.signals import Tap, taps
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.surgery import attention, cache
+from vtp_plugin.surgery import attention, cache, checkpointing
 from vtp_plugin.surgery.call import Call
 from vtp_plugin.surgery.cut import Cut, additive, made_mask, narrow, with_new
 from vtp_plugin.surgery.deciding import Seen, decide
@@ -92,6 +92,7 @@ class DecoderCuts:
             if call is None:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
+            self._check_replay(module, hidden)
             stored = cache.of_layer(kwargs)
             self._check(stored)
             if stored is not None and (past := stored.get_seq_length(number)) > 0:
@@ -186,7 +187,7 @@ class DecoderCuts:
         valid = call.valid.to(hidden.device).repeat_interleave(len(hidden) // len(call.valid), dim=0)
         columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
         counts = [count for count in call.lengths for _ in range(len(hidden) // len(call.valid))]
-        return Cut(columns, valid, valid.shape[1], tuple(counts))
+        return Cut(columns, valid, valid.shape[1], tuple(counts), everything=True)
 
     def _turns(self, module: nn.Module) -> bool:
         return self.session.adapter.turns(module)
@@ -233,6 +234,14 @@ class DecoderCuts:
     @property
     def _flash(self) -> bool:
         return "flash" in self.session.adapter.language_model.config._attn_implementation
+
+    def _check_replay(self, layer: nn.Module, hidden: Tensor) -> None:
+        """What is cut in front of a layer would not be when the backward pass runs it again, hooks and all."""
+        if checkpointing.with_its_hooks(layer) and checkpointing.runs_again(layer, hidden):
+            raise PruningError(
+                f"{self._names}: gradient checkpointing runs decoder layers again with their hooks before transformers "
+                f"5.23: train with a newer release, or without it"
+            )
 
     def _check_window(self, layer: nn.Module, length: int) -> None:
         """A kernel that counts its window itself would count what is left instead of the prompt's columns."""

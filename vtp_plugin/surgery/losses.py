@@ -10,18 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtp_plugin.errors import HostChanged
+from vtp_plugin.errors import HostChanged, PruningError
 from vtp_plugin.surgery.columns import IGNORED, Columns
 from vtp_plugin.surgery.undo import MISSING, Undo, put_back
 
 LABELS = ("labels", "shift_labels")
+ELSEWHERE = (
+    "{} computes its loss elsewhere than in loss_function, where labels are narrowed to the columns that are left"
+)
 
 
 @contextmanager
 def translated(model: nn.Module, wanted: bool, translate: Callable[[Tensor, dict[str, Any]], tuple]) -> Iterator[None]:
     """While open, the model's loss is asked about (logits, arguments) as `translate` makes them of the host's.
 
-    HostChanged if the host computed no loss through it although one is `wanted`.
+    HostChanged if the host computed no loss through it although one is `wanted`, or if what stands in the place of the
+    host's own forward (a fused loss) failed before it.
     """
     if not wanted:
         yield
@@ -41,9 +45,20 @@ def translated(model: nn.Module, wanted: bool, translate: Callable[[Tensor, dict
     with Undo() as undo:
         undo.callback(put_back, model, "_loss_function", vars(model).get("_loss_function", MISSING))
         object.__setattr__(model, "_loss_function", loss)
-        yield
+        try:
+            yield
+        except Exception as error:
+            if asked or isinstance(error, PruningError) or not (home := replaced(model)):
+                raise
+            raise HostChanged(f"{ELSEWHERE.format(type(model).__name__)} (its forward is that of {home})") from error
     if not asked:
-        raise HostChanged(f"{type(model).__name__} computes its loss elsewhere than in loss_function")
+        raise HostChanged(ELSEWHERE.format(type(model).__name__))
+
+
+def replaced(model: nn.Module) -> str:
+    """The module that a model's forward was written in, if somebody has put it in the place of the class's own."""
+    home = inspect.unwrap(type(model).forward).__module__
+    return "" if home == type(model).__module__ else home
 
 
 def narrowed(arguments: dict[str, Any], seen: Columns, first: int, window: int) -> dict[str, Any]:

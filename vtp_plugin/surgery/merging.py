@@ -18,7 +18,7 @@ from vtp_plugin.facts.family import Family
 from vtp_plugin.facts.tower import Tower
 from vtp_plugin.signals import MergingView
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.surgery import attention
+from vtp_plugin.surgery import attention, checkpointing
 from vtp_plugin.surgery.passes import Merged, TowerPass
 from vtp_plugin.surgery.session import Session
 from vtp_plugin.surgery.undo import Undo
@@ -55,6 +55,7 @@ class MergingBlocks:
         norm, mlp = self.tower.between
         for number in self.cuts:
             block = self.tower.blocks[number]
+            undo.before(block, self._entering)
             undo.after(self.tower.attention_of(number).k_proj, self._keys_read)
             undo.before(getattr(block, norm), self._merging(number))
             undo.after(getattr(block, mlp), self._spreading)
@@ -64,6 +65,14 @@ class MergingBlocks:
                 undo.before(self.tower.attention_of(number), self._weighting)
 
     # -- hooks, in the order in which a block meets them ----------------------------------------------------------
+
+    def _entering(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """What is merged here would not be when the backward pass runs the block again."""
+        if self._passing is not None and checkpointing.runs_again(module, args[0] if args else kwargs["hidden_states"]):
+            raise self.strategy.error(
+                "gradient checkpointing runs the tower's blocks again in the backward pass, where nothing is merged: "
+                "train without it, or with another strategy"
+            )
 
     def _weighting(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """A key counts as often as patches were merged into it: log(size) on its logits."""

@@ -29,6 +29,11 @@ class OneAtATime:
         """The call that this thread is in."""
         return self._call if torch.compiler.is_compiling() or self._owner == get_ident() else None
 
+    @property
+    def mine(self) -> bool:
+        """Whether this thread is inside of the model, in a call or aside of one."""
+        return self._owner == get_ident()
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Nobody else's call runs meanwhile: other threads wait. A call inside a call goes on."""

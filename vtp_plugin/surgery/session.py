@@ -36,6 +36,7 @@ class Session(Protocol):
     vision: Any  # the `VisionCuts`
 
     number: int  # of this attachment
+    mine: bool  # whether this thread is inside of the attached model
 
     def alone(self) -> AbstractContextManager[None]:
         """Nobody else's call runs meanwhile."""

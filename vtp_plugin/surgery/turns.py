@@ -204,8 +204,13 @@ def inside() -> Iterator[None]:
 
 
 def stored_length(stored: Any) -> int:
-    """How many columns a cache really holds in its first layer."""
-    return 0 if stored is None else int(type(stored).get_seq_length(stored))
+    """How many columns a cache really holds in its first layer. PruningError for one that cannot say it."""
+    if stored is None:
+        return 0
+    length = getattr(type(stored), "get_seq_length", None)
+    if length is None:
+        raise PruningError(f"pruning needs a cache of transformers (DynamicCache), got {type(stored).__name__}")
+    return int(length(stored))
 
 
 def remember(stored: Any, turn: Turn) -> None:

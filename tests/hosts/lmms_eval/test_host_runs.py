@@ -65,7 +65,7 @@ def raising(*args: Any, **kwargs: Any) -> Any:
 
 BOOKKEEPING = {
     "the report of a call": ("vtp_plugin.hosts.lmms_eval.evaluation.samples_of", raising),
-    "the document behind it": ("vtp_plugin.hosts.lmms_eval.documents.Asked.take", raising),
+    "the document behind it": ("vtp_plugin.hosts.lmms_eval.documents.Fetched.take", raising),
     "before the call begins": ("vtp_plugin.adapters.llava_hf.LlavaHf.has_images", raising),
 }
 

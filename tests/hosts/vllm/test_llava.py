@@ -25,7 +25,11 @@ from vtp_plugin import get_strategy, list_strategies
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategies.unpad import COLORS
 
-LOOSE = {"vprune": {"chi2_threshold": 30, "cosine_threshold": 0.9}, "pixelprune": {"threshold": 0.2, "distance": "mae"}}
+LOOSE = {  # what has no budget
+    "vprune": {"chi2_threshold": 30, "cosine_threshold": 0.9},
+    "pixelprune": {"threshold": 0.2, "distance": "mae"},
+    "unpad": {},
+}
 
 
 DEPTH = {"hiprune": {"shallow": 2}, "vscan": {"shallow": 2}}  # the embedded tower has six blocks

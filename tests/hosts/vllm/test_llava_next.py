@@ -105,6 +105,6 @@ def test_the_record_counts_what_each_picture_would_have_had(folder: Path):
         run = ServedRun(lm, config.resolve("visionzip", {"keep_ratio": 0.25}))
         left = columns(ask(lm.client, asked))
         run.pruned.detach()
-    assert [len(sample["images"]) for sample in run.samples] == [len(pictures) for pictures, _ in asked]
+    assert [len(sample["images"]) for sample in run.pruned.samples] == [len(pictures) for pictures, _ in asked]
     for side, counts in (("before", whole), ("after", left)):
-        assert [sum(image[side] for image in sample["images"]) for sample in run.samples] == counts
+        assert [sum(image[side] for image in sample["images"]) for sample in run.pruned.samples] == counts

@@ -63,10 +63,12 @@ def test_the_entry_counts_what_the_requests_ran_with():
         lm.client = llm
         run = ServedRun(lm, config.resolve("vprune", {"chi2_threshold": 30, "cosine_threshold": 0.9}))
         counted = columns(ask(lm.client, one_each(3)))
-        entry = run.record(run.samples)
+        entry = run.record(run.pruned.samples)
         run.pruned.detach()
         ask(lm.client, one_each(1))
     assert len(set(counted)) > 1
-    assert [sample["images"] for sample in run.samples] == [[{"before": WHOLE, "after": after}] for after in counted]
+    assert [sample["images"] for sample in run.pruned.samples] == [
+        [{"before": WHOLE, "after": after}] for after in counted
+    ]
     assert entry["visual_tokens"]["after"] == sum(counted)
-    assert len(run.samples) == 3
+    assert len(run.pruned.samples) == 3

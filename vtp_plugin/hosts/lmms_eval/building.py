@@ -18,6 +18,7 @@ from vtp_plugin.hosts import compatibility, llava
 from vtp_plugin.hosts.lmms_eval import generic, settings
 from vtp_plugin.hosts.lmms_eval.contract import EVALUATION, MODELS
 from vtp_plugin.hosts.lmms_eval.evaluation import Run
+from vtp_plugin.hosts.transformers.checkpoints import refuse_checkpoint
 from vtp_plugin.hosts.transformers.quiet import without_report
 from vtp_plugin.pruning import Pruned
 from vtp_plugin.strategy import PruningStrategy
@@ -35,6 +36,7 @@ def build(host: type, arguments: Mapping[str, Any]) -> Any:
     if strategies is not None:
         compatibility.refuse_broken(model_id)
         contract.check((*MODELS, *EVALUATION))
+        refuse_checkpoint(strategies, _checkpoint(host, model_id, rest))
     if model_id in VLLM:
         return _served(host, strategies, arguments, rest)
     tiny = rest.get("pretrained") == checkpoint.NAME
@@ -48,6 +50,17 @@ def build(host: type, arguments: Mapping[str, Any]) -> Any:
         generic.make_ready(lm, model_id)
         _prune(lm, model_id, strategies, arguments)
     return lm
+
+
+def _checkpoint(host: type, model_id: str, arguments: Mapping[str, Any]) -> str:
+    """The name or folder of the weights, as given or as the class has it by default; "" where it has none."""
+    for name in ("pretrained", "model"):
+        parameter = inspect.signature(host.__init__).parameters.get(name)
+        if parameter is not None or name in arguments:
+            said = arguments.get(name, getattr(parameter, "default", ""))
+            tiny = said == checkpoint.NAME
+            return str(checkpoint.resolve(layout=TINY_LAYOUTS.get(model_id, "hf")) if tiny else said or "")
+    return ""
 
 
 def _served(

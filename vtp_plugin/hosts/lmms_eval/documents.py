@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-class Asked:
+class Fetched:
     """The documents (task, number) that the host fetched for its next calls of the model.
 
     A host fetches the documents of a batch and calls the model once, or fetches them all and calls it once for each;
@@ -34,24 +34,24 @@ class Asked:
 class Documents(dict):
     """The host's `task_dict`, noting which documents it is asked for: task -> split -> document number."""
 
-    def __init__(self, tasks: Mapping[str, Any], asked: Asked) -> None:
+    def __init__(self, tasks: Mapping[str, Any], fetched: Fetched) -> None:
         super().__init__(tasks)
-        self.asked = asked
+        self.fetched = fetched
 
     def __getitem__(self, task: str) -> Any:
-        return Noted(super().__getitem__(task), lambda split: Noted(split, None, self.asked, task))
+        return Noted(super().__getitem__(task), lambda split: Noted(split, None, self.fetched, task))
 
 
 class Noted:
     """An object whose items are passed on, after being noted or wrapped."""
 
-    def __init__(self, inner: Any, wrap: Callable | None, asked: Asked | None = None, task: str = "") -> None:
-        self._inner, self._wrap, self._asked, self._task = inner, wrap, asked, task
+    def __init__(self, inner: Any, wrap: Callable | None, fetched: Fetched | None = None, task: str = "") -> None:
+        self._inner, self._wrap, self._fetched, self._task = inner, wrap, fetched, task
 
     def __getitem__(self, key: Any) -> Any:
         value = self._inner[key]
-        if self._asked is not None:
-            self._asked.note((self._task, key))
+        if self._fetched is not None:
+            self._fetched.note((self._task, key))
         return self._wrap(value) if self._wrap else value
 
     def __getattr__(self, name: str) -> Any:

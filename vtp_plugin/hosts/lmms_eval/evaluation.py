@@ -21,7 +21,7 @@ import torch
 from vtp_plugin import config
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.lmms_eval import status
-from vtp_plugin.hosts.lmms_eval.documents import Asked, Documents
+from vtp_plugin.hosts.lmms_eval.documents import Documents, Fetched
 from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
 from vtp_plugin.hosts.lmms_eval.requests import REQUESTS, by_task
 from vtp_plugin.hosts.lmms_eval.settings import KEY
@@ -55,7 +55,7 @@ class Run:
         self, lm: Any, pruned: Pruned, strategies: list[PruningStrategy], perturbation: Perturbation | None = None
     ) -> None:
         self.lm, self.pruned, self.strategies, self.perturbation = lm, pruned, strategies, perturbation
-        self.asked, self.seen, self.asking = Asked(), Seen(), False
+        self.fetched, self.seen, self.answering = Fetched(), Seen(), False
         self.gallery = Recorder.wanted(pruned, _gallery(os.environ, status.cell.get()))
         pruned.finished.append(self._finished)
 
@@ -69,7 +69,7 @@ class Run:
     def evaluate(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("response_cache")
         self._mark_cache(cache)
-        self.lm.task_dict = Documents(self.lm.task_dict, self.asked)
+        self.lm.task_dict = Documents(self.lm.task_dict, self.fetched)
         try:
             with Undo() as undo:
                 self._watch(undo, kwargs["task_dict"] if "task_dict" in kwargs else args[1])
@@ -143,20 +143,20 @@ class Run:
     def _asked(self, original: Callable, requests: Sequence[Any]) -> list[Any]:
         """The host's requests, a task at a time: it takes a whole batch for one of its first request's task."""
         self.seen.requests += len(requests)
-        self.asking = True
+        self.answering = True
         try:
             return by_task(original, requests)
         finally:
-            self.asking = False
+            self.answering = False
 
     def _finished(self, call: Call) -> None:
         reports = samples_of(self.pruned, call)
-        documents = self.asked.take(len(reports))
+        documents = self.fetched.take(len(reports))
         if len(documents) == len(reports):
             reports = [r | {"task": task, "doc_id": doc} for r, (task, doc) in zip(reports, documents, strict=True)]
             if self.gallery is not None:
                 self.gallery.add(call, documents)
-        elif self.asking:
+        elif self.answering:
             raise PruningError(
                 f"the host called its model for {len(reports)} questions, but read {len(documents)} documents for "
                 "them: no telling which is which; try --batch_size 1"

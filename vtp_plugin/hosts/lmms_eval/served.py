@@ -15,7 +15,7 @@ from typing import Any
 
 from vtp_plugin import config
 from vtp_plugin.errors import PruningError
-from vtp_plugin.hosts.lmms_eval.documents import Asked
+from vtp_plugin.hosts.lmms_eval.documents import Fetched
 from vtp_plugin.hosts.lmms_eval.evaluation import Run, Seen
 from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
 from vtp_plugin.hosts.vllm.orphans import none_left
@@ -59,7 +59,7 @@ class ServedRun(Run):
 
     def __init__(self, lm: Any, strategies: list[PruningStrategy], perturbation: Perturbation | None = None) -> None:
         self.lm, self.strategies, self.pruned, self.perturbation = lm, strategies, Requests(lm), perturbation
-        self.asked, self.seen, self.asking, self.gallery = Asked(), Seen(self.pruned.samples), False, None
+        self.fetched, self.seen, self.answering, self.gallery = Fetched(), Seen(self.pruned.samples), False, None
 
     def _doors(self) -> list[tuple[Any, Sequence[str]]]:
         """The engine, and what we changed on the way to it."""

@@ -315,5 +315,5 @@ def _heads(module: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple
 
 def _of_all_workers(module: nn.Module, heads: Tensor) -> Tensor:
     """[S, H, d] of one worker -> [H', S, d]: all heads, wherever they live."""
-    whole = tensor_model_parallel_all_gather(heads, dim=1) if module.tp_size > 1 else heads
+    whole = tensor_model_parallel_all_gather(heads.contiguous(), dim=1) if module.tp_size > 1 else heads
     return whole.transpose(0, 1)

@@ -38,7 +38,7 @@ class Part:
     def __call__(self, hidden: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, H d]."""
         part = self.attention.qkv_proj(hidden)[0].chunk(3, dim=-1)[self.number]
-        return tensor_model_parallel_all_gather(part) if self.attention.tp_size > 1 else part
+        return tensor_model_parallel_all_gather(part.contiguous()) if self.attention.tp_size > 1 else part
 
 
 class Parts(Adapter):

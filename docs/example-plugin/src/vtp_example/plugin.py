@@ -55,3 +55,10 @@ class Quiet(PruningStrategy):
 def vtp_register_strategies(register: Callable[[type], None]) -> None:
     register(Center)
     register(Quiet)
+
+
+@hookimpl
+def vtp_register_adapters(register: Callable[[type], None]) -> None:
+    from vtp_example.deepseek_vl import DeepseekVL
+
+    register(DeepseekVL)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Look:
+class Observation:
     """One image of a finished call. Positions are in raster order over the grid of the shown view."""
 
     grid: tuple[int, int]
@@ -37,21 +37,21 @@ class Look:
     view: str  # "" or what part of the image the grid shows
 
 
-class Looking:
-    """Looks on while a pruned model works; `looks(call)` is for the listeners in `pruned.finished`."""
+class Observer:
+    """Looks on while a pruned model works; `observe(call)` is for the listeners in `pruned.finished`."""
 
     def __init__(self, pruned: Pruned) -> None:
         self.pruned = pruned
         self.call: Call | None = None  # that the values belong to
         self.values: list[Tensor] = []
         self.pixels = _pixels(pruned.adapter.image_processor)
-        pruned.looking = True
+        pruned.keep_decisions = True
         pruned.on_detach(self.close)
         self._hook = pruned.adapter.tower.module.register_forward_pre_hook(self._entering, with_kwargs=True)
 
     def close(self) -> None:
-        """Look no more; comes by itself when the model is given back."""
-        self.pruned.looking = False
+        """Observe no more; comes by itself when the model is given back."""
+        self.pruned.keep_decisions = False
         self._hook.remove()
 
     def _entering(self, module: Any, args: Any, kwargs: Any) -> None:
@@ -61,13 +61,13 @@ class Looking:
             self.call, self.values = self.pruned.call, []
         self.values.append(args[0] if args else kwargs.get("pixel_values", kwargs.get("hidden_states")))
 
-    def looks(self, call: Call) -> list[Look | None]:
+    def observe(self, call: Call) -> list[Observation | None]:
         """One look per image of the call; None for a video and for tokens that belong to no place."""
         values = self.values if self.call is call else []
         self.call, self.values = None, []
-        return [self._look(call, number, values) for number in range(len(call.images))]
+        return [self._observe(call, number, values) for number in range(len(call.images))]
 
-    def _look(self, call: Call, number: int, values: Sequence[Tensor]) -> Look | None:
+    def _observe(self, call: Call, number: int, values: Sequence[Tensor]) -> Observation | None:
         image = call.images[number]
         place = view_of(image, self.pruned.adapter.tower, self.pruned.adapter.overview)
         if place is None:
@@ -78,7 +78,7 @@ class Looking:
         scores, scored_by = _scores(decisions, number, first, n)
         index = image.index.cpu()
         kept = index[(index >= first) & (index < first + n)] - first
-        return Look(
+        return Observation(
             grid=grid,
             total=image.total,
             left=len(index) + image.fixed,
