@@ -53,13 +53,10 @@ def begin(passing: TowerPass, grid: Tensor, unit: int) -> None:
 
 
 def back_to_raster(passing: TowerPass, order: Tensor, unit: int) -> None:
-    """What was read in the tower's own order of units [U], and went into the merger, patch by patch in raster order."""
+    """The signals that were read in the tower's own order of units [U], patch by patch in raster order."""
     for read in (passing.maps, passing.outputs):
         for key, signal in read.items():
             read[key] = put(passing, signal.unflatten(0, (-1, unit)), order).flatten(0, 1)
-    if passing.features is not None:
-        each = len(passing.features) // len(order)  # patches, or units side by side
-        passing.features = put(passing, passing.features.unflatten(0, (-1, each)), order).flatten(0, 1)
 
 
 def put(passing: TowerPass, rows: Tensor, where: Tensor) -> Tensor:
@@ -113,6 +110,9 @@ class PackedEarly(Cutting):
                 grid_thw = grid_thw[self._frames_left(passing, kept)]
             output = self._widened(passing, self.forward(values, grid_thw=grid_thw, **kwargs, **arguments), kept)
         back_to_raster(passing, order, self._unit)
+        if any("units" in strategy.needs for strategy in self.vision.at(Stage.PROJECTOR)):
+            each = len(passing.features) // len(order)  # patches, or units side by side
+            passing.features = put(passing, passing.features.unflatten(0, (-1, each)), order).flatten(0, 1)
         return output
 
     def _by_image(self, grid: Tensor) -> Tensor:
