@@ -124,7 +124,7 @@ def _onevision() -> Any:
     )
 
 
-def _qwen(names: str) -> Any:
+def qwen(names: str) -> Any:
     import transformers
 
     patches = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
@@ -214,13 +214,13 @@ HOSTS = {
         "llava_hf", "llava_onevision", _saved("llava_onevision", _onevision), CPU, text_only=False
     ),
     "llava_hf-siglip": Host("llava_hf", "llava_siglip", _saved("llava_siglip", _llava_siglip), CPU, text_only=False),
-    "qwen2_vl": Host("qwen2_vl", "qwen2_vl", _saved("qwen2_vl", partial(_qwen, "Qwen2VL")), f"{CPU},{PIXELS}", 3),
+    "qwen2_vl": Host("qwen2_vl", "qwen2_vl", _saved("qwen2_vl", partial(qwen, "Qwen2VL")), f"{CPU},{PIXELS}", 3),
     "qwen2_5_vl": Host(
-        "qwen2_5_vl", "qwen2_5_vl", _saved("qwen2_5_vl", partial(_qwen, "Qwen2_5_VL")), f"{CPU},{PIXELS}", 3
+        "qwen2_5_vl", "qwen2_5_vl", _saved("qwen2_5_vl", partial(qwen, "Qwen2_5_VL")), f"{CPU},{PIXELS}", 3
     ),
-    "qwen3_vl": Host("qwen3_vl", "qwen3_vl", _saved("qwen3_vl", partial(_qwen, "Qwen3VL")), f"{CPU},{PIXELS}", 3),
+    "qwen3_vl": Host("qwen3_vl", "qwen3_vl", _saved("qwen3_vl", partial(qwen, "Qwen3VL")), f"{CPU},{PIXELS}", 3),
     "qwen3_vl-A3B": Host(  # the host asks the name whether there are experts
-        "qwen3_vl", "qwen3_vl_moe", _saved("qwen3_vl_moe", partial(_qwen, "Qwen3VL")), f"{CPU},{PIXELS}", 3
+        "qwen3_vl", "qwen3_vl_moe", _saved("qwen3_vl_moe", partial(qwen, "Qwen3VL")), f"{CPU},{PIXELS}", 3
     ),
     "internvl_hf": Host("internvl_hf", "internvl", _saved("internvl", _internvl), f"{CPU},max_patches=3"),
     "gemma3": Host("gemma3", "gemma3", _saved("gemma3", _gemma3), CPU, 3),

@@ -323,6 +323,44 @@ def _qwen3_vl_moe(attention: str) -> nn.Module:
     return _qwen(Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, vision, language, attention)
 
 
+QWEN3_5_VISION = QWEN_VISION | {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+}
+QWEN3_5_TEXT = text(4, 1, hidden_size=32, head_dim=32, num_hidden_layers=8) | {
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "rope_parameters": {
+        "rope_type": "default",
+        "mrope_interleaved": True,
+        "mrope_section": [2, 1, 1],
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000.0,
+    },
+}
+
+
+def _qwen3_5(attention: str) -> nn.Module:
+    """Qwen3.5-9B: three recurrent layers, then one with gated attention (16 / 4 heads), a quarter of it turned."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    return _qwen(Qwen3_5Config, Qwen3_5ForConditionalGeneration, QWEN3_5_VISION, QWEN3_5_TEXT, attention)
+
+
+def _qwen3_5_moe(attention: str) -> nn.Module:
+    """Qwen3.5-35B-A3B: 16 / 2 heads, experts and one that every token passes."""
+    from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    language = QWEN3_5_TEXT | experts | {"shared_expert_intermediate_size": 24}
+    return _qwen(Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration, QWEN3_5_VISION, language, attention)
+
+
 def _qwen(config: type, model: type, vision: dict[str, Any], language: dict[str, Any], attention: str) -> nn.Module:
     built = config(vision_config=vision, text_config=dict(language), image_token_id=IMAGE, video_token_id=VIDEO)
     return _model(model, built, attention)
@@ -632,6 +670,19 @@ FAMILIES = {
         Family("qwen2_5_vl", _qwen2_5_vl, _qwen_sample, _qwen_batch, video=_qwen_video, mrope=True),
         Family("qwen3_vl", _qwen3_vl, _qwen_sample, _qwen_batch, video=_qwen3_video, mrope=True, late=3),
         Family("qwen3_vl_moe", _qwen3_vl_moe, _qwen_sample, _qwen_batch, video=_qwen3_video, mrope=True, late=3),
+        *(
+            Family(
+                name,
+                build,
+                _qwen_sample,
+                _qwen_batch,
+                stages=STAGES[:3],
+                video_stages=STAGES[:3],
+                video=_qwen3_video,
+                mrope=True,
+            )
+            for name, build in (("qwen3_5", _qwen3_5), ("qwen3_5_moe", _qwen3_5_moe))
+        ),
         Family("internvl", _internvl, _internvl_sample, stacked),
         Family("gemma3", _gemma3, _gemma3_sample, _gemma3_batch),
         Family("mistral3", _mistral3, _mistral3_sample, stacked, stages=STAGES[2:]),

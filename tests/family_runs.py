@@ -135,7 +135,9 @@ def check_lengths(cache: Any, reference: Reference, kept: Kept, alone: bool) -> 
 
     A layer with a window holds the last of them, one less than the window.
     """
-    for number in range(len(reference.parts.layers)):
+    for number, layer in enumerate(reference.parts.layers):
+        if hasattr(layer, "linear_attn"):  # recurrent: its state has one size
+            continue
         hidden = int(reference.hidden.sum()) if number >= kept.layer else 0
         wanted = len(reference.columns) - hidden + NEW - 1
         wanted = min(wanted, getattr(cache.layers[number], "sliding_window", wanted + 1) - 1)

@@ -12,6 +12,7 @@ from models import tiny
 import vtp_plugin as vtp
 from vtp_plugin import config, fits
 from vtp_plugin.errors import PruningError
+from vtp_plugin.hosts.transformers import checkpoints
 
 
 def refusal(call: Any, *arguments: Any, **named: Any) -> str:
@@ -74,18 +75,18 @@ def test_a_checkpoint_is_asked_with_its_defaults_written_out(tmp_path: Path) -> 
     said = {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": vision}
     path.write_text(json.dumps(said | {"architectures": ["LlavaForConditionalGeneration"]}))
     late = config.resolve("fastv", {"layer": 32})
-    assert "1 ... 31 for this model" in refusal(fits.refuse_checkpoint, late, tmp_path)
-    assert "at most 576" in refusal(fits.refuse_checkpoint, kept_of(577), tmp_path)
-    fits.refuse_checkpoint(kept_of(576), tmp_path)
-    fits.refuse_checkpoint(kept_of(577), tmp_path / "nowhere")
-    fits.refuse_checkpoint(kept_of(577), "")
+    assert "1 ... 31 for this model" in refusal(checkpoints.refuse_checkpoint, late, tmp_path)
+    assert "at most 576" in refusal(checkpoints.refuse_checkpoint, kept_of(577), tmp_path)
+    checkpoints.refuse_checkpoint(kept_of(576), tmp_path)
+    checkpoints.refuse_checkpoint(kept_of(577), tmp_path / "nowhere")
+    checkpoints.refuse_checkpoint(kept_of(577), "")
     authors = tmp_path / "authors"
     authors.mkdir()
     own = {"model_type": "none", "architectures": ["LlavaLlamaForCausalLM"], "mm_vision_tower": str(tmp_path)}
     (authors / "config.json").write_text(json.dumps(own))
-    assert "at most 576" in refusal(fits.refuse_checkpoint, kept_of(577), authors)
+    assert "at most 576" in refusal(checkpoints.refuse_checkpoint, kept_of(577), authors)
     path.write_text("{")
-    assert "half-written" in refusal(fits.refuse_checkpoint, kept_of(577), tmp_path)
+    assert "half-written" in refusal(checkpoints.refuse_checkpoint, kept_of(577), tmp_path)
 
 
 @pytest.mark.parametrize("at", ["vit", "projector", "llm"])

@@ -7,42 +7,14 @@ of tokens (tiles, dynamic resolution), no number of kept tokens is too large for
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from vtp_plugin import files, plugins
+from vtp_plugin import plugins
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 
 TEXT, VISION = ("text_config", "llm_config", "language_config"), ("vision_config",)
 DEPTH = ("num_hidden_layers", "depth", "n_layer")
-TOWER = "mm_vision_tower"  # the authors' LLaVA: where its tower's own configuration is
-
-
-def refuse_checkpoint(strategies: Sequence[PruningStrategy], name: str | Path) -> None:
-    """PruningError for a setting that the model of this name, or in this folder, cannot have.
-
-    Nothing where there is no configuration to be had: the host says that better.
-    """
-    if strategies and name and (config := configuration(name)) is not None:
-        refuse(strategies, config)
-
-
-def configuration(name: str | Path) -> dict[str, Any] | None:
-    """The configuration of a checkpoint, with the defaults of its class written out where transformers knows it."""
-    from transformers import AutoConfig
-
-    path = Path(name) / "config.json"
-    try:
-        config = AutoConfig.from_pretrained(str(name), trust_remote_code=False).to_dict()
-    except Exception:  # no checkpoint, not reachable, a class of its own, damaged: the last in one sentence
-        if not path.is_file():
-            return None
-        config = files.read_json(path)
-    tower = config.get(TOWER)
-    if isinstance(tower, str) and VISION[0] not in config and (found := configuration(tower)) is not None:
-        config[VISION[0]] = found.get(VISION[0], found)
-    return config
 
 
 def refuse(strategies: Sequence[PruningStrategy], config: Mapping[str, Any]) -> None:

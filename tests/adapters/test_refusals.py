@@ -220,7 +220,7 @@ def promised(name: str) -> set[str]:
     if name in ("llava", "llava_hf"):
         return {get_strategy(s)(**fields).stage.value for case in CASES.values() for s, fields in case}
     stages = {"blip2": BLIP2_STAGES, "llava_anyres": ANYRES_STAGES}
-    encoders = [get_strategy(strategy).stage.value for strategy in ENCODER_STRATEGIES]
+    encoders = [get_strategy(strategy)().stage.value for strategy in ENCODER_STRATEGIES]
     return set(stages.get(name, encoders))
 
 

@@ -167,7 +167,14 @@ def test_reading_the_class_tokens_attention_is_counted() -> None:
 
 
 def cache_bytes(cache: Any) -> list[int]:
-    return [sum(t.numel() * t.element_size() for t in (layer.keys, layer.values)) for layer in cache.layers]
+    return [sum(t.numel() * t.element_size() for t in tensors_of(layer)) for layer in cache.layers]
+
+
+def tensors_of(layer: Any) -> list[Any]:
+    """Keys and values, or the states of a recurrent layer."""
+    if hasattr(layer, "keys"):
+        return [layer.keys, layer.values]
+    return [layer.conv_states[0], layer.recurrent_states[0]]
 
 
 @pytest.mark.parametrize(("name", "stage"), [case for case in CASES if case[1] != "pixels"])
@@ -179,8 +186,10 @@ def test_kv_bytes_are_those_of_the_real_cache(name: str, stage: str) -> None:
     whole, cut = cache_bytes(unpruned.past_key_values), cache_bytes(output.past_key_values)
     assert report["kv_cache_bytes"] == {"before": sum(whole), "after": sum(cut)}
     prompt = report["prompt_tokens"]
-    per_token = whole[0] // prompt["before"]
-    assert cut == [per_token * length for length in prompt["by_layer"]]
+    grows = [hasattr(layer, "keys") for layer in output.past_key_values.layers]
+    per_token = whole[grows.index(True)] // prompt["before"]
+    told = zip(whole, cut, prompt["by_layer"], grows, strict=True)
+    assert all(own == (per_token * length if more else before) for before, own, length, more in told)
     dropped = sum(image["before"] - image["after"] for image in report["images"])
     assert whole[-1] - cut[-1] == per_token * dropped
     assert (dropped > 0) is (stage != "none")

@@ -124,7 +124,7 @@ def test_keeping_everything_is_the_host_bit_for_bit(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(FAMILIES))
 @torch.no_grad()
-def test_keeping_everything_leaves_the_cache_as_the_hosts(name: str) -> None:
+def test_a_cut_that_keeps_everything_leaves_all_as_the_hosts(name: str) -> None:
     """Also where a column is padding in every row."""
     family, model = FAMILIES[name], model_of(name, "sdpa")
     first = batched(family, prompts_of(name, "batch"))
@@ -132,8 +132,18 @@ def test_keeping_everything_leaves_the_cache_as_the_hosts(name: str) -> None:
         if key in first:
             first[key] = torch.nn.functional.pad(first[key], (0, 1))
     whole = cache.of_output(model(**first, use_cache=True))
+    states = model(**first, output_hidden_states=True)
     with vtp.prune(model, "fastv", keep_ratio=1.0, layer=family.late):
         kept = cache.of_output(model(**first, use_cache=True))
+        answer = model(**first, output_hidden_states=True)
+        with torch.enable_grad():
+            learning = model(**first, output_hidden_states=True)
+            learning.hidden_states[-2].retain_grad()
+            learning.logits.sum().backward()
+    assert learning.hidden_states[-2].grad.any()
+    model.zero_grad()
+    assert answer.logits.equal(states.logits)
+    assert all(a.equal(b) for a, b in zip(answer.hidden_states, states.hidden_states, strict=True))
     for ours, hosts in zip(kept.layers, whole.layers, strict=True):
         assert ours.keys.equal(hosts.keys)
         assert ours.values.equal(hosts.values)

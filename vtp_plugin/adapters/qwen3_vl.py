@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.qwen import QwenVL
-from vtp_plugin.adapters.qwen_tower import function_of
+from vtp_plugin.adapters.qwen_tower import interpolated
 from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.surgery.columns import Rows
 
@@ -37,14 +37,7 @@ class Qwen3VL(QwenVL):
         return (self.projector, *self.core.visual.deepstack_merger_list)
 
     def kept_arguments(self, visual: nn.Module, grid: Tensor) -> dict[str, Tensor]:
-        taps = function_of(visual, "get_vision_interpolation_indices_and_weights")(
-            grid,
-            num_grid_per_side=visual.num_grid_per_side,
-            mode=visual.interpolation_mode,
-            align_corners=visual.interpolation_align_corners,
-            spatial_merge_size=self.merge,
-        )
-        return super().kept_arguments(visual, grid) | dict(zip(("interp_indices", "interp_weights"), taps, strict=True))
+        return super().kept_arguments(visual, grid) | interpolated(visual, grid, self.merge)
 
     def join(self, output: Any, kind: str, rows: Sequence[Tensor], left: Sequence[Rows]) -> Any:
         levels = output.deepstack_features

@@ -206,6 +206,18 @@ def function_of(module: nn.Module, name: str) -> Callable[..., Any]:
     return getattr(sys.modules[type(module).__module__], name)
 
 
+def interpolated(visual: nn.Module, grid: Tensor, merge: int) -> dict[str, Tensor]:
+    """What a tower with a table of position embeddings computes per patch to interpolate them."""
+    taps = function_of(visual, "get_vision_interpolation_indices_and_weights")(
+        grid,
+        num_grid_per_side=visual.num_grid_per_side,
+        mode=visual.interpolation_mode,
+        align_corners=visual.interpolation_align_corners,
+        spatial_merge_size=merge,
+    )
+    return dict(zip(("interp_indices", "interp_weights"), taps, strict=True))
+
+
 # -- the layout -------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,8 @@ from torch import nn
 
 from vtp_plugin.facts.tower import Tower
 
+PIECE = 64  # tokens that a recurrent layer takes at a time, in a pass over several
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -27,10 +29,15 @@ class Layer:
     cached: int = 0  # elements of keys and values per token
     keys: int = 0  # MACs per token to project keys
     window: int | None = None  # tokens that its KV cache holds at most
+    state: int = 0  # a recurrent layer: elements of the state of all heads; it has no pairs of tokens
+    within: int = 0  # a recurrent layer: MACs per token with the tokens of its own piece, beside those with the state
+    held: int = 0  # elements that the cache holds whatever the number of tokens
 
     @classmethod
     def of(cls, layer: nn.Module, attention: str = "self_attn") -> Layer:
         """From a layer's modules; `attention` is where its attention is."""
+        if hasattr(layer, "linear_attn"):
+            return cls._recurrent(layer, layer.linear_attn)
         inner = getattr(layer, attention)
         projections, window = matrices(inner), getattr(inner, "sliding_window", None)
         cached = sum(getattr(inner, name).out_features for name in ("k_proj", "v_proj") if hasattr(inner, name))
@@ -43,10 +50,31 @@ class Layer:
             window=window - 1 if window else None,
         )
 
+    @classmethod
+    def _recurrent(cls, layer: nn.Module, inner: nn.Module) -> Layer:
+        """A gated delta rule: heads with a state [d_k, d_v], PIECE tokens at a time, each of the piece with each."""
+        projections, heads = matrices(inner), inner.num_v_heads
+        widths, state = 2 * inner.head_k_dim + inner.head_v_dim, heads * inner.head_k_dim * inner.head_v_dim
+        return cls(
+            projections=projections,
+            mlp=matrices(layer) - projections,
+            width=0,
+            state=state,
+            within=PIECE * heads * widths,
+            held=state + inner.conv_dim * inner.conv_kernel_size,
+        )
+
     def macs(self, tokens: int, keys: int | None = None, leaving: int | None = None) -> int:
         """On that many tokens, which attend to `keys` (themselves); `leaving` (all) of them reach the MLP."""
         pairs = tokens * (tokens if keys is None else keys)
-        return tokens * self.projections + 2 * pairs * self.width + (tokens if leaving is None else leaving) * self.mlp
+        mixed = self._passed(tokens) if self.state else 2 * pairs * self.width
+        return tokens * self.projections + mixed + (tokens if leaving is None else leaving) * self.mlp
+
+    def _passed(self, tokens: int) -> int:
+        """MACs of a recurrent layer for tokens that pass its state: read, compared, written; a single one by itself."""
+        if tokens == 1:
+            return 3 * self.state
+        return -(-tokens // PIECE) * PIECE * (3 * self.state + self.within)
 
     def reading(self, tokens: int, prefix: int) -> int:
         """Reading the class token's attention row once more; without one, what every token receives from all."""
@@ -55,7 +83,7 @@ class Layer:
 
     def cache(self, tokens: int) -> int:
         """Elements that the KV cache of the layer holds behind that many tokens."""
-        return self.cached * (tokens if self.window is None else min(tokens, self.window))
+        return self.held + self.cached * (tokens if self.window is None else min(tokens, self.window))
 
 
 @dataclass(frozen=True)
@@ -114,5 +142,7 @@ def _own_matrices(module: nn.Module) -> int:
 
 
 def _query_width(attention: nn.Module) -> int:
-    """Width of the queries of all heads, projected by themselves or with keys and values."""
+    """Width of the queries of all heads, projected by themselves, with keys and values, or with a gate."""
+    if hasattr(attention, "o_proj"):
+        return attention.o_proj.in_features
     return attention.q_proj.out_features if hasattr(attention, "q_proj") else attention.qkv.out_features // 3

@@ -44,7 +44,7 @@ def without_embeddings(family: Family, strategy: Asking) -> str:
     """Why the language model's embeddings of a question cannot be compared with patches."""
     if strategy.text_encoder != "llm":
         return "the words of a question are the language model's, not CLIP's: it has to say text_encoder=llm"
-    reason = family.stages[Stage.LLM]
+    reason = "" if family.projectors else family.stages[Stage.LLM]
     return f"it compares patches with the question's input embeddings, but {reason}" if reason else ""
 
 

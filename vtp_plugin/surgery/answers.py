@@ -73,6 +73,8 @@ def seen(call: Call, left: Columns, layer: int | None = None) -> Columns:
     if not earlier:
         return left
     cut = call.cuts[max(earlier)].to(left.columns.device)
+    if cut.everything:
+        return left
     new = left.short - cut.length
     columns = torch.arange(cut.length, left.short, device=cut.columns.device).expand(len(cut.columns), new)
     valid = torch.cat([cut.valid, cut.valid.new_ones(len(cut.valid), new)], 1)

@@ -125,7 +125,12 @@ class Columns:
         return taken.movedim(1, dim)
 
     def put(self, short: Tensor, dim: int = 1) -> Tensor:
-        """A tensor [B, ...] with our columns along `dim` at the caller's; zero where there is none."""
+        """A tensor [B, ...] with our columns along `dim` at the caller's; zero where there is none.
+
+        The tensor itself where nothing is missing, so that who asks for its gradient gets it.
+        """
+        if self.short == self.length and self.full:
+            return short
         moved = short.movedim(dim, 1)
         full = moved.new_zeros(len(moved), self.length + 1, *moved.shape[2:])  # padding goes behind it
         columns = self.columns.to(moved.device)

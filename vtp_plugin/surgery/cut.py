@@ -22,6 +22,7 @@ class Cut:
     counts: tuple[int, ...]  # [B] of them valid, on the host
     merged: tuple[tuple[slice, Tensor, Tensor], ...] = ()  # rows, columns [M] of the prompt, their new values [M, D]
     numbering: Numbering | None = None  # positions, where they are not those of the whole prompt
+    everything: bool = False  # nothing was dropped here or before
 
     def to(self, device: torch.device) -> Cut:
         """The same next to a layer that lives on another device; merged values travel with the hidden states."""
@@ -48,7 +49,8 @@ def equalised(
 
     Every merged column is among those that are kept.
     """
-    longest = before.columns.shape[1] if tuple(counts) == before.counts else max(counts)  # nothing dropped: as it was
+    same = tuple(counts) == before.counts  # nothing dropped: as it was, padding included
+    longest = before.columns.shape[1] if same else max(counts)
     spare = torch.where(keep, 2, (~before.valid).int())  # kept first, then padding, then dropped columns
     chosen = spare.sort(dim=1, descending=True, stable=True).indices[:, :longest].sort(dim=1).values
     columns = before.columns.gather(1, chosen)
@@ -57,7 +59,7 @@ def equalised(
         numbering = Numbering.counted(valid, before.valid.sum(1), numbering)
     elif numbering is not None:
         numbering = numbering.taken(chosen)
-    return Cut(columns, valid, before.length, tuple(counts), tuple(merged), numbering)
+    return Cut(columns, valid, before.length, tuple(counts), tuple(merged), numbering, same and before.everything)
 
 
 def with_new(columns: Tensor, length: int, total: int) -> Tensor:

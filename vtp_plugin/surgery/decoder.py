@@ -187,7 +187,7 @@ class DecoderCuts:
         valid = call.valid.to(hidden.device).repeat_interleave(len(hidden) // len(call.valid), dim=0)
         columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
         counts = [count for count in call.lengths for _ in range(len(hidden) // len(call.valid))]
-        return Cut(columns, valid, valid.shape[1], tuple(counts))
+        return Cut(columns, valid, valid.shape[1], tuple(counts), everything=True)
 
     def _turns(self, module: nn.Module) -> bool:
         return self.session.adapter.turns(module)

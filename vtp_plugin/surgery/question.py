@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import pad_sequence
 from vtp_plugin.errors import PruningError
 from vtp_plugin.facts.conversation import framed, question_of
 from vtp_plugin.facts.family import Family
-from vtp_plugin.stages import Stage
 
 __all__ = ["EmbeddedQuestions", "framed", "question_of"]
 
@@ -22,7 +21,7 @@ class EmbeddedQuestions:
     segments = False  # no question is too long for it
 
     def __init__(self, adapter: Family) -> None:
-        if adapter.stages[Stage.LLM]:  # the reason why its language model holds no patches
+        if not adapter.projectors:  # its language model holds no patches
             raise PruningError(
                 f"text_encoder=llm: the language model of {adapter.models} does not see the projected patches"
             )

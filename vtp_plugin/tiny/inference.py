@@ -9,7 +9,7 @@ import torch
 
 from vtp_plugin.adapters.clip import quietly
 from vtp_plugin.errors import PruningError, one_line
-from vtp_plugin.fits import refuse_checkpoint
+from vtp_plugin.hosts.transformers.checkpoints import refuse_checkpoint
 from vtp_plugin.strategy import PruningStrategy
 
 NEW_TOKENS = 16

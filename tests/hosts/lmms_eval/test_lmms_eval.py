@@ -249,6 +249,21 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Session:
     return Session(lmms.call_runs(folder, unpruned_runs(), [sys.executable, "-c", BARE]), folder)
 
 
+OWN = '''
+from dataclasses import dataclass
+from vtp_plugin import PruningStrategy, Stage
+
+@dataclass(kw_only=True)
+class Mine(PruningStrategy):
+    """Keep the first tokens."""
+
+    name, stage, paper = "mine", Stage.PROJECTOR, "none"
+
+    def score(self, visual):
+        return -visual.index.float()
+'''
+
+
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Session:
     """A list of runs in one process: pruned by name, by a file and by model_args, `none`, and not at all."""
@@ -261,8 +276,10 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Session:
         run("file", "llava_hf", hf, pruning="two.yaml", pruning_args={"fastv.keep_ratio": 0.5}),
         run("folded", "llava_hf", f"{hf},pruning=visionzip,pruning.keep_tokens=64"),
         run("none", "llava_hf", hf, pruning="none"),
+        run("own", "llava_hf", hf, pruning="mine", pruning_args="keep_ratio=0.25", pruning_module="mine.py"),
         run("plain_llava_hf", "llava_hf", hf),
     ]
+    (folder / "mine.py").write_text(OWN)
     return Session(lmms.call_runs(folder, runs), folder)
 
 
@@ -308,6 +325,8 @@ def test_a_list_of_runs_in_one_process(mixed: Session) -> None:
     assert kept["file"]["max_after"] == 32
     assert kept["folded"]["max_after"] == 64
     assert kept["none"]["min_after"] == 144
+    own = mixed.files("own")["pruning"]
+    assert (own["strategies"][0]["name"], own["visual_tokens"]["max_after"]) == ("mine", 36)
     configs = [s["config"] for s in mixed.files("file")["pruning"]["strategies"]]
     assert [(c["keep_tokens"], c["keep_ratio"]) for c in configs] == [(64, None), (None, 0.5)]
     assert mixed.files("named")["pruning"]["strategies"][0]["config"]["alpha"] == 0
@@ -492,11 +511,13 @@ def test_mistakes_are_one_sentence_before_anything_is_loaded(
 WRITTEN = {  # in a --config file
     "no value": ("pruning:", "runs.yaml: pruning is empty"),
     "no arguments": ("pruning: l2\n  pruning_args:", "runs.yaml: pruning_args is empty"),
-    "a key twice": ("pruning: l2\n  pruning: atp", "'pruning' stands twice, in lines 4 and 5"),
-    "a field twice": ("pruning: l2\n  pruning_args: {keep_ratio: 0.5, keep_ratio: 0.2}", "'keep_ratio' stands twice"),
+    "a key twice": ("pruning: l2\n  pruning: atp", "'pruning' is given twice, in line 4 and here, line 5"),
+    "a field twice": ("pruning: l2\n  pruning_args: {keep_ratio: 0.5, keep_ratio: 0.2}", "'keep_ratio' is given twice"),
     "two spellings": ("pruning: l2\n  pruning_args: {keep-ratio: 0.5, keep_ratio: 0.2}", "is said twice"),
     "a list": ("pruning: [l2, fastv]", "pruning must be NAME[+NAME...] or FILE.yaml, got ['l2', 'fastv']"),
     "a number": ("pruning: 7", "pruning must be NAME[+NAME...] or FILE.yaml, got 7"),
+    "a module that is not there": ("pruning: l2\n  pruning_module: absent.py", "file not found: absent.py"),
+    "a module that is none": ("pruning: l2\n  pruning_module: 7", "must be FILE.py or a list of these, got 7"),
     "arguments that are none": ("pruning: l2\n  pruning_args: [1]", "pruning_args must be KEY=VALUE,... or a mapping"),
 }
 
@@ -524,6 +545,39 @@ def test_mistakes_in_a_config_file_are_one_sentence(
     entry = f"- model: llava_hf\n  model_args: {TINY}\n  tasks: {lmms.SCENES}\n  {text}\n"
     (workplace / "runs.yaml").write_text(entry)
     assert sentence in refused(["--config", "runs.yaml"], monkeypatch, capsys)
+
+
+def test_a_config_file_that_asks_for_nothing_of_ours_is_the_hosts_alone(tmp_path: Path) -> None:
+    from vtp_plugin.hosts.lmms_eval import settings
+
+    path = tmp_path / "runs.yaml"
+    path.write_text("model: llava_hf  # no pruning here\nlimit: 1\nlimit: 2\nday: 2026-11-25\n")
+    assert [entry["limit"] for entry in settings.entries(path)] == [2]
+
+
+@pytest.mark.parametrize("model", ["llava", "llava_hf", "vllm"])
+@pytest.mark.parametrize(
+    ("pruning", "said"),
+    [
+        ("pruning=fastv,pruning.layer=99", "fastv: layer must be in 1 ... 3 for this model, got 99"),
+        ("pruning=atp,pruning.layer=50", "atp: layer must be in -6 ... 5 for this model, got 50"),
+        ("pruning=stride,pruning.keep_tokens=145", "stride: keep_tokens must be at most 144, the tokens of an image"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_refused_before_weights_are_loaded(model: str, pruning: str, said: str) -> None:
+    from lmms_eval.utils import simple_parse_args_string
+
+    from vtp_plugin.hosts.lmms_eval import building
+
+    class Host:
+        def __init__(self, pretrained: str = "vtp-tiny", model: str = "vtp-tiny", **kwargs: Any) -> None:
+            pytest.fail("weights were loaded")
+
+    Host.__name__ = model
+    for given in ("", "pretrained=vtp-tiny,model=vtp-tiny,"):
+        with pytest.raises(PruningError) as error:
+            building.build(Host, simple_parse_args_string(given + pruning))
+        assert str(error.value).startswith(said)
 
 
 @pytest.mark.parametrize("tasks", [[], ["--tasks", ""]])

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from vtp_plugin import contract, fits, plugins
+from vtp_plugin import contract, plugins
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.hosts import compatibility, llava
-from vtp_plugin.hosts.lmms_eval import settings
+from vtp_plugin.hosts.lmms_eval import generic, settings
 from vtp_plugin.hosts.lmms_eval.contract import EVALUATION, MODELS
 from vtp_plugin.hosts.lmms_eval.evaluation import Run
+from vtp_plugin.hosts.transformers.checkpoints import refuse_checkpoint
 from vtp_plugin.hosts.transformers.quiet import without_report
 from vtp_plugin.pruning import Pruned
 from vtp_plugin.strategy import PruningStrategy
@@ -35,7 +36,7 @@ def build(host: type, arguments: Mapping[str, Any]) -> Any:
     if strategies is not None:
         compatibility.refuse_broken(model_id)
         contract.check((*MODELS, *EVALUATION))
-        fits.refuse_checkpoint(strategies, _checkpoint(host, model_id, rest))
+        refuse_checkpoint(strategies, _checkpoint(host, model_id, rest))
     if model_id in VLLM:
         return _served(host, strategies, arguments, rest)
     tiny = rest.get("pretrained") == checkpoint.NAME
@@ -44,7 +45,9 @@ def build(host: type, arguments: Mapping[str, Any]) -> Any:
     if tiny:
         rest["pretrained"] = str(_tiny(model_id))
     with without_report() if tiny else nullcontext():
-        lm = host(**_with_device(host, model_id, rest))
+        with generic.building(host, model_id):
+            lm = host(**_with_device(host, model_id, rest))
+        generic.make_ready(lm, model_id)
         _prune(lm, model_id, strategies, arguments)
     return lm
 

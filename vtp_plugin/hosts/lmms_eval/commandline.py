@@ -128,7 +128,7 @@ class Parser(argparse.ArgumentParser):
             _add_options(self)
         found, rest = super().parse_known_args(args, namespace)
         try:
-            plugins.join(found.pruning_module or [])
+            plugins.join(settings.modules(vars(found), found.config))
             for said in settings.every(vars(found), found.config):
                 if settings.strategies_in(said) is not None:
                     compatibility.refuse_broken(said.get("model", found.model))
@@ -165,8 +165,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="Their hyper-parameters, e.g. keep_ratio=0.6,alpha=0.5; with several strategies fastv.layer=2",
     )
     group.add_argument(
-        "--pruning_module",
-        "--pruning-module",
+        f"--{settings.MODULES}",
+        f"--{settings.MODULES.replace('_', '-')}",
         action="append",
         metavar="FILE.py",
         help="A Python file with strategies or families of one's own; may be given several times",

@@ -63,4 +63,9 @@ EVALUATION = (
         says=("_samples_", ".jsonl"),
     ),
 )
-EVERY = (*COMMAND_LINE, *TASKS, *MODELS, *EVALUATION)
+_GENERIC = ("lmms_eval.models.chat.huggingface", "lmms_eval.models.chat.async_hf_model")
+GENERIC = (
+    *(_At(module, "the class that is loaded", has=("AutoModel", "AutoModelForImageTextToText")) for module in _GENERIC),
+    _At(f"{_GENERIC[1]}:AsyncHFModel.__init__", "its worker", says=("_workers",)),
+)
+EVERY = (*COMMAND_LINE, *TASKS, *MODELS, *EVALUATION, *GENERIC)

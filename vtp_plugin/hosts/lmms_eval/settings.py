@@ -19,39 +19,31 @@ from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.tiny import checkpoint
 
-KEY, ARGS = "pruning", "pruning_args"
+KEY, ARGS, MODULES = "pruning", "pruning_args", "pruning_module"
 CARRIER, TASKS = "model_args", "tasks"
 PERTURB = f"{KEY}.perturb"  # beside the hyper-parameters: harder pictures or questions, see perturb.py
 FIELDS = (KEY, ARGS, CARRIER, TASKS)
 ALIKE = 0.75  # of difflib: prunning, purning and the like are no argument of any model
 
 
-class Once(yaml.SafeLoader):
-    """YAML in which no key of a mapping stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key, _ in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in seen:
-                raise PruningError(f"'{name}' stands twice, in lines {seen[name]} and {line}")
-            seen[name] = line
-        return super().construct_mapping(node, deep)
-
-
 # -- where it is said -------------------------------------------------------------------------------------------------
 
 
 def entries(path: Path) -> list[dict[str, Any]]:
-    """The evaluations in a `--config` file, PruningError if one of pruning says a key twice; the rest is the host's."""
+    """The evaluations in a `--config` file; PruningError if one of pruning is no plain YAML, the rest is the host's."""
     try:
-        text = path.read_text()
-        content = yaml.load(text, Once if KEY in text else yaml.SafeLoader)  # a SafeLoader, too
-    except PruningError as error:
-        raise PruningError(f"{path}: {error}") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        found = _mappings(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError):
         return []
+    return _mappings(files.read_yaml(path)) if any(map(_ours, found)) else found
+
+
+def _mappings(content: Any) -> list[dict[str, Any]]:
     return [entry for entry in (content if isinstance(content, list) else [content]) if isinstance(entry, dict)]
+
+
+def _ours(entry: Mapping[str, Any]) -> bool:
+    return any(name in entry for name in (KEY, ARGS, MODULES)) or KEY in str(entry.get(CARRIER))
 
 
 def every(said: Mapping[str, Any], config_file: Any) -> Iterator[dict[str, Any]]:
@@ -64,6 +56,18 @@ def every(said: Mapping[str, Any], config_file: Any) -> Iterator[dict[str, Any]]
     for entry in entries(Path(config_file)):
         refuse_empty(entry, f"{config_file}: ", written=True)
         yield {**entry, **{name: value for name, value in given.items() if value != ""}}
+
+
+def modules(said: Mapping[str, Any], config_file: Any) -> list[str]:
+    """The Python files that a command line and its file of evaluations name."""
+    found = list(said.get(MODULES) or [])
+    for entry in entries(Path(config_file)) if config_file and Path(config_file).is_file() else []:
+        named = entry.get(MODULES, [])
+        named = [named] if isinstance(named, str) else named
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            raise PruningError(f"{config_file}: {MODULES} must be FILE.py or a list of these, got {named!r}")
+        found += [name for name in named if name not in found]
+    return found
 
 
 def refuse_empty(said: Mapping[str, Any], where: str = "", *, written: bool = False) -> None:
