@@ -20,6 +20,7 @@ import vtp_plugin as vtp
 from vtp_plugin import Stage, clock, get_strategy
 from vtp_plugin.bench import rounds as bench
 from vtp_plugin.bench import selectors as selector_cost
+from vtp_plugin.bench import timing
 from vtp_plugin.hosts.transformers import shapes
 from vtp_plugin.metrics import latency
 from vtp_plugin.surgery.undo import Undo
@@ -30,7 +31,7 @@ TRAPS = {  # trap -> (guard, test)
         "surgery/test_promises.py::test_a_part_that_is_never_called_is_an_error",
     ),
     "a whole run that cuts nothing": (
-        "evaluation.Run._check",
+        "proof.check",
         "hosts/lmms_eval/test_cache.py::test_a_failed_run_leaves_nothing_to_serve",
     ),
     "the host answers an exception with an empty text": (
@@ -157,9 +158,9 @@ def test_all_sides_of_a_timing_have_one_kernel_and_are_warm(monkeypatch: pytest.
 
     monkeypatch.setattr(bench._Bench, "_timed", timed)
     shape, model = shapes.shape_of("clip-vit-small"), built("clip-vit-small")
-    (timing,) = bench.compare(shape, model, [get_strategy("l2")(keep_ratio=0.5)], batch=1, repeats=2)
-    assert timing.seconds == {side: [1.0, 1.0] for side in bench.SIDES}
-    assert {kernel for side in bench.SIDES for call in seen[side] for kernel in call} == {"sdpa"}
+    (found,) = bench.compare(shape, model, [get_strategy("l2")(keep_ratio=0.5)], batch=1, repeats=2)
+    assert found.seconds == {side: [1.0, 1.0] for side in timing.SIDES}
+    assert {kernel for side in timing.SIDES for call in seen[side] for kernel in call} == {"sdpa"}
 
 
 def test_a_selectors_time_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
