@@ -174,7 +174,7 @@ class Llava(Adapter):
             return self.merge(input_ids, *rest, images, image_sizes)
         asking.refuse_filled_cache(past_key_values)
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        read = Read.of(input_ids, real)
+        read = Read.of(input_ids, real, {})
         prompts = [row[mask] for row, mask in zip(read.ids, read.real, strict=True)]
         if attention_mask is None and self.uneven:
             rest = (position_ids, real, past_key_values, labels)

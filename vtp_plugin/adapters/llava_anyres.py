@@ -109,7 +109,7 @@ class LlavaAnyres(Llava):
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         """Channels [T, N, C] through the host's merge, as wide as its embeddings at a time."""
-        width = self.model.config.hidden_size
+        width, maps = self.model.config.hidden_size, maps.to(self.pruned.device)  # beside the embeddings of its text
         parts = [self._packed(chunk, width, inputs) for chunk in maps.split(width, dim=-1)]
         sizes = [min(width, maps.shape[-1] - start) for start in range(0, maps.shape[-1], width)]
         cut = [[rows[:, :size] for rows in part] for part, size in zip(parts, sizes, strict=True)]

@@ -22,6 +22,7 @@ from vtp_plugin.surgery.tiles import TILED
 from vtp_plugin.surgery.undo import Undo
 
 VALUES = {"image": "pixel_values", "video": "pixel_values_videos"}
+SIZES = ("image_sizes", "image_grid_thw", "video_grid_thw")  # whole numbers of every image or video
 
 
 class RowsAdapter(Adapter):
@@ -70,6 +71,9 @@ class RowsAdapter(Adapter):
 
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
         return any(inputs.get(name) is not None for name in VALUES.values())
+
+    def sizes(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {name: inputs[name] for name in SIZES if isinstance(inputs.get(name), Tensor)}
 
     def encode(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Any, list[Rows]]:
         features, left = {}, []
