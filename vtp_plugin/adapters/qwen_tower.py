@@ -58,7 +58,8 @@ def back_to_raster(passing: TowerPass, order: Tensor, unit: int) -> None:
         for key, signal in read.items():
             read[key] = put(passing, signal.unflatten(0, (-1, unit)), order).flatten(0, 1)
     if passing.features is not None:
-        passing.features = put(passing, passing.features.unflatten(0, (-1, unit)), order).flatten(0, 1)
+        each = len(passing.features) // len(order)  # patches, or units side by side
+        passing.features = put(passing, passing.features.unflatten(0, (-1, each)), order).flatten(0, 1)
 
 
 def put(passing: TowerPass, rows: Tensor, where: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class PackedEarly(Cutting):
         passing = self.passing
         if passing is None:
             return self.forward(hidden_states, grid_thw=grid_thw, **kwargs)
-        begin(passing, grid_thw, self._unit)
+        begin(passing, self._by_image(grid_thw), self._unit)
         levels = levels_of(self, passing.values)
         identify(self, levels, self._unit)
         units = self._decided(passing, levels)
@@ -108,9 +109,26 @@ class PackedEarly(Cutting):
             output = self.forward(hidden_states, grid_thw=grid_thw, **kwargs)
         else:
             values = hidden_states.unflatten(0, (-1, self._unit))[kept].flatten(0, 1)
+            if len(grid_thw) > len(passing.batch):
+                grid_thw = grid_thw[self._frames_left(passing, kept)]
             output = self._widened(passing, self.forward(values, grid_thw=grid_thw, **kwargs, **arguments), kept)
         back_to_raster(passing, order, self._unit)
         return output
+
+    def _by_image(self, grid: Tensor) -> Tensor:
+        """One row of frames, rows and columns per image, where the host gives one per frame of a video."""
+        frames = [self.call.images[number].tiles for number in self.passing.batch]
+        if len(grid) == len(frames):
+            return grid
+        whole = grid[torch.tensor([0, *accumulate(frames)][:-1], device=grid.device)]
+        return torch.cat([torch.tensor(frames, device=grid.device)[:, None], whole[:, 1:]], dim=1)
+
+    def _frames_left(self, passing: TowerPass, kept: Tensor) -> Tensor:
+        """The frames of which some unit is among those kept [K], [F] bool."""
+        grid = passing.grid
+        units = (grid[:, 1:].prod(-1) // self._unit).repeat_interleave(grid[:, 0])
+        frame = torch.arange(len(units), device=units.device).repeat_interleave(units)
+        return torch.zeros(len(units), dtype=torch.bool, device=units.device).index_fill_(0, frame[kept], True)
 
     def _shortened(self, passing: TowerPass, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The kept units [K] in the order in which the tower meets them, and its arguments for them."""

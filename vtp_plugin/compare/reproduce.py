@@ -190,7 +190,16 @@ def _f1(said: NDArray, true: NDArray) -> float:
     return 2 * both / max(1, int(said.sum()) + int(true.sum()))
 
 
+PAGE, DATA = "reproduced.md", "reproduced.csv"
+
+
+def check(folder: Path) -> None:
+    """Refuse a run folder that cannot take the table, before it is made."""
+    for name in (PAGE, DATA) if files.check_folder(folder).is_dir() else ():
+        files.check_output(folder / name)
+
+
 def write(made: Table, folder: Path) -> None:
     """The table beside the run."""
-    files.write(folder / "reproduced.md", made.markdown() + "\n")
-    files.write(folder / "reproduced.csv", made.csv())
+    files.write(folder / PAGE, made.markdown() + "\n")
+    files.write(folder / DATA, made.csv())
