@@ -110,11 +110,13 @@ class ClipSpace:
         return embedded[[distinct.index(question) for question in questions]]
 
     def _embedded(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        """Ids and mask [B, L] -> [B, E] fp32."""
         tokens = {name: tensor.to(self.text_projection.weight.device) for name, tensor in tokens.items()}
         with torch.no_grad():
             return self.text_projection(self.text_model(**tokens).pooler_output).float()
 
     def patches(self, normed: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, E] fp32."""
         with torch.no_grad():
             return self.visual_projection(normed.to(self.visual_projection.weight)).float()
 
