@@ -75,7 +75,7 @@ def test_the_test_of_a_trap_exists(trap: str) -> None:
 # -- positions, hooks, arguments --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if "llm" in family.stages])
 def test_decoder_layers_are_told_positions_without_gaps(name: str) -> None:
     """Flash attention takes the position ids that a layer is given for the borders of packed sequences."""
     model, seen = model_of(name, "sdpa"), []
@@ -83,15 +83,19 @@ def test_decoder_layers_are_told_positions_without_gaps(name: str) -> None:
     def listen(module: nn.Module, args: Any, kwargs: Any) -> None:
         seen.append(kwargs["position_ids"])
 
-    late = FAMILIES[name].late
-    with vtp.prune(model, "fastv", keep_ratio=0.3, layer=late) as pruned, Undo() as undo:
-        for layer in pruned.adapter.decoder_layers:
-            undo.before(layer, listen)
-        generated(model, batched(FAMILIES[name], prompts_of(name, "single")), max_new_tokens=1)
+    late, inputs = FAMILIES[name].late, prompts_of(name, "single")
+    for spec, fields in (("none", {}), ("fastv", {"keep_ratio": 0.3, "layer": late})):
+        gapless = all((positions[..., 0, :].diff() == 1).all() for positions in seen)  # what the host itself tells
+        seen.clear()
+        with vtp.prune(model, spec, **fields) as pruned, Undo() as undo:
+            for layer in pruned.adapter.decoder_layers:
+                undo.before(layer, listen)
+            generated(model, batched(FAMILIES[name], inputs), max_new_tokens=1)
     lengths = [positions.shape[-1] for positions in seen]
     assert len(set(lengths[:late])) == len(set(lengths[late:])) == 1
     assert lengths[0] > lengths[-1]
-    assert all((positions[..., 0, :].diff() == 1).all() for positions in seen)
+    assert not gapless or all((positions[..., 0, :].diff() == 1).all() for positions in seen)
+    assert gapless or name == "glm4v_moe"  # which tells its layers the axes of the picture, pruned or not
 
 
 def test_a_hook_that_changes_an_output_comes_before_the_hosts_own() -> None:

@@ -126,7 +126,7 @@ class PackedEarly(Cutting):
         return output
 
     def _by_image(self, grid: Tensor) -> Tensor:
-        """One row of frames, rows and columns per image, where the host gives one per frame of a video."""
+        """Frames, rows and columns per image [images, 3], where the host gives a row per frame of a video."""
         frames = [self.call.images[number].tiles for number in self.passing.batch]
         if len(grid) == len(frames):
             return grid
@@ -162,7 +162,7 @@ class PackedEarly(Cutting):
         return order, arguments
 
     def _widened(self, passing: TowerPass, output: Any, kept: Tensor, on_host: Tensor) -> Any:
-        """The tower's output with one merged row per unit, zero where it was dropped."""
+        """The tower's output with one merged row per unit, [units, D], zero where it was dropped; `kept` [K] long."""
         alive = put(passing, torch.ones_like(on_host, dtype=torch.bool), on_host)
         passing.alive = alive.repeat_interleave(self._unit)
         output.pooler_output = put(passing, output.pooler_output, kept)
@@ -173,7 +173,7 @@ class PackedEarly(Cutting):
     # -- deciding -------------------------------------------------------------------------------------------------
 
     def _decided(self, passing: TowerPass, levels: Tensor | None) -> list[Tensor]:
-        """The units that are left of every image."""
+        """The units that are left of every image, [n] long; `levels` [S, 3, t * p, p] uint8."""
         starts, values = passing.offsets, passing.values
         units = [torch.arange(b - a, device=values.device) for a, b in pairwise(starts)]
         embedded = self._embedded(values) if self.vision.at(Stage.VIT) else None
