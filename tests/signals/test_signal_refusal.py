@@ -43,6 +43,9 @@ def test_it_cuts_or_is_refused_at_once(family: str, name: str):
     if family == "qwen3_vl" and "layer must be in" in message:  # its first three layers take up visual features
         assert message == f"{name}: layer must be in 3 ... 11 for this model, got {FIRST[name]}"
         return
+    if name == "visionzip" and family == "gemma3":  # its default is a number of tokens
+        assert message == "visionzip: keep_tokens must be at most 4, the tokens of an image here, got 64"
+        return
     start, _, listed = message.partition("; possible here: ")
     assert start.startswith(f"{name}: ")
     assert name not in listed.split(", ")
