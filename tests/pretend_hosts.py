@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import families
@@ -68,6 +69,21 @@ class Host:
             fields |= {"clip": str(self.tiny.clip)} if self.tiny else {"text_encoder": "llm"}
         return cls(**fields)
 
+    @property
+    def first_cut(self) -> int:
+        """The first decoder layer that can be cut."""
+        return self._adapter.first_cut
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of a tile."""
+        return self._adapter.tower.grid
+
+    @cached_property
+    def _adapter(self) -> Any:
+        with vtp.prune(self.model, "none", processor=self.processor) as pruned:
+            return pruned.adapter
+
     def lacks(self, strategy: PruningStrategy) -> bool:
         """Whether the family cannot give the strategy what it needs."""
         try:
@@ -85,21 +101,31 @@ class Host:
         """On the pretend device; counted from the call of `generate` to its end, attaching left out."""
         with self.device as device:
             answer, counts = self._generated(self.there, device.put(self.inputs(layout)), strategy, new)
-            return Answer(answer.logits.cpu(), answer.kept), counts
+            return answer, counts
 
     def _generated(
         self, model: nn.Module, inputs: dict[str, Any], strategy: PruningStrategy | None, new: int
     ) -> tuple[Answer, Counts]:
-        settings = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "max_new_tokens": new}
         if strategy is None:
-            with self.device.counting() as counts:
-                output = model.generate(**inputs, **settings)
-            return Answer(torch.stack(output.logits), []), counts
+            logits, counts = self._counted(model, inputs, new)
+            return Answer(logits, []), counts
         with vtp.prune(model, strategy, processor=self.processor) as pruned:
+            logits, counts = self._counted(model, inputs, new)
+            kept = [rows.tolist() for event in pruned.events for rows in event.kept]
+        return Answer(logits, kept), counts
+
+    def _counted(self, model: nn.Module, inputs: dict[str, Any], new: int) -> tuple[Tensor, Counts]:
+        settings = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "max_new_tokens": new}
+        gc.disable()
+        try:
             with self.device.counting() as counts:
                 output = model.generate(**inputs, **settings)
-            kept = [rows.tolist() for event in pruned.events for rows in event.kept]
-        return Answer(torch.stack(output.logits), kept), counts
+            logits = torch.stack(output.logits).cpu()
+            del output
+            counts.left_bytes = self.device.live_bytes - counts.before_bytes
+        finally:
+            gc.enable()
+        return logits, counts
 
 
 @cache

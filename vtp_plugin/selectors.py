@@ -135,18 +135,18 @@ def determinantal(kernel: Tensor, k: int, fallback: Tensor) -> Tensor:
     rows, step = torch.arange(len(kernel), device=kernel.device), iter(range(k))
     taken = torch.zeros_like(left, dtype=torch.bool)
     last = fallback - fallback.amax(-1, keepdim=True) - 1  # below every real gain
-
-    def independent() -> Tensor:
-        return (left > DEPENDENT * quality) & (left > 0)
+    floor = (DEPENDENT * quality).clamp(min=0)  # of what is independent of the picks
 
     def pick(best: Tensor) -> None:
-        t = next(step)
-        spanned = torch.einsum("bt,btn->bn", factor[rows, :t, best], factor[:, :t])
-        row = (kernel[rows, best] - spanned) / left[rows, best].clamp(min=1e-30).sqrt()[:, None]
-        factor[:, t] = torch.where(independent()[rows, best, None], row, 0)
-        left.sub_(factor[:, t] ** 2)
+        t, (own, least) = next(step), torch.stack([left, floor])[:, rows, best, None].unbind()  # [B, 1] each
+        row = kernel[rows, best]
+        if t:
+            row = row - (factor[rows, None, :t, best] @ factor[:, :t])[:, 0]
+        row = row * (own > least) / own.clamp(min=1e-30).sqrt_()
+        factor[:, t] = row
+        left.sub_(row.square_())
 
-    return greedy(lambda: torch.where(independent(), left, last), pick, taken, k)
+    return greedy(lambda: torch.where(left > floor, left, last), pick, taken, k)
 
 
 def mean_by_owner(tokens: Tensor, owner: Tensor, number: int) -> Tensor:

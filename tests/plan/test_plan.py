@@ -15,11 +15,13 @@ from vtp_plugin import get_strategy, prune
 from vtp_plugin.bench.rounds import Levels
 from vtp_plugin.cli import app, vtp_register_commands
 from vtp_plugin.errors import PruningError
-from vtp_plugin.hosts.transformers import shapes
+from vtp_plugin.hosts.transformers import architectures, shapes
 from vtp_plugin.plan import queue
 from vtp_plugin.plan.cards import CARDS, NAMES_OF_DEVICES, Card, known_as, probe
+from vtp_plugin.plan.error import compared, dtype_of
 from vtp_plugin.plan.roofline import Roof, fitting, pays_from
 from vtp_plugin.plan.work import Model, pruned, scaled, unpruned
+from vtp_plugin.reporting import readme
 from vtp_plugin.reporting.record import samples_of
 
 if not app.registered_commands:
@@ -112,8 +114,8 @@ def test_the_plan_counts_as_the_record_does(name: str, strategy: str) -> None:
         attached.finished.append(calls.append)
         built(name)(**shape.inputs(built(name), 1), logits_to_keep=1)
         (report,) = samples_of(attached, calls[0])
-    planned = pruned(model(name), [chosen], 1, shapes.QUESTION_TOKENS)
-    whole = unpruned(model(name), 1, shapes.QUESTION_TOKENS)
+    planned = pruned(model(name), [chosen], 1, architectures.QUESTION_TOKENS)
+    whole = unpruned(model(name), 1, architectures.QUESTION_TOKENS)
     assert planned.lengths == report["prompt_tokens"]["by_layer"]
     assert model(name).cache_bytes(planned.lengths, 4) == report["kv_cache_bytes"]["after"]
     for part in ("tower", "projector", "prefill"):
@@ -297,3 +299,27 @@ def test_a_probe_measures_this_machine() -> None:
 def test_weights_that_do_not_fit_are_refused() -> None:
     with pytest.raises(PruningError, match="does not fit on L4"):
         fitting(Roof(model("llava-1.5-13b"), unpruned(model("llava-1.5-13b"), 1, 75), CARDS["l4"], "bfloat16", 1), 1)
+
+
+# -- how far off it is, and the worked example -------------------------------------------------------------------------
+
+
+def test_ratios_are_within_a_fifth_of_the_committed_record() -> None:
+    """The record is of this package's own bench on a CPU; the plan knows nothing of it but its shape."""
+    rows = compared(readme.BENCH)
+    assert {row.strategy for row in rows} == {"l2", "visionzip", "fastv", "atp"}
+    assert {row.strategy: row.off for row in rows if abs(row.off) > 0.2} == {}
+
+
+def test_a_record_is_probed_in_what_it_computed_in(tmp_path: Path) -> None:
+    assert dtype_of(readme.BENCH) == "float32"
+    other = tmp_path / "other.json"
+    other.write_text('{"timings": []}')
+    with pytest.raises(PruningError, match="is not a record of vtp bench"):
+        dtype_of(other)
+
+
+def test_the_worked_example_says_what_its_commands_answer() -> None:
+    page = readme.SCALE.read_text()
+    assert page.count("$ vtp plan") == 4
+    assert readme.commanded(page.replace("1.52x", "9.99x")) == page  # also from a page that is wrong

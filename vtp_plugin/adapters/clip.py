@@ -107,14 +107,21 @@ class ClipSpace:
             embedded = torch.stack([normalize(piece, dim=-1).mean(0) for piece in pieces])
         else:
             embedded = self._embedded(self._tokens(distinct))
-        return embedded[[distinct.index(question) for question in questions]]
+        return torch.stack([embedded[distinct.index(question)] for question in questions])
 
     def _embedded(self, tokens: Mapping[str, Tensor]) -> Tensor:
-        tokens = {name: tensor.to(self.text_projection.weight.device) for name, tensor in tokens.items()}
-        with torch.no_grad():
-            return self.text_projection(self.text_model(**tokens).pooler_output).float()
+        """[S, E] of ids and masks [S, L], padded behind; those of equal length together, so that nothing is masked."""
+        ids, lengths = tokens["input_ids"].to(self.text_projection.weight.device), tokens["attention_mask"].sum(1)
+        found: dict[int, Tensor] = {}
+        for length in set(lengths.tolist()):
+            rows = [row for row, of in enumerate(lengths.tolist()) if of == length]
+            with torch.no_grad():
+                pooled = self.text_model(torch.stack([ids[row, :length] for row in rows])).pooler_output
+                found |= zip(rows, self.text_projection(pooled).float(), strict=True)
+        return torch.stack([found[row] for row in range(len(ids))])
 
     def patches(self, normed: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, E] fp32."""
         with torch.no_grad():
             return self.visual_projection(normed.to(self.visual_projection.weight)).float()
 

@@ -45,6 +45,7 @@ class Glm4v(QwenVL):
         return tokens * matrices(self.projector) // self.merge**2
 
     def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """[S, D] in merge order -> what goes into the merger per image, [n, m D]."""
         totals = (inputs[GRIDS[kind]].prod(-1) // self.merge**2).tolist()
         return entering.flatten(2).transpose(1, 2).flatten(1).split(totals)
 

@@ -22,6 +22,7 @@ from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
 
+TILES = "vtp_tiles"  # no argument of the host
 MASKED = "the tower masks its attention by the full patch grid of every tile"
 
 
@@ -44,7 +45,7 @@ class Idefics3(RowsAdapter):
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         values, patches = inputs["pixel_values"], self.tower.grid[0] * self.tower.grid[1]
         rows = patches // self.scale**2
-        tiles, found = sum(self._tiles(inputs)), runs(inputs["input_ids"], self.image_token)
+        tiles, found = int(inputs[TILES].sum()), runs(inputs["input_ids"], self.image_token)
         if sum(found) != rows * tiles or any(run % rows for run in found):
             raise PruningError(f"the prompt has {sum(found)} image placeholders, its images make {tiles * rows} tokens")
         side = self.tower.grid[1] // self.scale
@@ -54,15 +55,17 @@ class Idefics3(RowsAdapter):
             for _ in range(tiles)  # also where no text stands between two of them
         ]
 
-    def _tiles(self, inputs: Mapping[str, Any]) -> list[int]:
-        """Tiles of every sample; a tile of zeros is padding."""
-        return inputs["pixel_values"].flatten(2).any(-1).sum(1).tolist()
+    def sizes(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tiles of every sample, too; a tile of zeros is padding."""
+        return super().sizes(inputs) | {TILES: inputs["pixel_values"].flatten(2).any(-1).sum(1)}
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Channels of all tiles [T, N, C] -> rows per tile [n, C]: means over the squares of the pixel shuffle."""
         rows = self.projector.pixel_shuffle(maps, self.scale)
         return list(rows.unflatten(-1, (-1, maps.shape[-1])).mean(-2))
 
     def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """[T, N, D] -> what goes into the projector per tile, [n, m D]."""
         return list(self.projector.pixel_shuffle(entering, self.scale))
 
     def pack(self, rows: Sequence[Tensor], kind: str, host: Any) -> Any:
@@ -76,5 +79,6 @@ class Idefics3(RowsAdapter):
         return [torch.cat([rows[0][:0], *islice(left, count)]) for count in counts]
 
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """The rows of all tiles of a sample, [K, D] each -> [n, D] per tile."""
         rows = self.tower.grid[0] * self.tower.grid[1] // self.scale**2
         return torch.cat(list(output.pooler_output)).split(rows)

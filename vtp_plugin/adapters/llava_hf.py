@@ -59,6 +59,9 @@ class LlavaHf(Adapter):
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
         return inputs.get("pixel_values") is not None
 
+    def sizes(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {}  # every image is of the tower's size
+
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         rows, columns = self.tower.grid
         raster = torch.arange(rows * columns, device=inputs["pixel_values"].device)

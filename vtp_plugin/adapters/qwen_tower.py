@@ -28,6 +28,8 @@ from vtp_plugin.surgery.tiles import refuse_shared_number
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.surgery.vision import Cutting
 
+SEQUENCES = ("cu_seqlens", "cu_window_seqlens")  # the tower's arguments that say where sequences of patches end
+
 
 def packed_tower(visual: nn.Module, patch_size: int) -> Tower:
     """The parts of a Qwen-VL's vision tower, which merges blocks of patches."""
@@ -48,8 +50,8 @@ def packed_tower(visual: nn.Module, patch_size: int) -> Tower:
 
 def begin(passing: TowerPass, grid: Tensor, unit: int) -> None:
     """The tower runs on images of these frames, rows and columns of patches [B, 3]; `unit` patches are one token."""
-    passing.grid = grid
-    passing.offsets = [0, *accumulate((grid.prod(-1) // unit).tolist())]
+    passing.grid = grid.cpu()
+    passing.offsets = [0, *accumulate((passing.grid.prod(-1) // unit).tolist())]
 
 
 def back_to_raster(passing: TowerPass, order: Tensor, unit: int) -> None:
@@ -91,7 +93,7 @@ class PackedEarly(Cutting):
         self.forward = undo.override(self.tower.module, "forward", self._tower)
 
     def _tower(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
-        """The tower's `forward` on patches [S, C] of images [B, 3]."""
+        """The tower's `forward` on patches [S, C] of images [B, 3], which inside of a call is on the host."""
         passing = self.passing
         if passing is None:
             return self.forward(hidden_states, grid_thw=grid_thw, **kwargs)
@@ -101,22 +103,33 @@ class PackedEarly(Cutting):
         units = self._decided(passing, levels)
         passing.packed = [len(kept) * self._unit for kept in units]
         kept = torch.cat([unit + start for unit, start in zip(units, passing.offsets[:-1], strict=True)])
-        order, arguments = self._shortened(passing, kept)
-        if len(kept) == passing.offsets[-1]:
-            output = self.forward(hidden_states, grid_thw=grid_thw, **kwargs)
+        whole = len(kept) == passing.offsets[-1]
+        on_host, every = None if whole else kept.cpu(), torch.arange(passing.offsets[-1])
+        order, arguments = self._arguments(passing, every if whole else on_host)
+        lengths = {name: arguments[name].diff().tolist() for name in SEQUENCES if name in arguments}
+        arguments = {name: value.to(kept.device) for name, value in arguments.items()}
+        passing.sequences = [(arguments[name], of) for name, of in lengths.items()]
+        if not whole and len(grid_thw) > len(passing.batch):
+            grid_thw = grid_thw[self._frames_left(passing, on_host)]
+        kwargs |= {"grid_thw": grid_thw.to(kept.device)} | arguments
+        if whole:
+            output = self.forward(hidden_states, **kwargs)
         else:
             values = hidden_states.unflatten(0, (-1, self._unit))[kept].flatten(0, 1)
-            if len(grid_thw) > len(passing.batch):
-                grid_thw = grid_thw[self._frames_left(passing, kept)]
-            output = self._widened(passing, self.forward(values, grid_thw=grid_thw, **kwargs, **arguments), kept)
+            output = self._widened(passing, self.forward(values, **kwargs), kept, on_host)
+        if order is not every:
+            self._put_back(passing, arguments["window_index"] if whole else order.to(kept.device))
+        return output
+
+    def _put_back(self, passing: TowerPass, order: Tensor) -> None:
+        """What was read in the tower's own order of units [U], and what went into the merger, in raster order."""
         back_to_raster(passing, order, self._unit)
         if any("units" in strategy.needs for strategy in self.vision.at(Stage.PROJECTOR)):
             each = len(passing.features) // len(order)  # patches, or units side by side
             passing.features = put(passing, passing.features.unflatten(0, (-1, each)), order).flatten(0, 1)
-        return output
 
     def _by_image(self, grid: Tensor) -> Tensor:
-        """One row of frames, rows and columns per image, where the host gives one per frame of a video."""
+        """Frames, rows and columns per image [images, 3], where the host gives a row per frame of a video."""
         frames = [self.call.images[number].tiles for number in self.passing.batch]
         if len(grid) == len(frames):
             return grid
@@ -130,26 +143,30 @@ class PackedEarly(Cutting):
         frame = torch.arange(len(units), device=units.device).repeat_interleave(units)
         return torch.zeros(len(units), dtype=torch.bool, device=units.device).index_fill_(0, frame[kept], True)
 
-    def _shortened(self, passing: TowerPass, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The kept units [K] in the order in which the tower meets them, and its arguments for them."""
-        visual, grid, every = self.tower.module, passing.grid, torch.arange(self._unit, device=kept.device)
-        patches = (kept[:, None] * self._unit + every).flatten()
-        arguments = {name: value[patches] for name, value in self.family.kept_arguments(visual, grid).items()}
+    def _arguments(self, passing: TowerPass, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """On the host: the kept units [K] in the tower's order, and its arguments for them.
+
+        All of them if some were dropped, else those that say which patches attend to each other.
+        """
+        visual, grid, total, arguments = self.tower.module, passing.grid, passing.offsets[-1], {}
+        if len(kept) < total:
+            patches = (kept[:, None] * self._unit + torch.arange(self._unit)).flatten()
+            made = self.family.kept_arguments(visual, grid)
+            arguments = {name: value[patches] for name, value in made.items()}
         frames = grid[:, 1:].prod(-1).repeat_interleave(grid[:, 0])
-        there = torch.zeros(passing.offsets[-1], dtype=torch.bool, device=kept.device).index_fill_(0, kept, True)
+        there = torch.zeros(total, dtype=torch.bool).index_fill_(0, kept, True)
         arguments["cu_seqlens"] = _ends(there, frames.cumsum(0), self._unit)
         windows = self.family.windows(visual, grid)
         if windows is None:
             return kept, arguments
-        order = windows[0].to(kept.device)
-        arguments["cu_window_seqlens"] = _ends(there[order], windows[1][1:], self._unit)
-        order = order[there[order]]
+        order = windows[0][there[windows[0]]]
+        arguments["cu_window_seqlens"] = _ends(there[windows[0]], windows[1][1:], self._unit)
         arguments["window_index"] = torch.searchsorted(kept, order)
         return order, arguments
 
-    def _widened(self, passing: TowerPass, output: Any, kept: Tensor) -> Any:
-        """The tower's output with one merged row per unit, zero where it was dropped."""
-        alive = put(passing, torch.ones_like(kept, dtype=torch.bool), kept)
+    def _widened(self, passing: TowerPass, output: Any, kept: Tensor, on_host: Tensor) -> Any:
+        """The tower's output with one merged row per unit, [units, D], zero where it was dropped; `kept` [K] long."""
+        alive = put(passing, torch.ones_like(on_host, dtype=torch.bool), on_host)
         passing.alive = alive.repeat_interleave(self._unit)
         output.pooler_output = put(passing, output.pooler_output, kept)
         if getattr(output, "deepstack_features", None) is not None:
@@ -159,7 +176,7 @@ class PackedEarly(Cutting):
     # -- deciding -------------------------------------------------------------------------------------------------
 
     def _decided(self, passing: TowerPass, levels: Tensor | None) -> list[Tensor]:
-        """The units that are left of every image."""
+        """The units that are left of every image, [n] long; `levels` [S, 3, t * p, p] uint8."""
         starts, values = passing.offsets, passing.values
         units = [torch.arange(b - a, device=values.device) for a, b in pairwise(starts)]
         embedded = self._embedded(values) if self.vision.at(Stage.VIT) else None
@@ -215,7 +232,7 @@ def _without_colour(values: Tensor) -> Tensor:
 def _ends(there: Tensor, ends: Tensor, unit: int) -> Tensor:
     """Cumulative lengths of sequences after a cut: units that are there [U], ends of the full ones in patches."""
     counts = torch.nn.functional.pad(there.long().cumsum(0), (1, 0)) * unit
-    shortened = torch.nn.functional.pad(counts[ends.long().to(there.device) // unit], (1, 0))
+    shortened = torch.nn.functional.pad(counts[ends.long() // unit], (1, 0))
     return shortened.unique_consecutive().to(torch.int32)
 
 
@@ -246,8 +263,14 @@ def packed_block(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     query, key, values = module.qkv(hidden).unflatten(-1, (3, module.num_heads, -1)).unbind(1)  # [S, H, d]
     turned = function_of(module, "apply_rotary_pos_emb_vision")(query, key, *kwargs["position_embeddings"])
     query, rotated, keys = (part.transpose(0, 1) for part in (*turned, key))  # [H, S, d]
-    lengths, factor = kwargs["cu_seqlens"].diff().tolist(), attention.scale(module)
+    lengths, factor = _lengths(block.passing, kwargs["cu_seqlens"]), attention.scale(module)
     return sequences_view(query, rotated, keys, lengths, factor, values=lambda: values.transpose(0, 1))
+
+
+def _lengths(passing: TowerPass, ends: Tensor) -> list[int]:
+    """Of sequences that end there; asked of the device where somebody moved the ends to another one."""
+    known = [lengths for given, lengths in passing.sequences if given is ends]
+    return known[0] if known else ends.diff().tolist()
 
 
 def every_patch(tower: Tower, passing: TowerPass) -> tuple[int, ...]:

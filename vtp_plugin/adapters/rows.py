@@ -22,6 +22,7 @@ from vtp_plugin.surgery.tiles import TILED
 from vtp_plugin.surgery.undo import Undo
 
 VALUES = {"image": "pixel_values", "video": "pixel_values_videos"}
+SIZES = ("image_sizes", "image_grid_thw", "video_grid_thw")  # whole numbers of every image or video
 
 
 class RowsAdapter(Adapter):
@@ -54,22 +55,25 @@ class RowsAdapter(Adapter):
         return output.pooler_output
 
     def join(self, output: Any, kind: str, rows: Sequence[Tensor], left: Sequence[Rows]) -> Any:
-        """The host's features object with these rows instead."""
+        """The host's features object with these rows [n, D] instead."""
         output.pooler_output = self.pack(rows, kind, output.pooler_output)
         return output
 
     def pack(self, rows: Sequence[Tensor], kind: str, host: Any) -> Any:
-        """Rows of images in the container that the host has them in."""
+        """Rows of images [n, D] in the container that the host has them in."""
         return type(host)(rows)
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
-        """Channels of the tower's tokens as the host arranges features; see `surgery.arrangement.Arranging`."""
+        """Channels of tokens [T, N, C] as the host arranges features, per image [n, C]: see `arrangement.Arranging`."""
         raise NotImplementedError
 
     # -- PlaceholderModel -----------------------------------------------------------------------------------------
 
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
         return any(inputs.get(name) is not None for name in VALUES.values())
+
+    def sizes(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {name: inputs[name] for name in SIZES if isinstance(inputs.get(name), Tensor)}
 
     def encode(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Any, list[Rows]]:
         features, left = {}, []

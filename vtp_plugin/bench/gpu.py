@@ -26,7 +26,8 @@ from vtp_plugin import config, files
 from vtp_plugin.bench import gpu_page, rounds
 from vtp_plugin.bench.journal import Journal, machine, say
 from vtp_plugin.errors import PruningError, sentence
-from vtp_plugin.hosts.transformers.shapes import Shape, shape_of
+from vtp_plugin.hosts.transformers.architectures import Shape
+from vtp_plugin.hosts.transformers.shapes import shape_of
 from vtp_plugin.plugins import get_strategy
 from vtp_plugin.strategy import PruningStrategy
 
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "results" / "gpu"
 TOTAL = 520.0  # seconds; under nine minutes with what a process needs to begin and end
 ROW = 6.0  # seconds that the rounds of one row may take
-REPEATS = 5
+REPEATS, REHEARSED = 5, 1  # rounds; with small shapes
 KEEPS, BATCHES = (0.25, 0.11, 0.5), (8, 1)
 STRATEGIES: dict[str, dict[str, Any]] = {
     "l2": {},
@@ -66,6 +67,15 @@ class Options:
     small: bool  # shapes to try the command with
     again: bool = False
 
+    @property
+    def repeats(self) -> int:
+        return REHEARSED if self.small else REPEATS
+
+    @property
+    def row(self) -> float:
+        """Seconds that the rounds of one row may take."""
+        return 0.0 if self.small else ROW
+
 
 # -- shapes -----------------------------------------------------------------------------------------------------------
 
@@ -73,7 +83,8 @@ class Options:
 def bench(name: str, options: Options, until: float) -> None:
     """One shape: every strategy at every budget and batch size, the most telling first."""
     shape = shape_of(name)
-    facts = {"shape": name, "layers": 0, "attention": "sdpa", "dtype": options.dtype, "repeats": REPEATS}
+    facts = {"shape": name, "layers": 0, "attention": "sdpa", "dtype": options.dtype}
+    facts["repeats"] = options.repeats
     journal = Journal(options.folder / f"{name}.json", facts, options.device, options.again)
     held: list[Any] = []
 
@@ -85,7 +96,7 @@ def bench(name: str, options: Options, until: float) -> None:
 
     for keep in KEEPS:
         chosen = strategies(shape, keep, budgeted_only=keep != KEEPS[0])
-        journal.fill(rounds.items(shape, model, chosen, BATCHES, REPEATS, ROW), until)
+        journal.fill(rounds.items(shape, model, chosen, BATCHES, options.repeats, options.row), until)
     held.clear()
     gc.collect()
     if options.device.type == "cuda":

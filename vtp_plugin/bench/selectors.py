@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 from vtp_plugin.bench.journal import Item
+from vtp_plugin.bench.operations import operations
 from vtp_plugin.clock import clock
-from vtp_plugin.hosts.transformers.shapes import QUESTION_TOKENS, SHAPES
+from vtp_plugin.hosts.transformers.architectures import QUESTION_TOKENS
+from vtp_plugin.hosts.transformers.shapes import SHAPES
 from vtp_plugin.samples import REAL, run, sample
 from vtp_plugin.strategy import PruningStrategy
 
@@ -36,6 +38,7 @@ class Cost:
     tokens: int
     batch: int
     kept: float
+    operations: int  # that a device is asked for
     seconds: float  # median
     prefill_seconds: float  # of the unpruned prompts, scaled
 
@@ -96,12 +99,13 @@ def _cost(
     dtype: torch.dtype,
 ) -> Cost:
     seen = sample(strategy, n, b=batch, widths=REAL, device=device)
+    asked = operations(lambda: run(strategy, seen))
     selections = run(strategy, seen)
     seconds = _timed(lambda: run(strategy, seen), repeats, device)
     if "projected" in strategy.needs:
         seconds += _projecting(n * batch, repeats, device, dtype)
     kept = sum(selections[-1].counts) / batch
-    return Cost(strategy.name, strategy.stage.value, n, batch, kept, seconds, prefill)
+    return Cost(strategy.name, strategy.stage.value, n, batch, kept, asked, seconds, prefill)
 
 
 def _projecting(rows: int, repeats: int, device: torch.device, dtype: torch.dtype) -> float:

@@ -47,9 +47,11 @@ def encoders(rows: Sequence[Row], title: str) -> Table:
 
 def selectors(rows: Sequence[Row], title: str) -> Table:
     """Strategies by themselves."""
-    table = Table(("strategy", "stage", "tokens", "batch", "kept", "seconds", "of the prefill"), title=title, keys=4)
+    columns = ("strategy", "stage", "tokens", "batch", "kept", "operations", "seconds", "of the prefill")
+    table = Table(columns, title=title, keys=4)
     for row in rows:
-        cells = (f"{row['kept']:.0f}", f"{row['seconds']:.4f}", f"{row['share']:.2%}")
+        asked = str(row.get("operations", "-"))  # records from before it was counted have none
+        cells = (f"{row['kept']:.0f}", asked, f"{row['seconds']:.4f}", f"{row['share']:.2%}")
         table.add(row["strategy"], row["stage"], row["tokens"], row["batch"], *cells)
     return table
 

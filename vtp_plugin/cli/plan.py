@@ -38,9 +38,9 @@ def command(
     from vtp_plugin.plan import pages
 
     if check is not None:
-        from vtp_plugin.plan.error import compared, error_table
+        from vtp_plugin.plan.error import compared, dtype_of, error_table
 
-        _show(error_table(compared(check, known.card_of(device, dtype) if device else None)))
+        _show(error_table(compared(check, known.card_of(device, dtype_of(check)) if device else None)))
         return
     asked = pages.Workload(pictures, text, answer, concurrency, dtype, overhead / 1e3)
     asked.check()

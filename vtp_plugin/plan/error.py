@@ -10,7 +10,8 @@ from typing import Any
 
 from vtp_plugin import config, plugins
 from vtp_plugin.errors import PruningError
-from vtp_plugin.hosts.transformers.shapes import QUESTION_TOKENS, SHAPES
+from vtp_plugin.hosts.transformers.architectures import QUESTION_TOKENS
+from vtp_plugin.hosts.transformers.shapes import SHAPES
 from vtp_plugin.plan.cards import CARDS, Card, known_as
 from vtp_plugin.plan.pages import planned
 from vtp_plugin.plan.roofline import Roof
@@ -41,17 +42,30 @@ class Compared:
 
 def compared(record: Path, card: Card | None = None) -> list[Compared]:
     """Every row of a record that the plan can foretell, on the card that made it or one that was probed."""
-    try:
-        read = json.loads(record.read_text())
-        rows, shape, dtype = read["timings"], read["shape"], read["dtype"]
-    except FileNotFoundError:
-        raise PruningError(f"file not found: {record}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise PruningError(f"{record} is not a record of vtp bench") from None
+    read = _read(record)
+    rows, shape, dtype = read["timings"], read["shape"], read["dtype"]
     if shape not in SHAPES or not SHAPES[shape].decodes:
         raise PruningError(f"{record} is of '{shape}', which is no shape of a model that answers")
     model, known = planned(shape, read["layers"]), card or known_as(read["device"])
     return [_row(model, row, known, dtype) for row in rows if row["strategy"] in plugins.strategies()]
+
+
+def dtype_of(record: Path) -> str:
+    """What the model of a record computed in, which a device has to be probed in."""
+    return str(_read(record)["dtype"])
+
+
+def _read(record: Path) -> dict[str, Any]:
+    """A record of `vtp bench`; PruningError for any other file."""
+    try:
+        read = json.loads(record.read_text())
+        if all(name in read for name in ("timings", "shape", "dtype", "layers", "device")):
+            return read
+    except FileNotFoundError:
+        raise PruningError(f"file not found: {record}") from None
+    except (ValueError, TypeError, RecursionError):
+        pass
+    raise PruningError(f"{record} is not a record of vtp bench")
 
 
 def _row(model: Model, row: dict[str, Any], card: Card | None, dtype: str) -> Compared:

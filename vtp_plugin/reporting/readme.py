@@ -13,10 +13,12 @@ from vtp_plugin.reporting import statistics, summary
 from vtp_plugin.reporting.tables import Table
 
 PAGES = (Path("README.md"), Path("docs/studies.md"))
+SCALE = Path("docs/scale.md")
 RESULTS = Path("docs/results")
 STUDIES = RESULTS / "studies"
 LEADERBOARD = RESULTS / "leaderboard.html"
 DEMO, BENCH = RESULTS / "demo" / "summary.json", RESULTS / "bench_cpu.json"
+GPU = RESULTS / "gpu"
 HEADLINE = "fastv-0.25"
 SPENT = "random-0.625"  # as many tokens x layers as the headline's configuration
 SALIENT, CONTROL, COUNT = ("atp-0.25", "visionzip-0.25", "l2-0.25"), "random-0.25", "vtp_scenes_count"
@@ -24,6 +26,7 @@ SALIENT, CONTROL, COUNT = ("atp-0.25", "visionzip-0.25", "l2-0.25"), "random-0.2
 
 def parts() -> dict[str, Callable[[], str]]:
     """The generated blocks by name."""
+    from vtp_plugin.bench import gpu_page
     from vtp_plugin.cli.list import families
 
     return {
@@ -34,6 +37,7 @@ def parts() -> dict[str, Callable[[], str]]:
         "models": lambda: families().markdown(),
         "demo": lambda: demo().markdown(),
         "bench": lambda: bench().markdown(),
+        "gpu": lambda: gpu_page.short(GPU),
         **{f"study {path.parent.name}": path.read_text for path in sorted(STUDIES.glob("*/table.md"))},
     }
 
@@ -189,7 +193,41 @@ def filled(text: str) -> str:
     return text
 
 
+def on_gpu() -> str:
+    """The page of the records that a GPU made."""
+    from vtp_plugin.bench import gpu_page
+
+    return gpu_page.page(GPU)
+
+
+def commanded(text: str) -> str:
+    """The text with what its commands answer: a block of `console` is a line with `$ vtp ...`, then the answer.
+
+    A block of `console last` has the last part of the answer, behind an ellipsis.
+    """
+    block = re.compile(r"(```console( last)?\n\$ vtp ([^\n]*)\n).*?(```)", re.DOTALL)
+    return block.sub(lambda found: f"{found[1]}{_answered(found[3], bool(found[2]))}{found[4]}", text)
+
+
+def _answered(arguments: str, last: bool) -> str:
+    """What `vtp` prints for these arguments."""
+    from typer.testing import CliRunner
+
+    from vtp_plugin.cli import app, vtp_register_commands
+
+    if not app.registered_commands:
+        vtp_register_commands(cli=app)
+    done = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1"}).invoke(app, shlex.split(arguments))
+    if done.exit_code:
+        raise RuntimeError(f"vtp {arguments}: exit code {done.exit_code}: {done.output}")
+    output = "...\n" + done.output.strip("\n").split("\n\n")[-1] if last else done.output.strip("\n")
+    lines = [line.rstrip() for line in output.splitlines()]
+    return "".join(f"{line}\n" for line in lines)
+
+
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(filled(page.read_text()))
+    SCALE.write_text(commanded(SCALE.read_text()))
     LEADERBOARD.write_text(board())
+    (GPU / "README.md").write_text(on_gpu())

@@ -50,16 +50,18 @@ class CoRePrune(PruningStrategy):
     def select(self, visual: VisualTokens) -> Selection:
         k = self.wanted(visual)
         images = zip(visual.head_attention, visual.values, visual.outputs, strict=True)
-        return Selection(torch.stack([self._rescued(*image, k) for image in images]))
+        picks = torch.stack([self._rescued(*image, k) for image in images])
+        return Selection.of(picks, visual.tokens.shape[1])
 
     def _rescued(self, attention: Tensor, values: Tensor, outputs: Tensor, k: int) -> Tensor:
-        """The tokens that stay of one image, [N] bool; attention [H, T, N], values [H, N, d], outputs [H, T, d]."""
+        """The k tokens that stay of one image; attention [H, T, N], values [H, N, d], outputs [H, T, d]."""
         a, v, y = attention.double(), values.double(), outputs.double()
         along = torch.einsum("htd,hnd->htn", y, v)  # <V_i, Y>
         own = y.square().sum(-1)[..., None]  # |Y|^2
         size = a**2 * (v.square().sum(-1)[:, None] - 2 * along + own)  # |a_i (V_i - Y)|^2
         keep = torch.zeros(a.shape[-1], dtype=torch.bool, device=a.device)
-        while (missing := k - int(keep.sum())) > 0:
+        picks: list[Tensor] = []
+        for missing in range(k, 0, -self.step):
             lost = a * ~keep
             total = lost.sum(-1)  # [H, T]
             moved = torch.einsum("htn,hnd->htd", lost, v) - total[..., None] * y
@@ -68,5 +70,6 @@ class CoRePrune(PruningStrategy):
             without = without / (1 - total[..., None] + a).clamp(min=LEFT)
             left = without.mean((0, 1)).masked_fill(keep, float("inf"))  # D(S without i): the smallest is the best
             best = left.sort(stable=True).indices[: min(self.step, missing)]
-            keep[best] = True
-        return keep
+            keep.index_fill_(0, best, True)
+            picks.append(best)
+        return torch.cat(picks)

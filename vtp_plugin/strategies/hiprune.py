@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vtp_plugin.selectors import mask
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.tokens import Selection, VisualTokens, top_k
+from vtp_plugin.tokens import Selection, VisualTokens, best
 
 
 @dataclass(kw_only=True)
@@ -44,16 +45,13 @@ class HiPrune(PruningStrategy):
 
     def select(self, visual: VisualTokens) -> Selection:
         scores = self._scores(visual)
-        return Selection(top_k(scores, self.wanted(visual)), scores=scores)
+        return Selection.of(best(scores, self.wanted(visual)), scores.shape[1], scores=scores)
 
     def _scores(self, visual: VisualTokens) -> Tensor:
         """What a patch receives in the projected block; 2 more for an anchor, 1 more for a neighbour."""
-        score, columns = visual.received.float().clone(), visual.grid[1]
+        score, columns = visual.received.float(), visual.grid[1]
         wanted, n = round(self.alpha * self.wanted(visual) / 5), visual.tokens.shape[1]
-        order = visual.shallow_received.float().sort(dim=-1, descending=True, stable=True).indices
-        for row, anchors in zip(score, order[:, :wanted], strict=True):
-            near = torch.cat([anchors - columns, anchors - 1, anchors + 1, anchors + columns]).clamp(0, n - 1)
-            near = near[~torch.isin(near, anchors)].unique()
-            row[anchors] += 2
-            row[near] += 1
-        return score
+        anchors = best(visual.shallow_received, wanted)  # [B, A]
+        near = torch.cat([anchors - columns, anchors - 1, anchors + 1, anchors + columns], dim=1).clamp(0, n - 1)
+        anchor, beside = mask(anchors, n), mask(near, n)
+        return score + torch.where(anchor, 2.0, (beside & ~anchor).float())

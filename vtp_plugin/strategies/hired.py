@@ -24,10 +24,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.tokens import VisualTokens, top_k
+from vtp_plugin.tokens import VisualTokens
 
 
 @dataclass(kw_only=True)
@@ -54,33 +55,38 @@ class HiRED(PruningStrategy):
         attention = visual.cls_attention
         if visual.views is None:
             return attention
-        score, budget = attention.clone(), self.wanted(visual)
-        for b, view in enumerate(visual.view):
-            for number, part in enumerate(self._parts(visual, b, budget)):
-                mine = (view == number).nonzero().flatten()
-                score[b, mine[top_k(attention[b, mine][None], part)[0]]] += 1
-        return score
+        parts = torch.stack([self._parts(visual, b, self.wanted(visual)) for b in range(len(attention))])
+        spent = _ranks(attention, visual.view, parts.shape[1]) < parts.gather(1, visual.view)
+        return attention + spent.to(attention)
 
-    def _parts(self, visual: VisualTokens, b: int, budget: int) -> list[int]:
-        """What every view of image b gets of the budget, the picture of the whole first."""
-        rows, columns = visual.views
-        whole = visual.view[b] == 0
-        first = min(int(self.alpha * budget), int(whole.sum()))
-        weights = self._weights(visual.first_attention[b, whole].double())
-        region = self._regions(visual.place[b, whole], rows, columns)
-        shares = weights.new_zeros(rows * columns).scatter_add(0, region, weights)
+    def _parts(self, visual: VisualTokens, b: int, budget: int) -> Tensor:
+        """What every view of image b gets of the budget, the picture of the whole first, [views] long."""
+        whole, regions = visual.view[b] == 0, visual.views[0] * visual.views[1]
+        first = whole.sum().clamp(max=int(self.alpha * budget))
+        weights = self._weights(visual.first_attention[b].double(), whole)
+        members = one_hot(self._regions(visual.place[b], whole, *visual.views).clamp(0, regions - 1), regions)
+        shares = (members * weights[:, None]).sum(0)
         parts = (shares / weights.sum().clamp(min=1e-12) * (budget - first) + 1e-9).long()
-        return [first, *parts.tolist()]
+        return torch.cat([first[None], parts])
 
-    def _weights(self, attention: Tensor) -> Tensor:
-        """What a token of the picture of the whole [N] counts for its region."""
+    def _weights(self, attention: Tensor, whole: Tensor) -> Tensor:
+        """What a token [N] counts for its region: nothing outside of the picture of the whole."""
         if self.shares == "attention":
-            return attention
-        return top_k(attention[None], int((1 - self.alpha) * len(attention) + 1e-9))[0].to(attention)
+            return attention * whole
+        marked = ((1 - self.alpha) * whole.sum().double() + 1e-9).long()
+        return ((_ranks(attention[None], (~whole).long()[None], 2)[0] < marked) & whole).double()
 
-    def _regions(self, place: Tensor, rows: int, columns: int) -> Tensor:
-        """The sub-image that shows each of the places [N, 2], counted row by row."""
+    def _regions(self, place: Tensor, whole: Tensor, rows: int, columns: int) -> Tensor:
+        """The sub-image that shows each of the places [N, 2] of the picture of the whole, counted row by row."""
         if self.regions == "strips":
-            return torch.arange(len(place), device=place.device) * (rows * columns) // max(1, len(place))
-        down, across = (place * place.new_tensor([rows, columns])).long().unbind(-1)
+            return (whole.long().cumsum(0) - 1) * (rows * columns) // whole.sum().clamp(min=1)
+        down, across = ((place[:, axis] * number).long() for axis, number in enumerate((rows, columns)))
         return down * columns + across
+
+
+def _ranks(scores: Tensor, group: Tensor, groups: int) -> Tensor:
+    """How many of its group [B, N] in `groups` come before each score [B, N], the highest first, ties by index."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    member = one_hot(group.gather(1, order), groups).cumsum(1)  # [B, N, groups]
+    before = member.gather(2, group.gather(1, order)[..., None])[..., 0] - 1
+    return torch.zeros_like(group).scatter_(1, order, before)

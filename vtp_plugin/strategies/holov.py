@@ -20,11 +20,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from vtp_plugin.selectors import cosines
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import ComparingStrategy
-from vtp_plugin.tokens import Selection, VisualTokens
+from vtp_plugin.tokens import Selection, VisualTokens, best, true_columns
 
 SCALE = 1000.0
 
@@ -56,11 +57,11 @@ class HoloV(ComparingStrategy):
         z, n = self.judged(visual, visual.projected), visual.tokens.shape[1]
         pieces = torch.arange(n, device=visual.index.device).tensor_split(min(self.segments, n))
         images = zip(z, visual.cls_attention, strict=True)
-        worth = torch.stack([self._worth(*image, pieces) for image in images]).tolist()
-        quotas = [_quotas(one, [len(piece) for piece in pieces], k) for one in worth]
-        sources = [_spent(*image, pieces) for image in zip(visual.cls_attention, quotas, strict=True)]
-        kept = Selection.of(torch.stack(sources), n, scores=visual.cls_attention)
-        return kept if self.order == "raster" else replace(kept, source=tuple(sources))
+        worth = torch.stack([self._worth(*image, pieces) for image in images])  # [B, S]
+        stretch = torch.cat([torch.full_like(piece, number) for number, piece in enumerate(pieces)])
+        sources = _spent(visual.cls_attention, stretch, _quotas(worth, stretch, k), k)
+        kept = Selection.of(sources, n, scores=visual.cls_attention, finite=worth.isfinite().all())
+        return kept if self.order == "raster" else replace(kept, source=sources.unbind())
 
     def _worth(self, z: Tensor, attention: Tensor, pieces: Sequence[Tensor]) -> Tensor:
         """The scores of the stretches of one image, [S]."""
@@ -70,10 +71,12 @@ class HoloV(ComparingStrategy):
         return torch.stack([scores[piece].mean() for piece in pieces])
 
 
-def _spent(attention: Tensor, quotas: Sequence[int], pieces: Sequence[Tensor]) -> Tensor:
-    """The columns that stay of one image, stretch by stretch."""
-    ranked = [piece[attention[piece].sort(descending=True, stable=True).indices] for piece in pieces]
-    return torch.cat([piece[:quota] for piece, quota in zip(ranked, quotas, strict=True)])
+def _spent(attention: Tensor, stretch: Tensor, quotas: Tensor, k: int) -> Tensor:
+    """The columns that stay, stretch by stretch [B, k], of tokens in a `stretch` [N] each, with quotas [B, S]."""
+    order = best(attention, len(stretch))
+    order = order.gather(1, stretch[order].sort(dim=1, stable=True).indices)  # [B, N]
+    place = torch.arange(len(stretch), device=stretch.device) - torch.searchsorted(stretch, stretch)
+    return order.gather(1, true_columns(place < quotas[:, stretch], k))
 
 
 def _variance(z: Tensor) -> Tensor:
@@ -84,13 +87,20 @@ def _variance(z: Tensor) -> Tensor:
     return ((alike - mean) ** 2).masked_fill(alone, 0).sum(-1) / others
 
 
-def _quotas(worth: list[float], room: list[int], k: int) -> list[int]:
-    """k tokens divided in proportion to the worth of the pieces, as far as they have room; the rest to the best."""
-    total = sum(worth)
-    shares = [w / total if total > 0 else 1 / len(worth) for w in worth]
-    quotas = [min(int(k * share), size) for share, size in zip(shares, room, strict=True)]
-    best = sorted(range(len(worth)), key=lambda piece: (-worth[piece], piece))
-    while sum(quotas) < k:
-        for piece in best:
-            quotas[piece] += quotas[piece] < room[piece] and sum(quotas) < k
-    return quotas
+def _quotas(worth: Tensor, stretch: Tensor, k: int) -> Tensor:
+    """k tokens divided in proportion to the worth of stretches [B, S], as far as they have room; the rest to the best.
+
+    The rest goes round: one token to each stretch with room, the best first, until nothing is left; [B, S] long.
+    """
+    worth, room = worth.double(), one_hot(stretch, worth.shape[1]).sum(0)
+    total = worth.sum(1, keepdim=True)
+    shares = torch.where(total > 0, worth / total, 1 / worth.shape[1])
+    given = (k * shares).long().minimum(room)
+    rounds = torch.arange(len(stretch) + 1, device=worth.device)[:, None]
+    after = (given[:, None] + rounds).minimum(room)  # [B, rounds, S]
+    done = ((after.sum(2) <= k).sum(1) - 1).clamp(min=0)
+    given = after[torch.arange(len(worth), device=worth.device), done]
+    order = best(worth, worth.shape[1])
+    open_ = (given < room).gather(1, order)
+    more = open_ & (open_.cumsum(1) <= k - given.sum(1, keepdim=True))
+    return given.scatter_add(1, order, more.long())

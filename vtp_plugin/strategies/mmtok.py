@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtp_plugin.selectors import cosines, greedy, mask
+from vtp_plugin.selectors import cosines, greedy
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import ComparingStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
@@ -52,23 +52,25 @@ class MMTok(ComparingStrategy):
     def select(self, visual: VisualTokens) -> Selection:
         k, n = self.wanted(visual), visual.tokens.shape[1]
         images = zip(self.judged(visual, visual.tokens), visual.projected, visual.words, strict=True)
-        return Selection(torch.cat([mask(_covering(self._rows(*image), k), n) for image in images]))
+        return Selection.of(_covering(torch.stack([self._rows(*image) for image in images]), k), n)
 
     def _rows(self, x: Tensor, z: Tensor, words: Tensor) -> Tensor:
-        """What is to be covered of one image, [T + N, N]."""
+        """What is to be covered of one image, [T + N, N]; zero for what only fills up the words [T, L] of a batch."""
         image = (cosines(x[None])[0] / self.image_temperature).softmax(-1) * (self.alpha / len(x))
-        words = words[words.any(-1)].float()  # without what only fills up the batch
-        alike = normalize(words, dim=-1) @ normalize(z.float(), dim=-1).T  # [T, N]
-        text = (alike / self.text_temperature).softmax(-1) / max(1, len(words))
+        real = words.any(-1, keepdim=True)
+        alike = normalize(words.float(), dim=-1) @ normalize(z.float(), dim=-1).T  # [T, N]
+        text = (alike / self.text_temperature).softmax(-1) * real / real.sum().clamp(min=1)
         return torch.cat([text, image])
 
 
 def _covering(rows: Tensor, k: int) -> Tensor:
-    """k columns of [R, N] whose maximum over columns has the largest sum, greedily, [1, k]."""
-    covered = torch.zeros(len(rows), 1, device=rows.device)
+    """k columns of [B, R, N] whose maximum over columns has the largest sum, greedily, [B, k]."""
+    covered, more = rows.new_zeros(*rows.shape[:2], 1), torch.empty_like(rows)
 
     def pick(best: Tensor) -> None:
-        torch.maximum(covered, rows[:, best], out=covered)
+        torch.maximum(covered, rows.gather(2, best[:, None, None].expand_as(covered)), out=covered)
 
-    taken = torch.zeros(1, rows.shape[1], dtype=torch.bool, device=rows.device)
-    return greedy(lambda: (rows - covered).clamp(min=0).sum(0)[None], pick, taken, k)
+    def gain() -> Tensor:
+        return torch.sub(rows, covered, out=more).clamp_(min=0).sum(1)
+
+    return greedy(gain, pick, torch.zeros_like(rows[:, 0], dtype=torch.bool), k)

@@ -55,7 +55,7 @@ class PixelPrune(PruningStrategy):
         values = pixels.new_zeros(rows, cols, self.block**2, pixels[0].numel(), dtype=torch.float32)
         seen = torch.zeros(values.shape[:3], dtype=torch.bool, device=index.device)
         place = (row // self.block, col // self.block, inside)
-        values[place], seen[place] = pixels.flatten(1).float() / 255, True
+        values[place], seen[place] = pixels.flatten(1).float() / 255, torch.ones_like(index, dtype=torch.bool)
         return self._scan(values.flatten(2), seen.all(-1))[place[:2]]
 
     def _scan(self, values: Tensor, whole: Tensor) -> Tensor:

@@ -8,9 +8,7 @@ and every cell becomes the mean of its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -42,8 +40,8 @@ class Pooling(PruningStrategy):
 
 def cells(index: Tensor, grid: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:
     """The cell of every token [B, N] of raster positions `index`, and the token in the middle of every cell [B, k]."""
-    n, plan = index.shape[1], torch.tensor(_plan(strip_counts(grid, k), index.shape[1]))
-    strips, owners, middles = plan.to(index.device).split([n, n, k])
+    n = index.shape[1]
+    strips, owners, middles = _plan(n, k, len(strip_counts(grid, k)), index.device)
     raster = index.argsort(dim=1, stable=True)
     columns = index.gather(1, raster) % grid[1]
     order = raster.gather(1, (strips * grid[1] + columns).argsort(dim=1, stable=True))  # by strip, column and row
@@ -51,18 +49,22 @@ def cells(index: Tensor, grid: tuple[int, int], k: int) -> tuple[Tensor, Tensor]
     return owner, order.gather(1, middles.expand(len(order), k))
 
 
-def _plan(counts: Sequence[int], n: int) -> list[int]:
-    """Where n tokens go, for `counts` cells in every strip.
+def _plan(n: int, k: int, strips: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where n tokens go, for k cells in so many strips, as even as whole numbers allow.
 
-    The strip of every token in raster order; then, in the order of strips and columns, the cell of every token and the
-    middle of every cell.
+    The strip of every token in raster order [n]; then, in the order of strips and columns, the cell of every token [n]
+    and the middle of every cell [k].
     """
-    ends = [0, *accumulate(counts)]  # cells before each strip
-    bounds = [end * n // ends[-1] for end in ends]  # tokens before each strip
-    strips = [strip for strip, (a, b) in enumerate(pairwise(bounds)) for _ in range(b - a)]
-    edges = []  # tokens before each cell
-    for (a, b), number in zip(pairwise(bounds), counts, strict=True):
-        edges += [a + cell * (b - a) // number for cell in range(number)]
-    spans = list(pairwise([*edges, n]))
-    owners = [cell for cell, (a, b) in enumerate(spans) for _ in range(b - a)]
-    return [*strips, *owners, *(a + (b - a) // 2 for a, b in spans)]
+    token, cell = torch.arange(n, device=device), torch.arange(k, device=device)
+    ends = torch.arange(strips + 1, device=device) * k // strips  # cells before each strip
+    bounds = ends * n // k  # tokens before each strip
+    strip = _last_at_most(ends, cell)
+    first, number = ends[strip], ends[strip + 1] - ends[strip]
+    edges = bounds[strip] + (cell - first) * (bounds[strip + 1] - bounds[strip]) // number  # tokens before each cell
+    lengths = torch.cat([edges[1:], bounds[-1:]]) - edges
+    return _last_at_most(bounds, token), _last_at_most(edges, token), edges + lengths // 2
+
+
+def _last_at_most(bounds: Tensor, values: Tensor) -> Tensor:
+    """The last of the ascending bounds that is not above each value."""
+    return torch.searchsorted(bounds, values, right=True) - 1

@@ -41,20 +41,19 @@ class Unpad(PruningStrategy):
         self.check_choice("color", COLORS)
 
     def select(self, visual: VisualTokens) -> Selection:
-        color = torch.tensor(COLORS[self.color], device=visual.pixels.device).view(3, 1, 1)
-        blank = ((visual.pixels.int() - color).abs() <= TOLERANCE).flatten(2).all(-1)  # [B, N]
-        images = zip(blank, visual.index, strict=True)
-        keep = torch.stack([~_padding(row, index, visual.grid) for row, index in images])
+        levels = zip(visual.pixels.int().unbind(2), COLORS[self.color], strict=True)
+        like = [((channel - level).abs() <= TOLERANCE).flatten(2).all(-1) for channel, level in levels]
+        keep = ~_padding(torch.stack(like).all(0), visual.index, visual.grid)
         keep[:, 0] |= ~keep.any(1)
         return Selection(keep)
 
 
 def _padding(blank: Tensor, index: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Which patches [N] lie in rows or columns that are blank from the edge on."""
+    """Which patches [B, N] lie in rows or columns that are blank from the edge on."""
     padding = torch.zeros_like(blank)
     for place, length in ((index // grid[1], grid[0]), (index % grid[1], grid[1])):
-        full = torch.ones(length, dtype=torch.int, device=blank.device)
-        full[place[~blank]] = 0
-        edge = full.cumprod(0) + full.flip(0).cumprod(0).flip(0)
-        padding |= edge[place] > 0
+        filled = torch.zeros(len(blank), length, dtype=torch.int, device=blank.device)
+        full = (filled.scatter_add_(1, place, (~blank).int()) == 0).int()
+        edge = full.cumprod(1) + full.flip(1).cumprod(1).flip(1)
+        padding |= edge.gather(1, place) > 0
     return padding

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
@@ -138,7 +138,9 @@ def _all_or_nothing(redundant: Tensor, present: Tensor) -> Tensor:
 
 def _histograms(colours: Tensor, bins: int) -> Tensor:
     """Counts per channel, [..., 3, p*p] uint8 -> [..., 3 bins] fp32."""
-    return one_hot(colours.long() * bins // 256, bins).sum(-2).flatten(-2).float()
+    counts = torch.zeros(*colours.shape[:-1], bins, device=colours.device)
+    where = colours.long() * bins // 256
+    return counts.scatter_add_(-1, where, torch.ones_like(where, dtype=counts.dtype)).flatten(-2)
 
 
 def _hsv(rgb: Tensor) -> Tensor:

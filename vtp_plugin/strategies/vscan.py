@@ -15,15 +15,16 @@ edge may be smaller. The mean is of the tower's features, in front of the projec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vtp_plugin.selectors import mask
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import ComparingStrategy
-from vtp_plugin.tokens import Selection, VisualTokens, top_k
+from vtp_plugin.tokens import Selection, VisualTokens, best, true_columns
 
 
 @dataclass(kw_only=True)
@@ -55,36 +56,36 @@ class VScan(ComparingStrategy):
 
     def select(self, visual: VisualTokens) -> Selection:
         k = self.wanted(visual)
-        local = torch.stack([self._local(visual, b, k // 2) for b in range(len(visual.index))])
-        rest = visual.cls_attention.float().masked_fill(local, float("-inf"))
-        keep = local | top_k(rest, k - k // 2)
+        n, local = visual.tokens.shape[1], self._local(visual, k // 2)
+        rest = visual.cls_attention.float().masked_fill(mask(local, n), float("-inf"))
+        kept = Selection.of(torch.cat([local, best(rest, k - k // 2)], dim=1), n, scores=visual.cls_attention)
         if not self.merge:
-            return Selection(keep, scores=visual.cls_attention)
-        images = zip(visual.tokens, self.judged(visual, visual.projected), keep, strict=True)
+            return kept
+        images = zip(
+            visual.tokens,
+            self.judged(visual, visual.projected),
+            kept.columns,
+            true_columns(~kept.keep, n - k),
+            strict=True,
+        )
         rows, into = zip(*(_averaged(*image) for image in images), strict=True)
-        return Selection(keep, tokens=tuple(rows), scores=visual.cls_attention, into=tuple(into))
+        return replace(kept, tokens=tuple(rows), into=tuple(into))
 
-    def _local(self, visual: VisualTokens, b: int, k: int) -> Tensor:
-        """The k patches of one image that the windows give, [N] bool."""
-        attention, columns = visual.shallow_attention[b].float(), visual.grid[1]
-        place = visual.index[b].clamp(min=0)
+    def _local(self, visual: VisualTokens, k: int) -> Tensor:
+        """The patches that the windows give, [B, k]: every window's best, then its second ..."""
+        place, columns = visual.index.clamp(min=0), visual.grid[1]
         across = -(-columns // self.window)
         window = place // columns // self.window * across + place % columns // self.window
-        rank = torch.empty_like(place)  # within the window
-        for one in window.unique():
-            members = (window == one).nonzero().flatten()
-            rank[members[attention[members].sort(descending=True, stable=True).indices]] = torch.arange(
-                len(members), device=place.device
-            )
-        by_attention = attention.sort(descending=True, stable=True).indices
-        order = by_attention[rank[by_attention].sort(stable=True).indices]  # every window's best, then its second ...
-        return torch.zeros_like(place, dtype=torch.bool).index_fill_(0, order[:k], True)
+        order = best(visual.shallow_attention, place.shape[1])  # [B, N]
+        grouped = window.gather(1, order).sort(dim=1, stable=True)
+        rank = torch.arange(place.shape[1], device=place.device) - torch.searchsorted(grouped.values, grouped.values)
+        rank = torch.empty_like(place).scatter_(1, grouped.indices, rank)  # within the window, in the order of `order`
+        return order.gather(1, rank.sort(dim=1, stable=True).indices)[:, :k]
 
 
-def _averaged(x: Tensor, z: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of kept tokens and of those that join them [K, D], and the column that every token joined [N]."""
-    kept, gone = keep.nonzero().flatten(), (~keep).nonzero().flatten()
-    into, unit = torch.full_like(keep, -1, dtype=torch.long), normalize(z.float(), dim=-1)
+def _averaged(x: Tensor, z: Tensor, kept: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of kept tokens [K] and of those that join them, [K, D], and the column that every token joined [N]."""
+    into, unit = kept.new_full((len(x),), -1), normalize(z.float(), dim=-1)
     owner = (unit[gone] @ unit[kept].T).argmax(-1) if len(gone) else gone
     into[gone] = kept[owner]
     member = torch.nn.functional.one_hot(owner, len(kept)).to(torch.float32)  # [N - K, K]

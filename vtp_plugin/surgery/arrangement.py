@@ -1,7 +1,8 @@
 """The way from a tower's tokens to rows of the prompt, as the host itself arranges them.
 
 Which tokens a row is made of is never computed twice: signals travel through the host's own arrangement as extra
-channels (`arrange`), so a row of several tokens gets the mean of their signals.
+channels (`arrange`), so a row of several tokens gets the mean of their signals. What follows from the sizes of the
+images alone (which token is which row, where newlines are) travels on the CPU, so that nobody waits for the device.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Arranging(Protocol):
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         """Channels of the tower's tokens, [T, N, C] or [S, C], as the host arranges features: per image [n, C].
 
-        A row that is made of no token (a newline) is nan.
+        A row that is made of no token (a newline) is nan. Maps may live on any device, as rows do then.
         """
 
 
@@ -49,13 +50,20 @@ class ImageRows:
     source: Tensor  # [k] long: row among those that the host makes, -1 for a merged one that is none of them
     tokens: Tensor  # [k, D]
     features: Tensor  # [k, D']
-    tile: Tensor  # [n]: tile of every row that the host makes, no whole number where it is made of several
+    tile: Tensor  # on the host, [n]: tile of every row that the host makes, no whole number where several make it
     fixed: Tensor  # [m] long: rows that are always kept
+    known: Tensor | None  # `source` on the host, as long as nothing was decided
+
+    @property
+    def tiles(self) -> Tensor:
+        """The tile of every row that is left, on the host [k]."""
+        return self.tile[self.source.cpu() if self.known is None else self.known]
 
     def become(self, pieces: Sequence[Sequence[Tensor]]) -> None:
         """Take over what the decisions about all of the rows left."""
         if pieces:
             self.source, self.tokens, self.features = (torch.cat(column) for column in zip(*pieces, strict=True))
+            self.known = None
 
 
 Group = list[tuple[ImageRows, Tensor]]  # rows that share one budget: images, and positions [m] within their rows
@@ -69,9 +77,14 @@ class Arrangement:
         self.kind, self.device = vision.passing.kind, vision.session.device
         self.shape = vision.layout.shape(vision.tower, vision.passing)
         self._made: dict[Any, list[Tensor]] = {}
-        late = bool(vision.at(Stage.PROJECTOR))
-        self._blurred = self._mixing() if vision.family.tokenwise and late else []
-        self.tokenwise = False  # whether a row is one token, which `parts` finds out
+        self._tokens: list[Tensor] | None = None  # per image, the token of every row [n], -1 for a newline
+        if vision.family.tokenwise and vision.at(Stage.PROJECTOR):
+            self._tokens = self._numbers()
+
+    @property
+    def tokenwise(self) -> bool:
+        """Whether a row is one token, and strategies see tokens of the tower."""
+        return self._tokens is not None
 
     def host(self, maps: Tensor) -> Sequence[Tensor]:
         """Channels of maps, [*shape, C] -> per image [n, C]."""
@@ -81,7 +94,7 @@ class Arrangement:
         """A signal of the tower's tokens as rows of the prompt, per image [n] or [n, D]; made once per key."""
         if key not in self._made:
             flat = maps[..., None] if maps.ndim == len(self.shape) else maps
-            rows = self.host(flat)
+            rows = self.host(flat) if self._tokens is None else self._looked_up(flat)
             self._made[key] = [r[..., 0] for r in rows] if flat.ndim > maps.ndim else list(rows)
         return self._made[key]
 
@@ -103,50 +116,81 @@ class Arrangement:
 
     def parts(self, features: Sequence[Tensor]) -> list[ImageRows]:
         """The rows of every image, tokens beside features [n, D'] where the projector works token by token."""
-        left, parts = self._left(), []
-        masks = [(~alive.isnan() & (alive > 0.5), alive.isnan()) for alive, _ in left]
-        mixed = [(~alive.isnan() & (alive > WHOLE) & (alive < 1 - WHOLE)).any() for alive, _ in left]
-        found = [torch.stack([bad, *(mask.sum() for mask in pair)]) for bad, pair in zip(mixed, masks, strict=True)]
-        known = torch.cat([*found, *(each[None].long() for each in self._blurred)]).tolist()
-        counts, blurred = [known[3 * n : 3 * n + 3] for n in range(len(left))], known[3 * len(left) :]
-        if any(bad for bad, *_ in counts):
+        left = self._left()
+        if any((~alive.isnan() & (alive > WHOLE) & (alive < 1 - WHOLE)).any() for alive, _ in left):
             raise PruningError(
                 f"{self.vision.at(Stage.PIXELS, Stage.VIT)[0].name}: the model interpolates the tower's output of "
                 f"this {self.kind}, so no patch can be dropped before: use a strategy of the projector or llm stage"
             )
-        self.tokenwise = bool(self._blurred) and not any(blurred)
         tokens = self.rows("features", self.passing.features) if self.tokenwise else features
-        whole = zip(self.passing.batch, features, tokens, left, masks, counts, strict=True)
-        for number, rows, seen, (_, tile), (there, newline), (_, k, fixed) in whole:
-            source = true_columns(there, k)
-            parts.append(ImageRows(number, source, seen[source], rows[source], tile, true_columns(newline, fixed)))
-        return parts
+        known = [((alive > 0.5).nonzero().flatten(), alive.isnan().nonzero().flatten()) for alive, _ in left]
+        there = iter(self._there(known, features[0].device if len(features) else self.device))
+        whole = zip(self.passing.batch, features, tokens, left, known, strict=True)
+        return [
+            ImageRows(number, source := next(there), seen[source], rows[source], tile, next(there), on_host)
+            for number, rows, seen, (_, tile), (on_host, _) in whole
+        ]
+
+    def _there(self, known: Sequence[Sequence[Tensor]], device: torch.device) -> Sequence[Tensor]:
+        """The rows [k] and newlines [m] of every image, one image after the other, on the device."""
+        if self._tokens is None or self.passing.alive is not None:
+            return moved([index for pair in known for index in pair], device)
+        made = []
+        for number, (rows, newlines) in zip(self._tokens, known, strict=True):
+            real = number.to(device) >= 0
+            made += [true_columns(real, len(rows)), true_columns(~real, len(newlines))]
+        return made
 
     def _left(self) -> list[tuple[Tensor, Tensor]]:
-        """Per image and row: the share of its tokens that is left (nan for a newline), and its tile."""
+        """On the host, per image and row: the share of its tokens that is left (nan for a newline), and its tile."""
         alive = self.passing.alive
-        if alive is None:
-            alive = torch.ones(self.shape, dtype=torch.bool, device=self.device)
-        tile = self.vision.layout.tile(self.tower, self.passing).to(alive.device)
-        return [rows.unbind(-1) for rows in self.host(torch.stack([alive.float(), tile], dim=-1))]
+        alive = torch.ones(self.shape) if alive is None else alive.cpu().float()
+        tile = self.vision.layout.tile(self.tower, self.passing)
+        return [rows.unbind(-1) for rows in self._on_host(torch.stack([alive, tile], dim=-1))]
 
-    def _mixing(self) -> list[Tensor]:
-        """Per image, whether the host makes rows of several tokens; one that interpolates has projected them before."""
-        numbers = torch.arange(math.prod(self.shape), device=self.device).view(self.shape) % 251.0
-        means = [rows.unbind(-1) for rows in self.host(torch.stack([numbers, numbers**2], dim=-1))]
-        return [(square - mean**2 > MIXED).any() for mean, square in means]
+    def _numbers(self) -> list[Tensor] | None:
+        """`_tokens`; None if the host makes rows of several tokens: one that interpolates has projected them before."""
+        numbers = torch.arange(math.prod(self.shape)).view(self.shape).float()
+        maps = torch.stack([numbers, numbers % 251, (numbers % 251) ** 2], dim=-1)
+        made = [rows.unbind(-1) for rows in self._on_host(maps)]
+        if any((square - mean**2 > MIXED).any() for _, mean, square in made):
+            return None
+        sizes = [len(number) for number, *_ in made]
+        every = torch.cat([number for number, *_ in made]).nan_to_num(nan=-1.0).long()
+        return list(moved([every], self.device)[0].split(sizes))
+
+    def _looked_up(self, maps: Tensor) -> list[Tensor]:
+        """Maps [*shape, C] of tokens that are rows, one by one."""
+        flat = maps.flatten(0, len(self.shape) - 1)
+        newline = flat.new_full((1, *flat.shape[1:]), float("nan"))
+        flat = torch.cat([flat, newline])  # which is the last, number -1
+        return [flat[number.to(flat.device)] for number in self._tokens]
+
+    def _on_host(self, maps: Tensor) -> list[Tensor]:
+        """The arrangement of what is on the host; a host that computes on its own device is waited for."""
+        return [rows.cpu() for rows in self.host(maps)]
 
     def groups(self, strategy: PruningStrategy, parts: Sequence[ImageRows]) -> list[Group]:
         """The rows that share one budget."""
+        if strategy.budget == "per_tile":
+            return self._by_tile(strategy, parts)
         everything = [(part, torch.arange(len(part.source), device=part.source.device)) for part in parts]
         if strategy.budget == "per_image":
             return [[one] for one in everything if len(one[1])]
-        if strategy.budget == "per_tile":
-            tiles = [(part, part.tile[part.source]) for part in parts]
-            if any((of != of.round()).any() for _, of in tiles):
-                raise strategy.error(
-                    f"budget=per_tile needs whole tiles, the model interpolates across those of this {self.kind}"
-                )
-            return [[(part, (of == tile).nonzero().flatten())] for part, of in tiles for tile in of.unique()]
         samples = [self.vision.call.images[part.number].sample for part in parts]
         return [[one for one, s in zip(everything, samples, strict=True) if s == sample] for sample in set(samples)]
+
+    def _by_tile(self, strategy: PruningStrategy, parts: Sequence[ImageRows]) -> list[Group]:
+        tiles = [(part, part.tiles) for part in parts]
+        if any((of != of.round()).any() for _, of in tiles):
+            raise strategy.error(
+                f"budget=per_tile needs whole tiles, the model interpolates across those of this {self.kind}"
+            )
+        found = [(part, (of == tile).nonzero().flatten()) for part, of in tiles for tile in of.unique()]
+        there = moved([where for _, where in found], parts[0].source.device if parts else self.device)
+        return [[(part, where)] for (part, _), where in zip(found, there, strict=True)]
+
+
+def moved(indices: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Whole numbers [n] of the host on a device, in one copy."""
+    return torch.cat(list(indices)).to(device).split([len(index) for index in indices]) if indices else ()

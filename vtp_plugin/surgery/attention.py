@@ -53,6 +53,13 @@ def head_rows(
     return logits.softmax(-1)
 
 
+def rows(queries: Tensor, keys: Tensor, factor: float, visible: Tensor) -> Tensor:
+    """Softmax of several query rows, [H, T, d], [Hkv, L, d], visible [T, L] bool -> [H, T, L] fp32."""
+    keys = keys.float().repeat_interleave(len(queries) // len(keys), dim=0)
+    logits = (queries.float() @ keys.mT) * factor
+    return logits.masked_fill(~visible, float("-inf")).softmax(-1)
+
+
 def received(queries: Tensor, keys: Tensor, factor: float, bias: Tensor | None = None) -> Tensor:
     """Attention that every token receives, mean over queries and heads: [B, H, L, d] twice -> [B, L] fp32.
 

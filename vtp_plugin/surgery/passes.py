@@ -40,6 +40,7 @@ class TowerPass:
     embedded: Tensor | None = None  # [B, N, D] patch embeddings
     columns: Tensor | None = None  # [B, K] patches that the embeddings shall keep
     lengths: list[int] = field(default_factory=list)  # towers of one sequence: patches of every image
+    sequences: list[tuple[Tensor, list[int]]] = field(default_factory=list)  # packed towers: ends of sequences, lengths
     packed: list[int] | None = None  # packed towers: patches that are left of every image
     alive: Tensor | None = None  # map, bool: the patches that are left; None: all
     maps: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # signals by name and block

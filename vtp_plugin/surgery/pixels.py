@@ -26,7 +26,7 @@ class Pixels:
     """
 
     def __init__(self, mean: Any, std: Any) -> None:
-        self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+        self.mean_and_std = torch.tensor([list(mean), list(std)]).view(2, 3, 1, 1)
         self.seen: deque[Tensor] = deque(maxlen=MEMORY)
 
     @classmethod
@@ -52,9 +52,9 @@ class Pixels:
 
     def scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation on a device, copied there once."""
-        if self.mean.device != device:
-            self.mean, self.std = self.mean.to(device), self.std.to(device)
-        return self.mean, self.std
+        if self.mean_and_std.device != device:
+            self.mean_and_std = self.mean_and_std.to(device)
+        return tuple(self.mean_and_std)
 
     def images(self, values: Tensor) -> Tensor:
         """The uint8 images behind pixel values [B, 3, H, W]."""

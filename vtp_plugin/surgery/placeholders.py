@@ -31,8 +31,14 @@ class PlaceholderModel(Protocol):
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
         """Whether pixels come with these arguments."""
 
+    def sizes(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Whole numbers that tell how many tokens images make, by argument: read together with the prompt."""
+
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
-        """The images of a call, in the order of their placeholders; `total` placeholders each."""
+        """The images of a call, in the order of their placeholders; `total` placeholders each.
+
+        Here and in `encode`, ids and `sizes` are those on the host.
+        """
 
     def encode(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Any, list[Rows]]:
         """Run the tower; the host's features object with the kept rows, and which rows every image has."""
@@ -50,12 +56,15 @@ class Read:
 
     ids: Tensor  # [B, L]
     real: Tensor  # [B, L] bool
+    sizes: Mapping[str, Tensor]  # of its images, by argument
 
     @classmethod
-    def of(cls, ids: Tensor, real: Tensor) -> Read:
+    def of(cls, ids: Tensor, real: Tensor, sizes: Mapping[str, Tensor]) -> Read:
         """One copy, one wait."""
-        ids, real = torch.stack([ids, real.to(ids)]).cpu()
-        return cls(ids, real.bool())
+        parts = [ids, real, *(size.to(ids.device) for size in sizes.values())]
+        flat = torch.cat([part.long().flatten() for part in parts]).cpu().split([part.numel() for part in parts])
+        ids, real, *read = (one.view(part.shape) for one, part in zip(flat, parts, strict=True))
+        return cls(ids, real.bool(), dict(zip(sizes, read, strict=True)))
 
     @property
     def lengths(self) -> list[int]:
@@ -91,8 +100,9 @@ class Prompt:
     def shortened(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Columns | None, Any]:
         """Encode the images; the columns that are left (None: all of them) and the features to serve."""
         ids, real = inputs["input_ids"], self.real(inputs)
+        read = Read.of(ids, real, self.family.sizes(inputs))
+        inputs = {**inputs, **read.sizes, "input_ids": read.ids}
         call.images = self.family.images(inputs)
-        read = Read.of(ids, real)
         places = self._placeholders(call, read.ids)
         self._read_questions(call, read)
         features, left = self.family.encode(call, inputs)

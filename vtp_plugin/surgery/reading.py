@@ -65,16 +65,26 @@ class Reading:
         return attention.row(query[:, :, 0], self.keys, attention.scale(self.module), visible)
 
     def rows(self, sample: int, columns: Tensor) -> Tensor:
-        """Attention of some columns [T] of one sample, mean over heads, [T, L] fp32."""
-        return self.head_rows(sample, columns).mean(0)
+        """Attention of some columns [T] of one sample, mean over heads, [T, L] fp32.
+
+        So many heads at a time that their maps are no larger than the hidden states.
+        """
+        queries, keys, visible = self._of(sample, columns)
+        shared = len(queries) // len(keys)
+        heads = max(1, self.hidden.shape[-1] // max(1, len(columns)) // shared)  # of keys
+        pairs = zip(queries.split(heads * shared), keys.split(heads), strict=True)
+        total = sum(attention.rows(q, k, attention.scale(self.module), visible).sum(0) for q, k in pairs)
+        return total / len(queries)
 
     def head_rows(self, sample: int, columns: Tensor) -> Tensor:
         """Attention of some columns [T] of one sample, [H, T, L] fp32."""
-        one = slice(sample, sample + 1)
-        queries = self._queries(one, columns[None])[0].transpose(0, 1)  # [T, H, d]
-        keys = self.keys[one].expand(len(columns), *self.keys.shape[1:])
-        rows = attention.head_rows(queries, keys, attention.scale(self.module), self._visible(sample, columns))
-        return rows.transpose(0, 1)
+        queries, keys, visible = self._of(sample, columns)
+        return attention.rows(queries, keys, attention.scale(self.module), visible)
+
+    def _of(self, sample: int, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [H, T, d] of some columns [T] of one sample, keys [Hkv, L, d], and what they attend to [T, L]."""
+        queries = self._queries(slice(sample, sample + 1), columns[None])[0]
+        return queries, self.keys[sample], self._visible(sample, columns)
 
     def rotary_bias(self, sample: int, columns: Tensor) -> Tensor:
         """Logits of all-ones queries at some columns [T] and all-ones keys everywhere, [T, L] fp32."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from vtp_plugin.facts.image import Image
-from vtp_plugin.facts.tower import SharedSpace
 from vtp_plugin.signals import RowsView, Signal
 from vtp_plugin.signals.views import tapped
 from vtp_plugin.stages import Stage
@@ -21,6 +20,7 @@ from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.arrangement import Arrangement, Group, ImageRows
 from vtp_plugin.surgery.columns import Rows
 from vtp_plugin.surgery.judging import Judgement
+from vtp_plugin.surgery.question import Asked
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.surgery.vision import Cutting, space_of
 from vtp_plugin.tokens import true_columns
@@ -143,8 +143,8 @@ class GroupRows(RowsView):
         return self.images[0].grid if alone else (1, int(self._offsets[-1]))
 
     @property
-    def space(self) -> SharedSpace:
-        return tapped(self.made.vision.spaces.get(space_of(self.strategy)), "SPACE")
+    def space(self) -> Asked:
+        return self.made.vision.asked(self.strategy)
 
     @property
     def questions(self) -> Sequence[str]:
@@ -172,11 +172,11 @@ class GroupRows(RowsView):
         if not self._several_views:
             return None
         (part, where), *_ = self.group
-        tile = part.tile[part.source[where]]
-        if (part.tile[part.source[where]] != tile.round()).any():
+        tile = part.tiles if len(where) == len(part.source) else part.tiles[where.cpu()]
+        if (tile != tile.round()).any():
             kind = self.made.kind
             raise self.strategy.error(f"it needs whole tiles, the model interpolates across those of this {kind}")
-        return tile.long()[None]
+        return tile.long().to(part.source.device)[None]
 
     @property
     def place(self) -> Tensor | None:

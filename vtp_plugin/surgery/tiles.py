@@ -6,7 +6,8 @@ the host's own arrangement into rows runs as ever. Then `rows` takes their rows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +18,7 @@ from vtp_plugin.signals import EmbeddingView, PatchesView, Tap
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
+from vtp_plugin.surgery.arrangement import moved
 from vtp_plugin.surgery.judging import Judgement
 from vtp_plugin.surgery.layout import Layout
 from vtp_plugin.surgery.passes import TowerPass
@@ -85,13 +87,14 @@ class TiledEarly(Cutting):
         for strategy in self._strategies:
             with self.session.judging(strategy) as cut:
                 before = [len(kept) for kept in units]
-                for group in _alike(units):
-                    self._decide_tiles(cut, group, units, (values, images, embedded))
+                for group in _alike(units, values.device):
+                    seen = values, images, embedded, self.passing.embedded
+                    self._decide_tiles(cut, group.tiles, units, map(group.of, seen))
                 self._note(cut, before, units)
         return units
 
-    def _decide_tiles(self, cut: Judgement, group: list[int], units: list[Tensor], seen: tuple[Any, ...]) -> None:
-        """One decision about tiles with equally many units; `units` is updated."""
+    def _decide_tiles(self, cut: Judgement, group: list[int], units: list[Tensor], seen: Iterable[Any]) -> None:
+        """One decision about tiles with equally many units, of which `seen` is the part; `units` is updated."""
         index = torch.stack([units[tile] for tile in group])  # [G, U]
         tokens, view = self._units(cut.strategy, group, index, *seen)
         found, owners = self.vision.found_in(cut.strategy, view), [self._owner(tile) for tile in group]
@@ -100,12 +103,19 @@ class TiledEarly(Cutting):
             units[tile] = units[tile][columns]
 
     def _units(
-        self, strategy: PruningStrategy, group: list[int], index: Tensor, values: Tensor, images: Any, embedded: Any
+        self,
+        strategy: PruningStrategy,
+        group: list[int],
+        index: Tensor,
+        values: Tensor,
+        images: Any,
+        positioned: Any,
+        embedded: Any,
     ) -> tuple[Tensor, PatchesView | EmbeddingView]:
         """Tokens [G, U, D] and signals of units; a unit of several patches is their concatenation, one larger patch."""
         marks = tuple(self.passing.fingerprints[tile] for tile in group) if self.passing.fingerprints else ()
         if strategy.stage is Stage.PIXELS:
-            pixels = attention.take(patches(images[group], self.tower.patch_size * self.tower.block), index)
+            pixels = attention.take(patches(images, self.tower.patch_size * self.tower.block), index)
             return pixels.flatten(2), PatchesView(pixels, marks)
         columns = self.members[index].flatten(1)  # [G, U * b * b]
 
@@ -113,9 +123,9 @@ class TiledEarly(Cutting):
             """Maps [G, U * b * b, D] unit by unit, [G, U, b * b * D]."""
             return maps.unflatten(1, (*index.shape[1:], -1)).flatten(2)
 
-        positioned = joined(attention.take(embedded[group][:, self.tower.prefix :], columns))
-        view = EmbeddingView(positioned, marks, lambda: joined(centered(self.vision, values[group], columns)))
-        return joined(attention.take(self.passing.embedded[group], columns)), view
+        placed = joined(attention.take(positioned[:, self.tower.prefix :], columns))
+        view = EmbeddingView(placed, marks, lambda: joined(centered(self.vision, values, columns)))
+        return joined(attention.take(embedded, columns)), view
 
     def _owner(self, tile: int) -> tuple[int, int]:
         """The image of a tile, and how many units its earlier tiles have."""
@@ -142,11 +152,11 @@ class TiledEarly(Cutting):
 
     def _in_groups(self, units: Sequence[Tensor], args: Any, kwargs: Any) -> Any:
         """Run the tower on tiles of equal lengths together; its output at full length, zero where nothing is left."""
-        passing, parts, outputs, groups = self.passing, [], [], _alike(units)
+        passing, parts, outputs, groups = self.passing, [], [], _alike(units, self.members.device)
         for group in groups:
-            columns = self.members[torch.stack([units[tile] for tile in group])].flatten(1).sort(-1).values
-            with self.call.passing(passing.part(group, columns)) as part:
-                chosen = _rows_of(args, group, len(units)), _rows_of(kwargs, group, len(units))
+            columns = self.members[torch.stack([units[tile] for tile in group.tiles])].flatten(1).sort(-1).values
+            with self.call.passing(passing.part(group.tiles, columns)) as part:
+                chosen = group.rows_of(args, len(units)), group.rows_of(kwargs, len(units))
                 outputs.append(self.forward(*chosen[0], **chosen[1]))
                 parts.append(part)
         total = self.tower.grid[0] * self.tower.grid[1]
@@ -182,9 +192,7 @@ class TiledEarly(Cutting):
 class _Spread:
     """Puts the outputs of runs on groups of tiles back to all tiles and all patches, zero where nothing was run."""
 
-    def __init__(
-        self, tiles: int, total: int, prefix: int, groups: Sequence[list[int]], columns: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, tiles: int, total: int, prefix: int, groups: Sequence[Alike], columns: Sequence[Tensor]) -> None:
         self.tiles, self.total, self.prefix = tiles, total, prefix
         self.groups, self.columns = groups, columns
 
@@ -198,27 +206,47 @@ class _Spread:
         if prefix not in (0, self.prefix) or parts[0].ndim not in (2, 3):  # one entry per tile
             full = parts[0].new_zeros(self.tiles, *parts[0].shape[1:])
             for group, part in zip(self.groups, parts, strict=True):
-                full[group] = part
+                full[group.slots] = part
             return full
         full = parts[0].new_zeros(self.tiles, prefix + self.total, *parts[0].shape[2:])
         for group, columns, part in zip(self.groups, self.columns, parts, strict=True):
-            tile = torch.tensor(group, device=columns.device)[:, None]
-            full[tile, columns + prefix] = part[:, prefix:]
-            full[group, :prefix] = part[:, :prefix]
+            tile = torch.arange(self.tiles, device=columns.device) if group.where is None else group.where
+            full[tile[:, None], columns + prefix] = part[:, prefix:]
+            full[group.slots, :prefix] = part[:, :prefix]
         return full
 
 
-def _alike(units: Sequence[Tensor]) -> list[list[int]]:
-    """Numbers of the tiles with equally many units."""
+@dataclass(frozen=True)
+class Alike:
+    """Tiles with equally many units."""
+
+    tiles: list[int]
+    where: Tensor | None  # their numbers on the device [G]; None: these are all tiles
+
+    @property
+    def slots(self) -> Any:
+        """What puts rows at their places among those of all tiles."""
+        return slice(None) if self.where is None else self.where
+
+    def of(self, values: Tensor | None) -> Tensor | None:
+        """Their rows of values [T, ...]."""
+        return values if values is None or self.where is None else values[self.where]
+
+    def rows_of(self, arguments: Any, tiles: int) -> Any:
+        """The arguments of a tower for them."""
+        if isinstance(arguments, Mapping):
+            return {name: self.rows_of((value,), tiles)[0] for name, value in arguments.items()}
+        return tuple(self.of(a) if isinstance(a, Tensor) and a.ndim and len(a) == tiles else a for a in arguments)
+
+
+def _alike(units: Sequence[Tensor], device: torch.device) -> list[Alike]:
+    """All tiles, by how many units they have."""
     sizes = [len(kept) for kept in units]
-    return [[n for n, size in enumerate(sizes) if size == one] for one in dict.fromkeys(sizes)]
-
-
-def _rows_of(arguments: Any, group: list[int], tiles: int) -> Any:
-    """The arguments of a tower for some of its tiles."""
-    if isinstance(arguments, Mapping):
-        return {name: _rows_of((value,), group, tiles)[0] for name, value in arguments.items()}
-    return tuple(a[group] if isinstance(a, Tensor) and a.ndim and len(a) == tiles else a for a in arguments)
+    groups = [[n for n, size in enumerate(sizes) if size == one] for one in dict.fromkeys(sizes)]
+    if len(groups) == 1:
+        return [Alike(groups[0], None)]
+    numbers = moved([torch.tensor(group) for group in groups], device)
+    return [Alike(group, where) for group, where in zip(groups, numbers, strict=True)]
 
 
 TILED = Layout(TiledEarly, RowsLate)

@@ -7,6 +7,7 @@ on speaking of the whole prompt, in masks, positions and lengths.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -183,13 +184,28 @@ def _same(given: Tensor, expected: Tensor, real: Tensor) -> Tensor:
 
 
 class Spoken:
-    """`get_seq_length` of a cache: the caller's columns outside of the model, what is stored inside."""
+    """`get_seq_length` of a cache: the caller's columns outside of the model, what is stored inside.
+
+    The cache holds it, so it does not hold the cache: keys and values end with the last name for them, and not when
+    the garbage collector finds a circle. Copied and pickled with its cache, it belongs to the copy.
+    """
 
     def __init__(self, stored: Any, extra: int) -> None:
-        self.stored, self.extra = stored, extra
+        self.stored, self.extra = weakref.ref(stored), extra
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Spoken:
+        stored = self.stored()
+        return Spoken(memo.get(id(stored), stored), self.extra)
+
+    def __getstate__(self) -> tuple[Any, int]:
+        return self.stored(), self.extra
+
+    def __setstate__(self, state: tuple[Any, int]) -> None:
+        self.__init__(*state)
 
     def __call__(self, layer_idx: int = 0) -> int:
-        length = type(self.stored).get_seq_length(self.stored, layer_idx)
+        stored = self.stored()
+        length = type(stored).get_seq_length(stored, layer_idx)
         return length if getattr(_inside, "depth", 0) or not length else length + self.extra
 
 

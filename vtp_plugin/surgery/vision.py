@@ -12,6 +12,7 @@ from vtp_plugin import signals
 from vtp_plugin.facts.family import Family
 from vtp_plugin.facts.tower import SharedSpace
 from vtp_plugin.signals import BlockView, RowsView, Signal, Tap
+from vtp_plugin.signals.views import tapped
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.call import Call
@@ -19,7 +20,7 @@ from vtp_plugin.surgery.layout import Block, Layout
 from vtp_plugin.surgery.merging import MergingBlocks, unmergeable
 from vtp_plugin.surgery.passes import TowerPass
 from vtp_plugin.surgery.pixels import Pixels
-from vtp_plugin.surgery.question import EmbeddedQuestions
+from vtp_plugin.surgery.question import Asked, EmbeddedQuestions
 from vtp_plugin.surgery.session import Session, at
 from vtp_plugin.surgery.undo import Undo
 
@@ -107,6 +108,14 @@ class VisionCuts:
             if signal.view is BlockView:
                 found[signal.name] = carried(signal, block_of(self.family, signal, strategy))
         return found
+
+    def asked(self, strategy: PruningStrategy) -> Asked:
+        """The space where the questions of this call are compared with patches."""
+        key, call = space_of(strategy), self.session.call
+        if key not in call.asked:
+            questions = [image.question for image in call.images]
+            call.asked[key] = Asked(tapped(self.spaces.get(key), "SPACE"), list(dict.fromkeys(questions)))
+        return call.asked[key]
 
     def _space(self, strategy: PruningStrategy) -> SharedSpace:
         llm = strategy.text_encoder == "llm"

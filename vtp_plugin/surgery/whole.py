@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtp_plugin.facts.tower import SharedSpace
 from vtp_plugin.signals import EmbeddingView, PatchesView, RowsView, Signal, Tap
 from vtp_plugin.signals.views import tapped
 from vtp_plugin.stages import Stage
@@ -20,8 +19,9 @@ from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
 from vtp_plugin.surgery.layout import Layout
 from vtp_plugin.surgery.pixels import fingerprints, patches
+from vtp_plugin.surgery.question import Asked
 from vtp_plugin.surgery.undo import Undo
-from vtp_plugin.surgery.vision import Cutting, VisionCuts, space_of
+from vtp_plugin.surgery.vision import Cutting, VisionCuts
 from vtp_plugin.tokens import Selection
 
 
@@ -117,10 +117,10 @@ def centered(vision: VisionCuts, values: Tensor, columns: Tensor) -> Tensor:
 
 def interpolated(table: Tensor, grid: tuple[int, int], places: Tensor) -> Tensor:
     """Bilinear interpolation of position embeddings [N, D] at places [K, 2] (row, column) of the grid, [K, D]."""
-    sides = torch.tensor(grid, device=places.device)
-    places = places.clamp(min=0).minimum(sides - 1.0)
+    places = torch.stack([places[:, axis].clamp(min=0, max=side - 1) for axis, side in enumerate(grid)], dim=1)
     low = places.floor().long()
-    high, share = (low + 1).minimum(sides - 1), places - low
+    high = torch.stack([(low[:, axis] + 1).clamp(max=side - 1) for axis, side in enumerate(grid)], dim=1)
+    share = places - low
     total = torch.zeros(len(places), table.shape[1], device=table.device)
     for rows, down in ((low[:, 0], 1 - share[:, 0]), (high[:, 0], share[:, 0])):
         for cols, across in ((low[:, 1], 1 - share[:, 1]), (high[:, 1], share[:, 1])):
@@ -173,8 +173,8 @@ class TowerRows(RowsView):
             return self.vision.family.projector.forward(self.tokens)  # without hooks: not yet the host's turn
 
     @property
-    def space(self) -> SharedSpace:
-        return tapped(self.vision.spaces.get(space_of(self.strategy)), "SPACE")
+    def space(self) -> Asked:
+        return self.vision.asked(self.strategy)
 
     @property
     def questions(self) -> Sequence[str]:

@@ -1,0 +1,56 @@
+"""What a pruned call may ask of a device beyond the unpruned one, and that it leaves nothing there.
+
+Every family with every strategy, two prompts of unequal length with three pictures. VTP_FULL_MATRIX=1: one prompt, too.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+
+import pytest
+import syncs
+from pretend_hosts import LAYOUTS, STAGES, host
+
+WAITS, COPIES = 4, 6  # more than the unpruned host, per call
+OPEN = 2  # waits more for every cut of a picture whose number of tokens only the device knows
+ON_HOST = {  # what works on the host, picture by picture: waits and copies more for each
+    "prunesid": (1, 1),  # walks through its groups token by token
+    "random": (0, 1),  # draws there, so that a seed keeps the same tokens on every device
+}
+CONSTANTS = 24  # bytes of an image processor's mean and standard deviation, and 8 per patch of a tile, for its place:
+# these stay as long as the strategy
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_waits_copies_and_what_is_left(name: str) -> None:
+    if name == "llava":
+        pytest.importorskip("llava")
+    layouts = LAYOUTS if os.environ.get("VTP_FULL_MATRIX") else ("batch",)
+    found = list(syncs.rows(name, layouts, Counter()))
+    unpruned = {row["layout"]: row for row in found if row["strategy"] is None}
+    pruned = [row for row in found if row["strategy"]]
+    assert len(pruned) >= 20 * len(layouts)
+    bad, patches = [], host(name).grid
+    for row in pruned:
+        before, case = unpruned[row["layout"]], (row["strategy"], row["layout"])
+        waits, copies = ON_HOST.get(row["strategy"], (0, 0) if row["fixed"] else (OPEN, 0))
+        more = {key: row["per_token"][key] - before["per_token"][key] for key in ("syncs", "copies")}
+        if row["more"]["syncs"] > WAITS + waits * row["decisions"]:
+            bad.append((*case, "waits", row["more"]["syncs"]))
+        if row["more"]["copies"] > COPIES + copies * row["decisions"]:
+            bad.append((*case, "copies", row["more"]["copies"]))
+        if any(value > 0 for value in more.values()):
+            bad.append((*case, "per token", more))
+        if row["left_bytes"] > CONSTANTS + 8 * math.prod(patches):
+            bad.append((*case, "bytes left", row["left_bytes"]))
+    assert not bad
+
+
+def test_no_peak_is_above_the_unpruned_one() -> None:
+    unpruned, *pruned = syncs.wide("llava")
+    assert unpruned["strategy"] is None
+    assert len(pruned) >= 30
+    above = {row["strategy"]: row["peak_bytes"] / unpruned["peak_bytes"] for row in pruned}
+    assert {name: share for name, share in above.items() if share > 1} == {}
