@@ -45,7 +45,8 @@ class Idefics3(RowsAdapter):
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         values, patches = inputs["pixel_values"], self.tower.grid[0] * self.tower.grid[1]
         rows = patches // self.scale**2
-        tiles, found = int(inputs[TILES].sum()), runs(inputs["input_ids"], self.image_token)
+        known = inputs if TILES in inputs else self.sizes(inputs)  # by hand, nothing was read with the prompt
+        tiles, found = int(known[TILES].sum()), runs(inputs["input_ids"], self.image_token)
         if sum(found) != rows * tiles or any(run % rows for run in found):
             raise PruningError(f"the prompt has {sum(found)} image placeholders, its images make {tiles * rows} tokens")
         side = self.tower.grid[1] // self.scale
