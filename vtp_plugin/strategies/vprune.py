@@ -77,8 +77,9 @@ class VPrune(PruningStrategy):
             groups = _by_variance(groups, pixels)
         redundant = self._redundant(pixels[groups.clamp(min=0)])  # [G, m, m]
         survive = _all_or_nothing if self.survivor == "all" else _greedy
-        kept = groups[survive(redundant, groups >= 0)]
-        return torch.zeros(len(index), dtype=torch.bool, device=index.device).index_fill_(0, kept, True)
+        there, n = survive(redundant, groups >= 0), len(index)
+        keep = torch.zeros(n + 1, dtype=torch.bool, device=index.device)  # the last is where the grid ends
+        return keep.scatter_(0, torch.where(groups >= 0, groups, n).flatten(), there.flatten())[:n]
 
     def _redundant(self, patches: Tensor) -> Tensor:
         """Which pairs of a group repeat each other, [G, m, 3, p, p] uint8 -> [G, m, m] bool."""

@@ -58,7 +58,9 @@ class Wanted:
             return short
         first = self.first
         last = left.columns[:, -short.shape[1] :]
-        full = Columns(torch.where(last >= first, last - first, -1), left.length - first).put(short)
+        at = torch.where(last >= first, last - first, -1)
+        whole = left.padded is False and left.short == left.length  # as far as the host knows
+        full = Columns(at, left.length - first, padded=not whole).put(short)
         if not self.positions:
             return full
         if self.given.dtype is torch.bool:
