@@ -107,11 +107,12 @@ class PackedEarly(Cutting):
         on_host, every = None if whole else kept.cpu(), torch.arange(passing.offsets[-1])
         order, arguments = self._arguments(passing, every if whole else on_host)
         lengths = {name: arguments[name].diff().tolist() for name in SEQUENCES if name in arguments}
-        arguments = {name: value.to(kept.device) for name, value in arguments.items()}
+        grid = passing.grid.to(grid_thw.dtype)
+        if len(grid_thw) > len(grid):  # of the frames of videos
+            grid = grid_thw.cpu() if whole else grid_thw.cpu()[self._frames_left(passing, on_host)]
+        arguments = _copied({"grid_thw": grid} | arguments, kept.device)
         passing.sequences = [(arguments[name], of) for name, of in lengths.items()]
-        if not whole and len(grid_thw) > len(passing.batch):
-            grid_thw = grid_thw[self._frames_left(passing, on_host)]
-        kwargs |= {"grid_thw": grid_thw.to(kept.device)} | arguments
+        kwargs |= arguments
         if whole:
             output = self.forward(hidden_states, **kwargs)
         else:
@@ -221,6 +222,15 @@ class PackedEarly(Cutting):
     @property
     def _unit(self) -> int:
         return self.tower.block**2
+
+
+def _copied(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of the host on a device; all whole numbers in one copy."""
+    whole = {name: value for name, value in tensors.items() if not value.is_floating_point()}
+    flat = torch.cat([value.long().flatten() for value in whole.values()]).to(device)
+    parts = zip(whole.items(), flat.split([value.numel() for value in whole.values()]), strict=True)
+    there = {name: part.view(value.shape).to(value.dtype) for (name, value), part in parts}
+    return {name: value.to(device) for name, value in tensors.items() if name not in whole} | there
 
 
 def _without_colour(values: Tensor) -> Tensor:
