@@ -49,7 +49,7 @@ class Host:
             return models.FAMILIES[self.name]("sdpa").model.to(self.dtype)
         model = families.FAMILIES[self.name].build("sdpa").to(self.dtype)
         if self.name.endswith("_moe"):  # a GPU counts tokens per expert with what a CPU has no kernel for
-            model.set_experts_implementation("eager")
+            model.set_experts_implementation("batched_mm")
         return model
 
     @cache  # noqa: B019 - as many as there are layouts
