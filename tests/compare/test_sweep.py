@@ -17,6 +17,7 @@ import pytest
 import runfolder
 import yaml
 from paths import TESTS
+from rich.console import Console
 from sweeps import CELLS, FAKE, HOST, SPECS, Folder
 from typer.testing import CliRunner
 
@@ -302,6 +303,27 @@ def test_cells_of_a_file_carry_their_own_settings(tmp_path: Path) -> None:
         ("vprune-5", {"chi2_threshold": 5, "positions": "original"}),
         ("l2", {"positions": "original"}),
     ]
+
+
+def test_the_embedded_model_shares_cores_politely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes' threads do not spin while they wait, unless the user says so; other models are left alone."""
+    said = {
+        "model_args": "pretrained=vtp-tiny",
+        "tasks": ["vtp_scenes"],
+        "jobs": 1,
+        "environment": {},
+        "gallery": False,
+    }
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+
+    def environment(**more: Any) -> dict[str, str]:
+        return sweep._Sweep(tmp_path, {**said, **more}, 1, Console(quiet=True))._environment()
+
+    assert environment()["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment(environment={"OMP_WAIT_POLICY": "ACTIVE"})["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert "OMP_WAIT_POLICY" not in environment(model_args="pretrained=liuhaotian/llava-v1.5-7b")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert "OMP_WAIT_POLICY" not in environment()
 
 
 # -- tuning -----------------------------------------------------------------------------------------------------------

@@ -35,6 +35,8 @@ from vtp_plugin.reporting.runs import Cell, Run, Spec
 from vtp_plugin.tiny import checkpoint
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+# Where another program wants the same cores, threads that spin while they wait cost a small model nearly all its speed.
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 SAME = ("model", "model_args", "tasks", "limit", "options")  # what all results of a folder must agree on
 WORK, PICTURES, LOCK = "work", "pictures", ".lock"
 OURS = (*SAME, "pruning", "pruning_args", "output_path", "log_samples", "config")  # no options: they have a place
@@ -229,8 +231,9 @@ class _Sweep:
         looks = {"VTP_GALLERY_EACH": "1", "VTP_GALLERY_PICTURES": str(self.folder / PICTURES)}
         said = {name: str(value) for name, value in self.settings["environment"].items()}
         shared = threads if self.settings["jobs"] > 1 and "OMP_NUM_THREADS" not in os.environ else {}
-        offline = OFFLINE if _embedded(self.settings) else {}
-        return {**shared, **offline, **(looks if self.settings["gallery"] else {}), **said}
+        spinning = {name: value for name, value in PATIENT.items() if name not in os.environ}
+        embedded = {**OFFLINE, **spinning} if _embedded(self.settings) else {}
+        return {**shared, **embedded, **(looks if self.settings["gallery"] else {}), **said}
 
     def _listener(self, job: int) -> Listener:
         """A bar for this process: the questions of its cell."""
