@@ -137,6 +137,20 @@ def qwen(names: str) -> Any:
     )
 
 
+def _glm4v() -> Any:
+    from transformers import Glm4vImageProcessor, Glm4vProcessor, Glm4vVideoProcessor
+
+    marks = {185: "<|begin_of_image|>", 186: "<|end_of_image|>", 187: "<|begin_of_video|>", 188: "<|end_of_video|>"}
+    size = {"shortest_edge": 1024, "longest_edge": 8192}
+    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "size": size}
+    return Glm4vProcessor(
+        Glm4vImageProcessor(**sizes, **MEANS),
+        tokenizer(marks | {IMAGE: "<|image|>", VIDEO: "<|video|>"}),
+        Glm4vVideoProcessor(**sizes, **MEANS),
+        chat_template=template("<|begin_of_image|><|image|><|end_of_image|>", "<|video|>"),
+    )
+
+
 def _internvl() -> Any:
     from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
 
@@ -222,6 +236,8 @@ HOSTS = {
     "qwen3_vl-A3B": Host(  # the host asks the name whether there are experts
         "qwen3_vl", "qwen3_vl_moe", _saved("qwen3_vl_moe", partial(qwen, "Qwen3VL")), f"{CPU},{PIXELS}", 3
     ),
+    "qwen3_5": Host("qwen3_5", "qwen3_5", _saved("qwen3_5", partial(qwen, "Qwen3VL")), f"{CPU},{PIXELS}", 3),
+    "glm4v-Flash": Host("glm4v", "glm4v", _saved("glm4v", _glm4v), CPU),  # the host asks the name for experts
     "internvl_hf": Host("internvl_hf", "internvl", _saved("internvl", _internvl), f"{CPU},max_patches=3"),
     "gemma3": Host("gemma3", "gemma3", _saved("gemma3", _gemma3), CPU, 3),
     "mistral3_vl": Host("mistral3_vl", "mistral3", _saved("mistral3", _mistral3), CPU, 3),

@@ -401,6 +401,61 @@ def _qwen_batch(prompts: list[Prompt]) -> dict[str, Any]:
     return inputs | {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
 
 
+GLM_VISION = QWEN_VISION | {"image_size": 16, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
+GLM_TEXT = text(4, 1, hidden_size=64) | {
+    "rope_parameters": {
+        "rope_type": "default",
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [1, 1, 2],
+        "rope_theta": 10000.0,
+    }
+}
+
+
+def _glm4v(attention: str) -> nn.Module:
+    """GLM-4.1V-9B: 32 / 2 heads with biases, half of a head turned, norms before and behind attention and MLP."""
+    from transformers import Glm4vConfig, Glm4vForConditionalGeneration
+
+    return _glm(Glm4vConfig, Glm4vForConditionalGeneration, GLM_VISION, GLM_TEXT, attention)
+
+
+def _glm46v(attention: str) -> nn.Module:
+    """GLM-4.6V-Flash: as GLM-4.1V."""
+    from transformers import Glm46VConfig, Glm46VForConditionalGeneration
+
+    kinds = {"model_type": "glm4v_vision"}, {"model_type": "glm4v_text"}
+    parts = GLM_VISION | kinds[0], GLM_TEXT | kinds[1]
+    return _glm(Glm46VConfig, Glm46VForConditionalGeneration, *parts, attention)
+
+
+def _glm4v_moe(attention: str) -> nn.Module:
+    """GLM-4.5V: 96 / 8 heads, the first layer without experts, then some of 128 and one that every token passes."""
+    from transformers import Glm4vMoeConfig, Glm4vMoeForConditionalGeneration
+
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
+    return _glm(Glm4vMoeConfig, Glm4vMoeForConditionalGeneration, GLM_VISION, GLM_TEXT | experts, attention)
+
+
+def _glm(*parts: Any) -> nn.Module:
+    """Unequal gains in the norm in front of the convolution: with equal ones all of its inputs are equally long."""
+    model = _qwen(*parts)
+    nn.init.uniform_(model.model.visual.post_layernorm.weight, 0.5, 1.5)
+    return model
+
+
+def _glm_video(seed: int) -> Prompt:
+    """A frame's placeholders are an image's, with something between two frames."""
+    prompt = _qwen_video(seed)
+    prompt.ids = _text([[IMAGE] * 8] * 3, seed)
+    return prompt
+
+
+def _glm_batch(prompts: list[Prompt]) -> dict[str, Any]:
+    inputs = stacked(prompts)
+    kind = 2 if "pixel_values_videos" in inputs else 1
+    return inputs | {"mm_token_type_ids": kind * (inputs["input_ids"] == IMAGE).int()}
+
+
 # -- LLaVA-OneVision --------------------------------------------------------------------------------------------------
 
 
@@ -682,6 +737,10 @@ FAMILIES = {
                 mrope=True,
             )
             for name, build in (("qwen3_5", _qwen3_5), ("qwen3_5_moe", _qwen3_5_moe))
+        ),
+        *(
+            Family(name, build, _qwen_sample, _glm_batch, video=_glm_video, mrope=True)
+            for name, build in (("glm4v", _glm4v), ("glm46v", _glm46v), ("glm4v_moe", _glm4v_moe))
         ),
         Family("internvl", _internvl, _internvl_sample, stacked),
         Family("gemma3", _gemma3, _gemma3_sample, _gemma3_batch),

@@ -10,13 +10,13 @@ from typing import Any
 import fake_host
 import runfolder
 
-from vtp_plugin.compare import sweep
+from vtp_plugin.compare import matrix, sweep
 from vtp_plugin.reporting import comparison, runs
 
 FAKE = f"{sys.executable} {Path(fake_host.__file__)}"
 HOST = {"model": "llava", "model_args": "pretrained=fake", "tasks": runfolder.TASK, "limit": 8, "launch": FAKE}
 CELLS = ["none", "l2-0.5", "l2-0.25", "random-0.5-seed0", "random-0.5-seed1", "random-0.25-seed0", "random-0.25-seed1"]
-SPECS = sweep.cells(["l2", "random"], [0.5, 0.25], seeds=2)
+SPECS = matrix.cells(["l2", "random"], [0.5, 0.25], seeds=2)
 
 
 class Folder:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import slow
 import torch
+from example import EXAMPLE, on_the_path
 from family_runs import SHALLOW
 from paths import ROOT, TESTS
 
@@ -23,7 +24,6 @@ from vtp_plugin.conformance import conforms
 from vtp_plugin.errors import PruningError
 from vtp_plugin.promises import promises
 
-EXAMPLE = ROOT / "docs" / "example-plugin"
 REFUSED = {  # on its family
     **dict.fromkeys(("atp", "cdpruner"), "has no CLIP text encoder"),
     **dict.fromkeys(("prumerge", "prumerge_plus"), "it needs a class token"),
@@ -43,15 +43,13 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     points = project["entry-points"]["vtp"].items()
     (info / "entry_points.txt").write_text("[vtp]\n" + "".join(f"{name} = {value}\n" for name, value in points))
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.syspath_prepend(str(EXAMPLE / "src"))
     caches = (plugins.manager, plugins.strategies, plugins.adapters)
     for cached in caches:
         cached.cache_clear()
-    yield
+    with on_the_path(monkeypatch):
+        yield
     for cached in caches:
         cached.cache_clear()
-    for name in [name for name in sys.modules if name.startswith("vtp_example")]:
-        del sys.modules[name]
 
 
 @pytest.mark.usefixtures("installed")

@@ -78,7 +78,7 @@ def pytest_collection_finish(session: Any) -> None:
 
 def models_of(session: Any) -> set[type]:
     """The classes with a language model that the collected tests are about."""
-    tested = {cls for item in session.items for cls in getattr(item.cls, "all_model_classes", ())}
+    tested = {cls for item in session.items for cls in getattr(item.cls, "all_model_classes", None) or ()}
     return {cls for cls in tested if cls.__name__.endswith("ForConditionalGeneration")}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -11,9 +10,9 @@ import families
 import pytest
 import torch
 from commands import program, vtp
+from example import on_the_path
 from families import FAMILIES, VARIANTS
 from family_runs import FULL
-from paths import ROOT
 from torch import nn
 
 from vtp_plugin import Stage, plugins
@@ -48,18 +47,16 @@ def test_families_of_the_package_keep_their_promises(name: str) -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The example plugin's family and its small model, as an installed package would bring them."""
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "example-plugin" / "src"))
-    from vtp_example import plugin, small
+    with on_the_path(monkeypatch):
+        from vtp_example import plugin, small
 
-    plugins.manager().register(plugin, name="vtp_example")
+        plugins.manager().register(plugin, name="vtp_example")
+        plugins.adapters.cache_clear()
+        plugins.strategies.cache_clear()
+        yield small
+        plugins.manager().unregister(plugin)
     plugins.adapters.cache_clear()
     plugins.strategies.cache_clear()
-    yield small
-    plugins.manager().unregister(plugin)
-    plugins.adapters.cache_clear()
-    plugins.strategies.cache_clear()
-    for name in [name for name in sys.modules if name.startswith("vtp_example")]:
-        del sys.modules[name]
 
 
 def failed(case: Case) -> list[Outcome]:

@@ -451,6 +451,13 @@ def test_the_attention_of_a_sliding_layer_ends_at_its_window() -> None:
     torch.testing.assert_close(torch.cat(seen), row[image], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", [f.name for f in FAMILIES.values() if f.video and "vit" in f.video_stages])
+def test_a_frame_of_which_nothing_is_left(name: str) -> None:
+    """Two tokens of a video of three frames stay: at least one frame is gone from the tower."""
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    check_reference(model, family, (family.video(3),), "vit", "l2", {"keep_ratio": 0.1})
+
+
 @pytest.mark.parametrize("layer", [2, 3, 4, 5])
 def test_the_last_row_of_a_layer_that_rotates_nothing(layer: int) -> None:
     """Aya Vision: behind layer 3 (full attention, no rotation) and behind layers that slide, the host's own row."""

@@ -141,6 +141,7 @@ def test_an_attachment_that_fails_at_its_last_step(name: str, model: nn.Module, 
         ("FuyuForCausalLM", "Fuyu cannot be pruned: it has no vision tower"),
         ("ChameleonForConditionalGeneration", "Chameleon cannot be pruned: a picture is words of its vocabulary"),
         ("Florence2ForConditionalGeneration", "Florence-2 cannot be pruned: it is an encoder-decoder"),
+        ("InternVLChatModel", "InternVL with code of its own cannot be pruned: its `chat` hands embeddings to"),
     ],
 )
 @pytest.mark.parametrize("strategy", ["none", "stride", "fastv"])
@@ -148,7 +149,7 @@ def test_families_that_cannot_be_pruned(architecture: str, said: str, strategy: 
     """Of transformers' own class, which is never called."""
     import transformers
 
-    assert hasattr(transformers, architecture)
+    assert hasattr(transformers, architecture) or architecture == "InternVLChatModel"  # which a checkpoint brings along
     model = type(architecture, (nn.Module,), {})()
     with pytest.raises(PruningError, match=f"^{re.escape(said)}") as error:
         vtp.prune(model, strategy)

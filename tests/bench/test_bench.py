@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 from vtp_plugin import plugins, prune
 from vtp_plugin.bench import rounds as bench
 from vtp_plugin.bench import selectors as selector_cost
-from vtp_plugin.bench import tables
+from vtp_plugin.bench import tables, timing
 from vtp_plugin.cli import app, vtp_register_commands
 from vtp_plugin.errors import Interrupted, PruningError
-from vtp_plugin.hosts.transformers import shapes
+from vtp_plugin.hosts.transformers import architectures, shapes
 from vtp_plugin.hosts.transformers.ideals import ideal
 from vtp_plugin.reporting.record import samples_of
 
@@ -109,24 +109,24 @@ def test_the_ideal_encoder_is_the_hosts() -> None:
 def test_an_encoders_throughput() -> None:
     shape = shapes.shape_of("clip-vit-small")
     strategy = plugins.get_strategy("l2")(keep_ratio=0.5)
-    (timing,) = bench.compare(shape, built("clip-vit-small"), [strategy], batch=3, repeats=2)
-    assert (timing.tokens_before, timing.tokens_after, timing.batch) == (144, 72, 3)
-    assert 0.45 < timing.flops_ratio < 0.55
-    assert timing.kv_bytes is None
-    assert timing.decode_ratio is None
-    assert timing.prefill_ratio is None
-    rates = timing.images_per_second
-    assert rates["pruned"] == pytest.approx(3 / (sum(timing.seconds["pruned"]) / 2))  # the median of two
+    (timed,) = bench.compare(shape, built("clip-vit-small"), [strategy], batch=3, repeats=2)
+    assert (timed.tokens_before, timed.tokens_after, timed.batch) == (144, 72, 3)
+    assert 0.45 < timed.flops_ratio < 0.55
+    assert timed.kv_bytes is None
+    assert timed.decode_ratio is None
+    assert timed.prefill_ratio is None
+    rates = timed.images_per_second
+    assert rates["pruned"] == pytest.approx(3 / (sum(timed.seconds["pruned"]) / 2))  # the median of two
 
 
 def test_ratios_are_taken_within_a_round() -> None:
     seconds = {"unpruned": [4.0, 8.0, 4.4], "ideal": [1.0, 2.0, 1.1], "pruned": [2.0, 4.0, 2.2]}
     macs = {"before": {"prefill": 100}, "after": {"prefill": 25}}
-    timing = bench.Timing("x", 0.25, 1, 100, 25, macs, seconds, [0.1], [0.01])
-    assert timing.ttft_ratio == pytest.approx(0.5)
-    assert timing.over_ideal == pytest.approx(2.0)
-    assert timing.realised == pytest.approx(0.5 / 0.75)
-    assert timing.break_even == pytest.approx((2.2 - 1.1) / ((4.4 - 1.1) / 100))
+    timed = timing.Timing("x", 0.25, 1, 100, 25, macs, seconds, [0.1], [0.01])
+    assert timed.ttft_ratio == pytest.approx(0.5)
+    assert timed.over_ideal == pytest.approx(2.0)
+    assert timed.realised == pytest.approx(0.5 / 0.75)
+    assert timed.break_even == pytest.approx((2.2 - 1.1) / ((4.4 - 1.1) / 100))
 
 
 def test_every_ratio_has_the_spread_of_its_rounds() -> None:
@@ -134,7 +134,7 @@ def test_every_ratio_has_the_spread_of_its_rounds() -> None:
     macs = {"before": {"prefill": 100}, "after": {"prefill": 25}}
     prefill = {"unpruned": [2.0, 2.0, 2.0], "pruned": [1.0, 2.0, 3.0]}
     steps = {"unpruned": [1.0] * 16, "pruned": [1.5] * 8 + [1.2] * 8}
-    timing = bench.Timing(
+    timed = timing.Timing(
         "x",
         0.25,
         1,
@@ -148,14 +148,14 @@ def test_every_ratio_has_the_spread_of_its_rounds() -> None:
         decoding=steps,
         kv_bytes={"before": 2, "after": 1},
     )
-    assert timing.spread == {
+    assert timed.spread == {
         "ttft_ratio": pytest.approx((0.5, 0.6)),
         "over_ideal": pytest.approx((2.0, 2.4)),
         "realised": pytest.approx((0.4 / 0.75, 0.5 / 0.75)),
         "prefill_ratio": (0.5, 1.5),
         "decode_ratio": (1.2, 1.5),
     }
-    row = tables.timings([timing.as_json()], "").rows[0]
+    row = tables.timings([timed.as_json()], "").rows[0]
     assert row[5:9] == ("**0.50x**", "1.00x", "67%", "**2.000x**")  # the prefill was faster and slower
     assert row[13] == "**1.35x**"
 
@@ -175,14 +175,14 @@ def test_bench_writes_its_numbers_with_device_and_command(tmp_path: Path) -> Non
         *(("stride", 0.5, 2, 72.0), ("stride", 0.25, 2, 36.0), ("vprune", None, 2, 144.0)),
     ]  # vprune has no budget, so it runs once; it finds nothing to drop in noise
     assert {"command", "device", "dtype", "attention", "versions", "threads", "shape", "layers"} <= record.keys()
-    text = shapes.QUESTION_TOKENS
+    text = architectures.QUESTION_TOKENS
     for row in rows:
         assert row["kv_bytes"]["after"] * (144 + text) == row["kv_bytes"]["before"] * (row["tokens_after"] + text)
         assert row["decode_ratio"] > 0
         assert {side: len(row["prefill"][side]) for side in ("unpruned", "pruned")} == {"unpruned": 1, "pruned": 1}
         assert row["prefill_ratio"] == pytest.approx(row["prefill"]["pruned"][0] / row["prefill"]["unpruned"][0])
         assert row["peak_bytes"] is None
-        assert all(len(row["seconds"][side]) == 1 for side in bench.SIDES)
+        assert all(len(row["seconds"][side]) == 1 for side in timing.SIDES)
     table = target.with_suffix(".md").read_text()
     assert "| stride | 0.25 | 2 | 36/144 |" in table
 
@@ -229,7 +229,7 @@ def test_a_bench_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     assert re.search(r"2 rows to measure, about \d+ (s|min)", result.stderr)
     assert "1 of 2, stride 0.5, batch 1: " in result.stderr
     assert "1 of 2 rows were measured already" in again.stderr
-    monkeypatch.setattr(shapes.Shape, "build", None)  # a whole record needs no model
+    monkeypatch.setattr(architectures.Shape, "build", None)  # a whole record needs no model
     assert CliRunner().invoke(app, [*BENCH, "-o", str(target)], catch_exceptions=False).exit_code == 0
 
 
@@ -250,8 +250,8 @@ def test_a_record_of_other_settings_is_not_mixed(tmp_path: Path) -> None:
 def test_rows_have_a_budget_of_time() -> None:
     """Behind it no round begins, but two are always there."""
     shape, strategy = shapes.shape_of("small"), plugins.get_strategy("stride")()
-    (timing,) = bench.compare(shape, built("small"), [strategy], 1, repeats=50, seconds=0.0)
-    assert len(timing.seconds["pruned"]) == bench.LEAST
+    (timed,) = bench.compare(shape, built("small"), [strategy], 1, repeats=50, seconds=0.0)
+    assert len(timed.seconds["pruned"]) == bench.LEAST
 
 
 REFUSED = {
@@ -279,7 +279,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_built(
     def build(*args: Any) -> None:
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr(shapes.Shape, "build", build)
+    monkeypatch.setattr(architectures.Shape, "build", build)
     result = CliRunner().invoke(app, ["bench", *options.split()])
     assert isinstance(result.exception, PruningError)
     assert REFUSED[options] in str(result.exception)

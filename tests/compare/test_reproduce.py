@@ -10,7 +10,8 @@ import runfolder
 import yaml
 from commands import vtp
 
-from vtp_plugin.compare import beside, published, reproduce
+from vtp_plugin.cli.reproduce import command as reproduce_command
+from vtp_plugin.compare import beside, published, reproduce, sweep
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting import runs
 
@@ -181,6 +182,20 @@ def test_a_file_of_another_form_is_refused(tmp_path: Path, more: dict[str, Any],
         published.read(str(path))
     assert sentence in str(refused.value)
     assert "table.yaml" in str(refused.value)
+
+
+@pytest.mark.parametrize("spoil", ["a file", "a page that is a folder", "a table that is a folder"])
+def test_a_folder_that_cannot_take_the_table_is_refused_before_the_work(
+    spoil: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    if spoil == "a file":
+        folder.touch()
+    else:
+        (folder / ("reproduced.md" if "page" in spoil else "reproduced.csv")).mkdir(parents=True)
+    monkeypatch.setattr(sweep, "run", lambda *given, **named: pytest.fail("the work began"))
+    with pytest.raises(PruningError, match="cannot write"):
+        reproduce_command(str(standin(tmp_path / "table.yaml")), pruning="l2", output=folder)
 
 
 def test_the_list_says_how_rows_are_run() -> None:

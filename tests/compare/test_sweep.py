@@ -17,11 +17,12 @@ import pytest
 import runfolder
 import yaml
 from paths import TESTS
+from rich.console import Console
 from sweeps import CELLS, FAKE, HOST, SPECS, Folder
 from typer.testing import CliRunner
 
 from vtp_plugin import cli, list_strategies
-from vtp_plugin.compare import sweep, sweepfile, tuning
+from vtp_plugin.compare import matrix, sweep, sweepfile, tuning
 from vtp_plugin.errors import Interrupted, PruningError
 from vtp_plugin.hosts.lmms_eval import process as host
 from vtp_plugin.reporting import rows, runs
@@ -42,7 +43,7 @@ def other(tmp_path: Path) -> Folder:
 
 
 def test_cells_are_named_and_multiplied() -> None:
-    made = sweep.cells(["vprune", "atp", "vprune+fastv", "random", "none"], [0.5, 0.25], seeds=2)
+    made = matrix.cells(["vprune", "atp", "vprune+fastv", "random", "none"], [0.5, 0.25], seeds=2)
     assert [cell.id for cell in made] == [
         *("none", "vprune", "atp-0.5", "atp-0.25", "vprune+fastv-0.5", "vprune+fastv-0.25"),
         *("random-0.5-seed0", "random-0.5-seed1", "random-0.25-seed0", "random-0.25-seed1"),
@@ -53,19 +54,19 @@ def test_cells_are_named_and_multiplied() -> None:
 
 
 def test_all_is_the_catalogue() -> None:
-    assert {cell.pruning for cell in sweep.cells(["all"], [0.5])} == {"none", *list_strategies()}
+    assert {cell.pruning for cell in matrix.cells(["all"], [0.5])} == {"none", *list_strategies()}
 
 
 def test_all_methods_of_a_table_number_kept_tokens_alike() -> None:
     """But for what says otherwise: a cell's own settings, a paper's setting that has them."""
-    made = [*sweep.cells(["atp", "pyramiddrop"], [0.5]), sweep.cell("fastv", 0.5, positions="compact")]
-    shared = [cell.pruning_args.get("positions") for cell in sweep.numbered(made, "shared")]
+    made = [*matrix.cells(["atp", "pyramiddrop"], [0.5]), matrix.cell("fastv", 0.5, positions="compact")]
+    shared = [cell.pruning_args.get("positions") for cell in matrix.numbered(made, "shared")]
     assert shared == [None, "original", "original", "compact"]
-    assert {cell.pruning_args.get("positions") for cell in sweep.numbered(made, "compact")} == {None, "compact"}
-    assert sweep.numbered(made, "own") == made
-    assert sweep.numbered(made, "shared", "vllm")[1].pruning_args["positions"] == "compact"  # all that vLLM can
+    assert {cell.pruning_args.get("positions") for cell in matrix.numbered(made, "compact")} == {None, "compact"}
+    assert matrix.numbered(made, "own") == made
+    assert matrix.numbered(made, "shared", "vllm")[1].pruning_args["positions"] == "compact"  # all that vLLM can
     with pytest.raises(PruningError, match="positions must be one of original, compact, own, shared, got 'new'"):
-        sweep.numbered(made, "new")
+        matrix.numbered(made, "new")
 
 
 def test_a_comparison_shares_positions_unless_asked_otherwise(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_a_finished_sweep_starts_nothing(folder: Folder) -> None:
 
 def test_more_cells_join_a_folder(folder: Folder) -> None:
     folder.run(SPECS[:3])
-    assert [cell.id for cell in folder.run([sweep.UNPRUNED, *SPECS[3:5]])] == CELLS[:5]
+    assert [cell.id for cell in folder.run([matrix.UNPRUNED, *SPECS[3:5]])] == CELLS[:5]
     assert folder.started == Counter(CELLS[:5])
 
 
@@ -197,7 +198,7 @@ def test_a_folder_of_other_settings_is_left_alone(folder: Folder, options: dict,
 def test_a_cell_of_another_meaning_is_refused(folder: Folder) -> None:
     folder.run(SPECS[:2])
     with pytest.raises(PruningError, match=r"holds another cell of the name 'l2-0\.5'"):
-        folder.run([sweep.UNPRUNED, sweep.cell("l2", 0.3, id="l2-0.5")])
+        folder.run([matrix.UNPRUNED, matrix.cell("l2", 0.3, id="l2-0.5")])
 
 
 def test_a_folder_of_something_else_is_refused(folder: Folder) -> None:
@@ -252,7 +253,7 @@ def test_the_settings_of_a_folder_reproduce_it(folder: Folder, other: Folder) ->
 @pytest.mark.parametrize("path", sorted(Path("plugin_configs/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_files_of_the_project_are_valid(path: Path) -> None:
     cells, said = sweepfile.planned(sweepfile.read(path))
-    assert cells[0] == sweep.UNPRUNED
+    assert cells[0] == matrix.UNPRUNED
     assert {cell.pruning for cell in cells} >= {"random", "stride"}
     assert {*sweepfile.NEEDED} <= {*said}
 
@@ -302,6 +303,27 @@ def test_cells_of_a_file_carry_their_own_settings(tmp_path: Path) -> None:
         ("vprune-5", {"chi2_threshold": 5, "positions": "original"}),
         ("l2", {"positions": "original"}),
     ]
+
+
+def test_the_embedded_model_shares_cores_politely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes' threads do not spin while they wait, unless the user says so; other models are left alone."""
+    said = {
+        "model_args": "pretrained=vtp-tiny",
+        "tasks": ["vtp_scenes"],
+        "jobs": 1,
+        "environment": {},
+        "gallery": False,
+    }
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+
+    def environment(**more: Any) -> dict[str, str]:
+        return sweep._Sweep(tmp_path, {**said, **more}, 1, Console(quiet=True))._environment()
+
+    assert environment()["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment(environment={"OMP_WAIT_POLICY": "ACTIVE"})["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert "OMP_WAIT_POLICY" not in environment(model_args="pretrained=liuhaotian/llava-v1.5-7b")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert "OMP_WAIT_POLICY" not in environment()
 
 
 # -- tuning -----------------------------------------------------------------------------------------------------------
@@ -467,9 +489,9 @@ def stamp_of(cell: runs.Cell) -> int:
 
 def test_a_launcher_stands_in_front_of_the_command(tmp_path: Path) -> None:
     launch = ["accelerate", "launch", "--num_processes", "4"]
-    made = host.Host([sweep.UNPRUNED], {}, tmp_path, tmp_path / "w", launch)
+    made = host.Host([matrix.UNPRUNED], {}, tmp_path, tmp_path / "w", launch)
     assert made.command == [*launch, "-m", "lmms_eval", "--config", str(tmp_path / "w" / "cells.yaml")]
-    assert host.Host([sweep.UNPRUNED], {}, tmp_path, tmp_path / "w").command[:3] == [sys.executable, "-m", "lmms_eval"]
+    assert host.Host([matrix.UNPRUNED], {}, tmp_path, tmp_path / "w").command[:3] == [sys.executable, "-m", "lmms_eval"]
 
 
 def test_the_cell_file_is_what_the_contract_says(folder: Folder) -> None:

@@ -15,7 +15,7 @@ from vtp_plugin import get_strategy, prune
 from vtp_plugin.bench.rounds import Levels
 from vtp_plugin.cli import app, vtp_register_commands
 from vtp_plugin.errors import PruningError
-from vtp_plugin.hosts.transformers import shapes
+from vtp_plugin.hosts.transformers import architectures, shapes
 from vtp_plugin.plan import queue
 from vtp_plugin.plan.cards import CARDS, NAMES_OF_DEVICES, Card, known_as, probe
 from vtp_plugin.plan.error import compared, dtype_of
@@ -114,8 +114,8 @@ def test_the_plan_counts_as_the_record_does(name: str, strategy: str) -> None:
         attached.finished.append(calls.append)
         built(name)(**shape.inputs(built(name), 1), logits_to_keep=1)
         (report,) = samples_of(attached, calls[0])
-    planned = pruned(model(name), [chosen], 1, shapes.QUESTION_TOKENS)
-    whole = unpruned(model(name), 1, shapes.QUESTION_TOKENS)
+    planned = pruned(model(name), [chosen], 1, architectures.QUESTION_TOKENS)
+    whole = unpruned(model(name), 1, architectures.QUESTION_TOKENS)
     assert planned.lengths == report["prompt_tokens"]["by_layer"]
     assert model(name).cache_bytes(planned.lengths, 4) == report["kv_cache_bytes"]["after"]
     for part in ("tower", "projector", "prefill"):

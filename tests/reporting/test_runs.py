@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import runfolder
@@ -115,6 +116,29 @@ def test_a_half_written_file_is_refused(folder: Path, name: str, share: float) -
 def test_a_missing_file_is_refused(folder: Path, name: str) -> None:
     (folder / "cells" / "none" / name).unlink()
     assert "half-written" in refused(folder)
+
+
+@pytest.mark.parametrize("value", [None, "text", ["text"], [{}], [{"name": None}], [{"name": "l2", "positions": 3}]])
+def test_strategies_of_another_kind_are_refused(folder: Path, value: Any) -> None:
+    path = folder / "cells" / "none" / "results.json"
+    results = json.loads(path.read_text())
+    results["pruning"]["strategies"] = value
+    path.write_text(json.dumps(results))
+    assert "pruning.strategies" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, [], {"images": {"a": 1}}, {"images": [{"before": 1}]}, {"images": [{"before": 2, "after": None}]},
+     {"prompt_tokens": None}, {"prompt_tokens": {"mean_over_layers": 3}}],
+)  # fmt: skip
+def test_a_question_of_another_kind_is_refused(folder: Path, value: Any) -> None:
+    path = folder / "cells" / "none" / f"samples_{TASK}.jsonl"
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | {"pruning": value}), *rest]) + "\n")
+    run = runs.load(folder)
+    with pytest.raises(PruningError, match=r"line 1: pruning"):
+        run.baseline.answers(TASK)
 
 
 def test_a_missing_question_is_refused(folder: Path) -> None:

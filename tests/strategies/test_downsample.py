@@ -7,9 +7,12 @@ import math
 import pytest
 import slow
 import torch
+from families import FAMILIES, Processor
+from family_runs import batched, model_of, prompts_of
 from torch import Tensor
 
-from vtp_plugin import VisualTokens, get_strategy
+from vtp_plugin import VisualTokens, get_strategy, prune
+from vtp_plugin.errors import PruningError
 from vtp_plugin.surgery.whole import interpolated
 
 P = 4
@@ -110,3 +113,10 @@ def test_the_tower_sees_the_small_picture():
     expected = torch.cat([cls, patches + places], 1)
     norm = getattr(handle, "pre_layrnorm", None) or torch.nn.Identity()
     assert torch.allclose(seen[0], norm(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_patches_of_several_frames_are_refused(name: str):
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    with prune(model, "downsample", processor=Processor()), pytest.raises(PruningError, match="patches of this video"):
+        model(**batched(family, prompts_of(name, "video")))

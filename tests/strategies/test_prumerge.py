@@ -129,3 +129,16 @@ def test_a_tower_without_a_class_token_is_refused():
     seen = slow.visual(torch.randn(1, 9, 4), raw_keys=torch.randn(1, 9, 4))
     with pytest.raises(ValueError, match="prumerge: needs a vision tower with a class token"):
         get_strategy("prumerge")().decide(seen)
+
+
+def test_the_merged_token_is_one_of_as_many_as_came():
+    """Two outliers of ten, the last patch one of them: step 1 chooses all ten, and the merged token makes eleven."""
+    attention = torch.tensor([2.0, 0, 0, 0, 0, 0, 0, 0, 0, 2.0])
+    keys = attention[None, :, None] * torch.ones(1, 10, 8)
+    query, own = torch.ones(1, 8), torch.zeros(1, 8)
+    seen = slow.visual(torch.randn(1, 10, 4), class_query=query, class_key=own, raw_keys=keys)
+    selection = get_strategy("prumerge_plus")().decide(seen)
+    assert selection.counts == [10]
+    assert selection.sources[0].tolist() == [0, 9, *range(1, 8), -1]
+    assert len(selection.tokens[0]) == 10
+    assert not selection.keep[0, 8]

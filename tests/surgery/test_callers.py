@@ -330,6 +330,7 @@ def test_values_of_dictionaries_are_not_dropped(spec: Any):
 
 # -- training ---------------------------------------------------------------------------------------------------------
 
+FEWER = {"visionzip": {"keep_tokens": 18}}  # than its default of 64, which these images do not have
 MERGING = ["visionzip", "prumerge", "pooling", "tome", "sparsevlm", "stride", "fastv"]
 
 
@@ -339,7 +340,7 @@ def test_the_vision_tower_learns(case: str):
     host = build_hf("sdpa")
     first = host.inputs(prompts("batch"))
     told = first["input_ids"].masked_fill(first["input_ids"] == PLACEHOLDER, -100)
-    with host.prune(case):
+    with host.prune(case, **FEWER.get(case, {})):
         output = host.model(**first, labels=told)
         output.loss.backward()
     for name, weights in host.tower.named_parameters():
@@ -375,7 +376,7 @@ def test_gradient_checkpointing_learns_the_same(case: str, reentrant: bool):
         host.model(**first, labels=told).loss.backward()
         return {name: p.grad.clone() for name, p in host.model.named_parameters() if p.grad is not None}
 
-    with host.prune(case):
+    with host.prune(case, **FEWER.get(case, {})):
         host.model.train()
         wanted = learned()
         again(host, reentrant)

@@ -30,7 +30,9 @@ RANK = {"at": "projector", "keep_ratio": 0.4}  # l2 there
 def projector_of(model: nn.Module) -> nn.Module:
     core = model.model
     found = (getattr(core, name, None) for name in ("multi_modal_projector", "connector"))
-    return next((one for one in found if one is not None), None) or core.visual.merger
+    return next((one for one in found if one is not None), None) or getattr(
+        core.visual, "downsample", core.visual.merger
+    )
 
 
 def encoded(model: nn.Module, inputs: dict[str, Any]) -> Any:

@@ -62,9 +62,11 @@ class AyaVision(RowsAdapter):
         ]
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Channels of all tiles [T, N, C] -> rows per image [n, C]: the mean over the squares of the pixel shuffle."""
         return [rows.unflatten(-1, (-1, maps.shape[-1])).mean(-2) for rows in self.units(maps, kind, inputs)]
 
     def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """[T, N, D] -> what goes into the projector per image, [n, m D]."""
         return list(self.projector.pixel_shuffle(entering).flatten(1, 2))
 
     def pack(self, rows: Sequence[Tensor], kind: str, host: Tensor) -> Tensor:

@@ -169,6 +169,7 @@ def _layer_macs(layer: nn.Module, queries: int, tokens: int) -> int:
 
 
 def _padded(kept: list[Tensor]) -> dict[str, Tensor]:
+    """Tokens [n, D] of every image as one batch [B, longest, D], and the mask of the real ones [B, longest]."""
     lengths = torch.tensor([len(rows) for rows in kept], device=kept[0].device)
     hidden = pad_sequence(kept, batch_first=True)
     mask = (torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]).long()

@@ -121,6 +121,7 @@ class ClipSpace:
         return torch.stack([found[row] for row in range(len(ids))])
 
     def patches(self, normed: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, E] fp32."""
         with torch.no_grad():
             return self.visual_projection(normed.to(self.visual_projection.weight)).float()
 

@@ -54,6 +54,7 @@ class Gemma3(RowsAdapter):
         ]
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Channels of all tiles [T, N, C] -> rows per image [n, C]: averages of whole squares."""
         square = maps.unflatten(1, self.tower.grid).permute(0, 3, 1, 2)
         return list(self.projector.avg_pool(square).flatten(2).transpose(1, 2))
 
@@ -63,6 +64,7 @@ class Gemma3(RowsAdapter):
         return list(squares.flatten(3).flatten(1, 2))
 
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """[images, n, D] -> [n, D] each."""
         return list(output.pooler_output)
 
     def pack(self, rows: Sequence[Tensor], kind: str, host: Tensor) -> Tensor:

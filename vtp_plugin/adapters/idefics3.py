@@ -61,10 +61,12 @@ class Idefics3(RowsAdapter):
         return super().sizes(inputs) | {TILES: inputs["pixel_values"].flatten(2).any(-1).sum(1)}
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Channels of all tiles [T, N, C] -> rows per tile [n, C]: means over the squares of the pixel shuffle."""
         rows = self.projector.pixel_shuffle(maps, self.scale)
         return list(rows.unflatten(-1, (-1, maps.shape[-1])).mean(-2))
 
     def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """[T, N, D] -> what goes into the projector per tile, [n, m D]."""
         return list(self.projector.pixel_shuffle(entering, self.scale))
 
     def pack(self, rows: Sequence[Tensor], kind: str, host: Any) -> Any:
@@ -78,5 +80,6 @@ class Idefics3(RowsAdapter):
         return [torch.cat([rows[0][:0], *islice(left, count)]) for count in counts]
 
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """The rows of all tiles of a sample, [K, D] each -> [n, D] per tile."""
         rows = self.tower.grid[0] * self.tower.grid[1] // self.scale**2
         return torch.cat(list(output.pooler_output)).split(rows)

@@ -86,12 +86,15 @@ class InternVL(RowsAdapter):
         return self._by_image(rows, inputs)
 
     def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """[T, n, m D], behind the pixel shuffle -> per image [tiles n, m D]."""
         return self._by_image(entering, inputs)  # behind the pixel shuffle
 
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """[T, n, D] -> [tiles n, D] per image."""
         return self._by_image(output.pooler_output, inputs)
 
     def _by_image(self, rows: Tensor, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Rows of all tiles [T, n, C] -> [tiles n, C] per image."""
         return rows.flatten(0, 1).split(runs(inputs["input_ids"], self.image_token))
 
     def pack(self, rows: Sequence[Tensor], kind: str, host: Tensor) -> Tensor:

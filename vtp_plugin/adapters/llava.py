@@ -196,7 +196,7 @@ class Llava(Adapter):
         return self.merge(*text, images, sizes)
 
     def _sources(self, call: Call) -> list[Tensor]:
-        """Per image, which of the rows that the host makes each of its rows stands for, -1 for none."""
+        """Per image [n] long, which of the rows that the host makes each of its rows stands for, -1 for none."""
         return [image.index for image in call.images]
 
     def _encode(self, images: Tensor) -> Tensor | list[Tensor]:
@@ -213,13 +213,14 @@ class Llava(Adapter):
     # -- one image ------------------------------------------------------------------------------------------------
 
     def _owners(self, prompts: Sequence[Tensor], given: int) -> list[int]:
-        """The prompt of every image; one without a placeholder still consumes an image, as in the host."""
+        """The prompt [L] of every image; one without a placeholder still consumes an image, as in the host."""
         owners = [row for row, ids in enumerate(prompts) for _ in range(max(1, placeholders(ids)))]
         if len(owners) != given:
             raise PruningError(f"the prompts ask for {len(owners)} images, {given} were given")
         return owners
 
     def _questions(self, prompts: Sequence[Tensor]) -> list[str]:
+        """The question of every prompt [L]; empty texts where no strategy reads them."""
         if not reads_question(self.pruned.strategies):
             return [""] * len(prompts)
         return [question_of(self.decode(ids[ids != PLACEHOLDER])) for ids in prompts]

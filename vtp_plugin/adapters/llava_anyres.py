@@ -48,6 +48,7 @@ class LlavaAnyres(Llava):
         return True  # tiles are unpadded: every image has a number of its own
 
     def _merged(self, call: Call, prompts: Sequence[Tensor], text: Any, images: Any, sizes: Any) -> tuple[Any, ...]:
+        """The host's merge with the rows of every image [n, D] that are left; sets the images."""
         tiles = [image if image.ndim == 4 else image[None] for image in images]
         pairs = self._cut(call, prompts, {"tiles": tiles, "image_sizes": sizes})
         for image, (_, kept) in zip(call.images, pairs, strict=True):
@@ -56,9 +57,11 @@ class LlavaAnyres(Llava):
         return self._merged_with([rows for rows, _ in pairs], *text, blank, sizes)
 
     def _sources(self, call: Call) -> list[Tensor]:
+        """Per image [n] long, which of the rows that the host makes each of its rows stands for."""
         return [image.source for image in call.images]
 
     def _place(self, call: Call, prompts: Sequence[Tensor], length: int, sources: Sequence[Tensor]) -> None:
+        """Tell the call where the images are, newlines left out: columns [n] long per image."""
         super()._place(call, prompts, length, sources)
         for image in call.images:  # fewer columns where the host truncates, or shows none
             if len(image.columns) == len(image.source):
@@ -116,6 +119,7 @@ class LlavaAnyres(Llava):
         return [torch.cat(pieces, dim=-1) for pieces in zip(*cut, strict=True)]
 
     def _packed(self, maps: Tensor, width: int, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """At most `width` channels [T, N, C] through the host's packing: per image [n, width], newlines nan."""
         maps = torch.nn.functional.pad(maps, (0, width - maps.shape[-1]))
         ids = torch.full((len(inputs["tiles"]), 1), PLACEHOLDER, device=maps.device)
         ids = torch.cat([ids, ids.new_zeros(len(ids), 1)], dim=1)  # one id more: a single one means decoding

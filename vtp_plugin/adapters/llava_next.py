@@ -59,6 +59,7 @@ class LlavaNext(RowsAdapter):
         ]
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Channels of all tiles [T, N, C] -> rows per image [n, C], newline rows nan."""
         return self._packed(maps, inputs)
 
     def _packed(self, maps: Tensor, inputs: Mapping[str, Any]) -> Sequence[Tensor]:

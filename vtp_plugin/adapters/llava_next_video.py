@@ -26,7 +26,9 @@ class LlavaNextVideo(LlavaNext):
     touches = (
         *FAMILIES["llava_next"],
         TouchPoint(TRANSFORMERS, ".model.vision_resampler", "rows of a video", takes=("image_features",)),
-        TouchPoint(TRANSFORMERS, ".model.get_video_features", "rows of a video", takes=("pixel_values_videos",)),
+        TouchPoint(
+            TRANSFORMERS, ".model.get_video_features", "rows of a video", takes=("pixel_values_videos|pixel_values",)
+        ),
     )
     models = "LLaVA-NeXT-Video (transformers)"
     names = ("LlavaNextVideoForConditionalGeneration",)

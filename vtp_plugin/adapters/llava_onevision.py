@@ -66,17 +66,20 @@ class LlavaOnevision(RowsAdapter):
         )
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Channels of all tiles [T, N, C] -> rows per image [n, C]; newlines are nan."""
         if kind == "image":
             return self._packed(maps, inputs)
         rows = self.core.apply_pooling(maps).unflatten(0, inputs["pixel_values_videos"].shape[:2]).flatten(1, 2)
         return list(torch.nn.functional.pad(rows, (0, 0, 0, 1), value=float("nan")))
 
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """[n, D] per image, a video's newline included."""
         if kind == "video" and v5_17.is_host():  # which appends the newline later
             return [torch.cat([rows, self.core.image_newline[None].to(rows)]) for rows in output.pooler_output]
         return list(output.pooler_output)
 
     def pack(self, rows: Sequence[Tensor], kind: str, host: Any) -> Any:
+        """[n, D] per image in a list; of videos [videos, n, D], or [1, rows, D] where they keep unequal numbers."""
         if kind == "image":
             return list(rows)
         if v5_17.is_host():

@@ -11,7 +11,7 @@ PLACEHOLDER = -200  # llava.constants.IMAGE_TOKEN_INDEX
 
 
 def spread(ids: Tensor, images: Sequence[tuple[int, int]]) -> tuple[Tensor, list[tuple[int, int]], int]:
-    """A merged prompt: every column's position in the whole one, where its images are, and the whole length.
+    """A merged prompt of ids [L]: every column's position in the whole one [columns], its images, the whole length.
 
     `images`: rows in the whole prompt, and how many are left. The columns of an image have the position of its first.
     """
@@ -26,4 +26,5 @@ def spread(ids: Tensor, images: Sequence[tuple[int, int]]) -> tuple[Tensor, list
 
 
 def placeholders(ids: Tensor) -> int:
+    """How many images a prompt [L] shows."""
     return int((ids == PLACEHOLDER).sum())

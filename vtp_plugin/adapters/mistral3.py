@@ -100,12 +100,14 @@ class Mistral3(RowsAdapter):
         return [(height // self.tower.patch_size, width // self.tower.patch_size) for height, width in sizes]
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Channels of all patches [S, C] -> rows per image [n, C]: averages of whole squares."""
         grids = self.grids(inputs)
         images = maps.split([rows * columns for rows, columns in grids])
         squares = [image.unflatten(0, grid).permute(2, 0, 1) for image, grid in zip(images, grids, strict=True)]
         return [avg_pool2d(square, self.merge).flatten(1).T for square in squares]
 
     def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """[S, D] -> what goes into the merger per image, [n, m D]."""
         m, found, grids = self.merge, [], self.grids(inputs)
         images = entering.split([rows * columns for rows, columns in grids])
         for image, (rows, columns) in zip(images, grids, strict=True):

@@ -41,6 +41,7 @@ class PaliGemma(RowsAdapter):
         return [Image(total=n, index=index.clone(), patches=n, projectable=n) for _ in values]
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Channels of all tiles [T, N, C] -> rows per image [n, C]: a row for every patch."""
         return list(maps)
 
     def pack(self, rows: Sequence[Tensor], kind: str, host: Tensor) -> Tensor:

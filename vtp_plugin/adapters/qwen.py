@@ -64,15 +64,17 @@ class QwenVL(RowsAdapter):
         )
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Channels of all patches [S, C] in merge order -> rows per image [n, C]: averages of whole squares."""
         totals = (inputs[GRIDS[kind]].prod(-1) // self.merge**2).tolist()
         return maps.unflatten(0, (-1, self.merge**2)).mean(1).split(totals)
 
     def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """[S, D] in merge order -> what goes into the merger per image, [n, m D]."""
         totals = (inputs[GRIDS[kind]].prod(-1) // self.merge**2).tolist()
         return entering.unflatten(0, (-1, self.merge**2)).flatten(1).split(totals)
 
     def kept_arguments(self, visual: nn.Module, grid: Tensor) -> dict[str, Tensor]:
-        """What the tower computes per patch from the full grid."""
+        """What the tower computes per patch from the full grid [images, 3]: position ids [S, 2]."""
         return {"position_ids": function_of(visual, "get_vision_position_ids")(grid, self.merge)}
 
     def windows(self, visual: nn.Module, grid: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -42,4 +42,5 @@ class Qwen35(QwenVL):
     stages = {Stage.PIXELS: "", Stage.VIT: "", Stage.PROJECTOR: "", Stage.LLM: RECURRENT}
 
     def kept_arguments(self, visual: nn.Module, grid: Tensor) -> dict[str, Tensor]:
+        """Position ids [S, 2], and the four table entries of every patch with their weights, [S, 4]."""
         return super().kept_arguments(visual, grid) | interpolated(visual, grid, self.merge)

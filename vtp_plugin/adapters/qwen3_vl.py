@@ -37,6 +37,7 @@ class Qwen3VL(QwenVL):
         return (self.projector, *self.core.visual.deepstack_merger_list)
 
     def kept_arguments(self, visual: nn.Module, grid: Tensor) -> dict[str, Tensor]:
+        """Position ids [S, 2], and the four table entries of every patch with their weights, [S, 4]."""
         return super().kept_arguments(visual, grid) | interpolated(visual, grid, self.merge)
 
     def join(self, output: Any, kind: str, rows: Sequence[Tensor], left: Sequence[Rows]) -> Any:

@@ -55,12 +55,10 @@ def begin(passing: TowerPass, grid: Tensor, unit: int) -> None:
 
 
 def back_to_raster(passing: TowerPass, order: Tensor, unit: int) -> None:
-    """What was read in the tower's own order of units [U], and went into the merger, patch by patch in raster order."""
+    """The signals that were read in the tower's own order of units [U], patch by patch in raster order."""
     for read in (passing.maps, passing.outputs):
         for key, signal in read.items():
             read[key] = put(passing, signal.unflatten(0, (-1, unit)), order).flatten(0, 1)
-    if passing.features is not None:
-        passing.features = put(passing, passing.features.unflatten(0, (-1, unit)), order).flatten(0, 1)
 
 
 def put(passing: TowerPass, rows: Tensor, where: Tensor) -> Tensor:
@@ -99,7 +97,7 @@ class PackedEarly(Cutting):
         passing = self.passing
         if passing is None:
             return self.forward(hidden_states, grid_thw=grid_thw, **kwargs)
-        begin(passing, grid_thw, self._unit)
+        begin(passing, self._by_image(grid_thw), self._unit)
         levels = levels_of(self, passing.values)
         identify(self, levels, self._unit)
         units = self._decided(passing, levels)
@@ -109,7 +107,10 @@ class PackedEarly(Cutting):
         on_host, every = None if whole else kept.cpu(), torch.arange(passing.offsets[-1])
         order, arguments = self._arguments(passing, every if whole else on_host)
         lengths = {name: arguments[name].diff().tolist() for name in SEQUENCES if name in arguments}
-        arguments = _copied({"grid_thw": passing.grid.to(grid_thw.dtype)} | arguments, kept.device)
+        grid = passing.grid.to(grid_thw.dtype)
+        if len(grid_thw) > len(grid):  # of the frames of videos
+            grid = grid_thw.cpu() if whole else grid_thw.cpu()[self._frames_left(passing, on_host)]
+        arguments = _copied({"grid_thw": grid} | arguments, kept.device)
         passing.sequences = [(arguments[name], of) for name, of in lengths.items()]
         kwargs |= arguments
         if whole:
@@ -117,10 +118,31 @@ class PackedEarly(Cutting):
         else:
             values = hidden_states.unflatten(0, (-1, self._unit))[kept].flatten(0, 1)
             output = self._widened(passing, self.forward(values, **kwargs), kept, on_host)
-        if order is not every and (passing.maps or passing.outputs or passing.features is not None):
-            there = arguments["window_index"] if whole else order.to(kept.device)
-            back_to_raster(passing, there, self._unit)
+        if order is not every:
+            self._put_back(passing, arguments["window_index"] if whole else order.to(kept.device))
         return output
+
+    def _put_back(self, passing: TowerPass, order: Tensor) -> None:
+        """What was read in the tower's own order of units [U], and what went into the merger, in raster order."""
+        back_to_raster(passing, order, self._unit)
+        if any("units" in strategy.needs for strategy in self.vision.at(Stage.PROJECTOR)):
+            each = len(passing.features) // len(order)  # patches, or units side by side
+            passing.features = put(passing, passing.features.unflatten(0, (-1, each)), order).flatten(0, 1)
+
+    def _by_image(self, grid: Tensor) -> Tensor:
+        """Frames, rows and columns per image [images, 3], where the host gives a row per frame of a video."""
+        frames = [self.call.images[number].tiles for number in self.passing.batch]
+        if len(grid) == len(frames):
+            return grid
+        whole = grid[torch.tensor([0, *accumulate(frames)][:-1], device=grid.device)]
+        return torch.cat([torch.tensor(frames, device=grid.device)[:, None], whole[:, 1:]], dim=1)
+
+    def _frames_left(self, passing: TowerPass, kept: Tensor) -> Tensor:
+        """The frames of which some unit is among those kept [K], [F] bool."""
+        grid = passing.grid
+        units = (grid[:, 1:].prod(-1) // self._unit).repeat_interleave(grid[:, 0])
+        frame = torch.arange(len(units), device=units.device).repeat_interleave(units)
+        return torch.zeros(len(units), dtype=torch.bool, device=units.device).index_fill_(0, frame[kept], True)
 
     def _arguments(self, passing: TowerPass, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """On the host: the kept units [K] in the tower's order, and its arguments for them.
@@ -144,7 +166,7 @@ class PackedEarly(Cutting):
         return order, arguments
 
     def _widened(self, passing: TowerPass, output: Any, kept: Tensor, on_host: Tensor) -> Any:
-        """The tower's output with one merged row per unit, zero where it was dropped."""
+        """The tower's output with one merged row per unit, [units, D], zero where it was dropped; `kept` [K] long."""
         alive = put(passing, torch.ones_like(on_host, dtype=torch.bool), on_host)
         passing.alive = alive.repeat_interleave(self._unit)
         output.pooler_output = put(passing, output.pooler_output, kept)
@@ -155,7 +177,7 @@ class PackedEarly(Cutting):
     # -- deciding -------------------------------------------------------------------------------------------------
 
     def _decided(self, passing: TowerPass, levels: Tensor | None) -> list[Tensor]:
-        """The units that are left of every image."""
+        """The units that are left of every image, [n] long; `levels` [S, 3, t * p, p] uint8."""
         starts, values = passing.offsets, passing.values
         units = [torch.arange(b - a, device=values.device) for a, b in pairwise(starts)]
         embedded = self._embedded(values) if self.vision.at(Stage.VIT) else None

@@ -55,16 +55,16 @@ class RowsAdapter(Adapter):
         return output.pooler_output
 
     def join(self, output: Any, kind: str, rows: Sequence[Tensor], left: Sequence[Rows]) -> Any:
-        """The host's features object with these rows instead."""
+        """The host's features object with these rows [n, D] instead."""
         output.pooler_output = self.pack(rows, kind, output.pooler_output)
         return output
 
     def pack(self, rows: Sequence[Tensor], kind: str, host: Any) -> Any:
-        """Rows of images in the container that the host has them in."""
+        """Rows of images [n, D] in the container that the host has them in."""
         return type(host)(rows)
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
-        """Channels of the tower's tokens as the host arranges features; see `surgery.arrangement.Arranging`."""
+        """Channels of tokens [T, N, C] as the host arranges features, per image [n, C]: see `arrangement.Arranging`."""
         raise NotImplementedError
 
     # -- PlaceholderModel -----------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from vtp_plugin import config, files
 from vtp_plugin.bench import gpu_page, rounds
 from vtp_plugin.bench.journal import Journal, machine, say
 from vtp_plugin.errors import PruningError, sentence
-from vtp_plugin.hosts.transformers.shapes import Shape, shape_of
+from vtp_plugin.hosts.transformers.architectures import Shape
+from vtp_plugin.hosts.transformers.shapes import shape_of
 from vtp_plugin.plugins import get_strategy
 from vtp_plugin.strategy import PruningStrategy
 

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtp_plugin.bench.journal import Item
+from vtp_plugin.bench.timing import DECODING, SIDES, Timing
 from vtp_plugin.clock import clock
 from vtp_plugin.errors import PruningError
+from vtp_plugin.hosts.transformers.architectures import Shape, random_text
 from vtp_plugin.hosts.transformers.ideals import ideal
-from vtp_plugin.hosts.transformers.shapes import Shape, random_text
-from vtp_plugin.metrics.latency import percentiles
 from vtp_plugin.pruning import Pruned, prune
 from vtp_plugin.reporting.record import samples_of
 from vtp_plugin.signals import reads_question
@@ -30,8 +28,7 @@ from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.call import Call
 from vtp_plugin.surgery.undo import Undo
 
-SIDES = ("unpruned", "ideal", "pruned")
-DECODING, DECODED = 8, 3  # steps that are timed in a round, and rounds
+DECODED = 3  # rounds in which decoding is timed
 LEAST = 2  # rounds, however little time there is
 EARLY = (Stage.PIXELS, Stage.VIT)
 
@@ -43,101 +40,6 @@ class Levels:
 
     def preprocess(self, images: Any) -> None:
         """Never called: the pixels are made without it."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One strategy at one budget and batch size. Seconds until the first token, or per pass of an encoder."""
-
-    strategy: str
-    keep: float | None
-    batch: int
-    tokens_before: int
-    tokens_after: float  # mean over images
-    macs: dict[str, dict[str, int]]  # before and after, by part, mean over samples
-    seconds: dict[str, list[float]]  # by side, one per round
-    selector: list[float]
-    attaching: list[float]  # attaching and detaching
-    kv_bytes: dict[str, int] | None = None  # before and after, the whole batch
-    peak_bytes: dict[str, int] | None = None  # by side; CUDA only
-    prefill: dict[str, list[float]] = field(default_factory=dict)  # in the language model: unpruned and pruned
-    decoding: dict[str, list[float]] = field(default_factory=dict)  # per step: pruned, and unpruned at equal KV length
-    config: dict[str, Any] = field(default_factory=dict)  # of the strategy
-
-    @property
-    def flops_ratio(self) -> float:
-        return sum(self.macs["after"].values()) / sum(self.macs["before"].values())
-
-    @property
-    def ttft_ratio(self) -> float:
-        return median(self._ratios("pruned", "unpruned"))
-
-    @property
-    def over_ideal(self) -> float:
-        return median(self._ratios("pruned", "ideal"))
-
-    @property
-    def realised(self) -> float | None:
-        """Share of the theoretical gain in FLOPs that arrives as time."""
-        return self._realised(self.ttft_ratio)
-
-    def _realised(self, ttft_ratio: float) -> float | None:
-        gain = 1 - self.flops_ratio
-        return (1 - ttft_ratio) / gain if gain > 0 else None
-
-    @property
-    def break_even(self) -> float | None:
-        """Visual tokens from which pruning pays, if saving and overhead stay what they are per token and per call."""
-        whole, best, took = (median(self.seconds[side]) for side in ("unpruned", "ideal", "pruned"))
-        saving = (whole - best) / self.tokens_before
-        return max(0.0, took - best) / saving if saving > 0 else None
-
-    @property
-    def prefill_ratio(self) -> float | None:
-        """The language model's part of the time to first token, pruned against unpruned."""
-        return median(self._paired(self.prefill)) if self.prefill else None
-
-    @property
-    def decode_ratio(self) -> float | None:
-        """A decoding step of the pruned model against one of the unpruned model with as many KV entries."""
-        return median(self._paired(self._decoded)) if self.decoding else None
-
-    @property
-    def _decoded(self) -> dict[str, list[float]]:
-        """Per round, the median step."""
-        return {
-            side: [median(steps[i : i + DECODING]) for i in range(0, len(steps), DECODING)]
-            for side, steps in self.decoding.items()
-        }
-
-    @property
-    def spread(self) -> dict[str, tuple[float, float] | None]:
-        """The smallest and the largest value that a round gave, of every ratio."""
-        ttft = self._ratios("pruned", "unpruned")
-        rounds = {
-            "ttft_ratio": ttft,
-            "over_ideal": self._ratios("pruned", "ideal"),
-            "realised": [self._realised(ratio) for ratio in ttft] if self.realised is not None else [],
-            "prefill_ratio": self._paired(self.prefill) if self.prefill else [],
-            "decode_ratio": self._paired(self._decoded) if self.decoding else [],
-        }
-        return {name: (min(values), max(values)) if values else None for name, values in rounds.items()}
-
-    @property
-    def images_per_second(self) -> dict[str, float]:
-        return {side: self.batch / median(seconds) for side, seconds in self.seconds.items()}
-
-    def _ratios(self, side: str, other: str) -> list[float]:
-        return [a / b for a, b in zip(self.seconds[side], self.seconds[other], strict=True)]
-
-    def _paired(self, sides: dict[str, list[float]]) -> list[float]:
-        return [a / b for a, b in zip(sides["pruned"], sides["unpruned"], strict=True)]
-
-    def as_json(self) -> dict[str, Any]:
-        derived = ("flops_ratio", "ttft_ratio", "over_ideal", "realised", "break_even", "prefill_ratio", "decode_ratio")
-        summary = {name: getattr(self, name) for name in (*derived, "images_per_second")}
-        times = {side: percentiles(seconds) for side, seconds in self.seconds.items()}
-        return asdict(self) | summary | {"spread": self.spread, "seconds_percentiles": times}
 
 
 def refuse(strategies: Sequence[PruningStrategy], shape: Shape) -> None:

@@ -19,7 +19,8 @@ from torch import nn
 from vtp_plugin.bench.journal import Item
 from vtp_plugin.bench.operations import operations
 from vtp_plugin.clock import clock
-from vtp_plugin.hosts.transformers.shapes import QUESTION_TOKENS, SHAPES
+from vtp_plugin.hosts.transformers.architectures import QUESTION_TOKENS
+from vtp_plugin.hosts.transformers.shapes import SHAPES
 from vtp_plugin.samples import REAL, run, sample
 from vtp_plugin.strategy import PruningStrategy
 

@@ -25,7 +25,7 @@ def command(
 ) -> None:
     if not 0 < keep_ratio <= 1:
         raise PruningError(f"--keep-ratio must be in (0, 1], got {keep_ratio}")
-    from vtp_plugin.compare import sweep
+    from vtp_plugin.compare import matrix, sweep
     from vtp_plugin.reporting import comparison
     from vtp_plugin.reporting.figures import drawn
 
@@ -34,10 +34,10 @@ def command(
     if output.is_dir():
         files.check_output(output / "kept.png")
     asked = [spec.strip() for spec in pruning.split(",")]
-    specs = sweep.cells(asked, [keep_ratio])
+    specs = matrix.cells(asked, [keep_ratio])
     if "fastv" in asked and "random" in asked:
-        specs.append(sweep.cell("random", SPENT_BY_FASTV + (1 - SPENT_BY_FASTV) * keep_ratio))
-    specs = sweep.numbered(sweep.unique(specs), sweep.SHARED)
+        specs.append(matrix.cell("random", SPENT_BY_FASTV + (1 - SPENT_BY_FASTV) * keep_ratio))
+    specs = matrix.numbered(matrix.unique(specs), matrix.SHARED)
     host = {"model": "llava", "model_args": "pretrained=vtp-tiny", "tasks": "vtp_scenes"}
     run = sweep.run(output, specs, **host, limit=limit, console=out)
     table = comparison.write(run, f"vtp-tiny, {_questions(limit)}, asked: keep_ratio={keep_ratio}")

@@ -47,6 +47,7 @@ def command(
     if len(specs) < 2:
         raise PruningError(f"nothing to run: {tables.why_not(rows[0])}")
     folder = output or Path("out") / f"reproduce-{Path(model).stem}"
+    reproduce.check(folder)
     run = sweep.run(folder, specs, **host, launch=launch, console=console())
     made = reproduce.table(tables, rows, names, run)
     reproduce.write(made, folder)

@@ -25,7 +25,7 @@ def command(
     limit: Annotated[int, typer.Option(help="Questions per task; -1 for all.")] = -1,
     launch: Annotated[str, typer.Option(help='What starts lmms-eval, e.g. "accelerate launch".')] = "",
 ) -> None:
-    from vtp_plugin.compare import sweep, sweepfile, tuning
+    from vtp_plugin.compare import matrix, sweep, sweepfile, tuning
     from vtp_plugin.reporting import comparison
 
     drop, grid = _share(max_drop), tuning.grid(step)
@@ -36,7 +36,7 @@ def command(
         tuning.check(spec)
     comparison.check(files.check_folder(output))
     found = [tuning.tune(output, spec, grid, drop, console=out, **host) for spec in specs]
-    comparison.write(sweep.run(output, [sweep.UNPRUNED], **host)).show(out)
+    comparison.write(sweep.run(output, [matrix.UNPRUNED], **host)).show(out)
     for tuned in found:
         out.print(tuned.sentence())
     if not all(tuned.keep for tuned in found):

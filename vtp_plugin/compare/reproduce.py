@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vtp_plugin import files
-from vtp_plugin.compare import sweep
+from vtp_plugin.compare import matrix
 from vtp_plugin.compare.published import Published, Row, Task
 from vtp_plugin.errors import unknown
 from vtp_plugin.hosts.lmms_eval.process import command_alone
@@ -36,12 +36,12 @@ class Estimate:
 
 def cells(tables: Published, rows: Sequence[Row]) -> list[Spec]:
     """The unpruned model and a cell for every setting of the rows; rows of several sources share them."""
-    made = [sweep.UNPRUNED]
+    made = [matrix.UNPRUNED]
     for row in rows:
         if (setting := tables.setting(row)) is not None:
             fields = dict(setting.pruning_args)
-            made.append(sweep.cell(setting.pruning, fields.pop("keep_ratio", None), id=_id(row), **fields))
-    return sweep.unique(made)
+            made.append(matrix.cell(setting.pruning, fields.pop("keep_ratio", None), id=_id(row), **fields))
+    return matrix.unique(made)
 
 
 def _id(row: Row) -> str:
@@ -190,7 +190,16 @@ def _f1(said: NDArray, true: NDArray) -> float:
     return 2 * both / max(1, int(said.sum()) + int(true.sum()))
 
 
+PAGE, DATA = "reproduced.md", "reproduced.csv"
+
+
+def check(folder: Path) -> None:
+    """Refuse a run folder that cannot take the table, before it is made."""
+    for name in (PAGE, DATA) if files.check_folder(folder).is_dir() else ():
+        files.check_output(folder / name)
+
+
 def write(made: Table, folder: Path) -> None:
     """The table beside the run."""
-    files.write(folder / "reproduced.md", made.markdown() + "\n")
-    files.write(folder / "reproduced.csv", made.csv())
+    files.write(folder / PAGE, made.markdown() + "\n")
+    files.write(folder / DATA, made.csv())

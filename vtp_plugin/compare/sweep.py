@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -23,109 +23,24 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vtp_plugin import config, files
+from vtp_plugin import files
+from vtp_plugin.compare.matrix import OWN, resolve, unique
 from vtp_plugin.errors import Interrupted, PruningError
 from vtp_plugin.hosts import compatibility
 from vtp_plugin.hosts.lmms_eval import plugin as lmms_eval
-from vtp_plugin.hosts.lmms_eval.building import TINY_LAYOUTS, VLLM
-from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
+from vtp_plugin.hosts.lmms_eval.building import TINY_LAYOUTS
 from vtp_plugin.hosts.lmms_eval.process import Host, Listener
-from vtp_plugin.plugins import list_strategies
-from vtp_plugin.reporting import runs, schema
-from vtp_plugin.reporting.runs import BASELINE, Cell, Run, Spec
+from vtp_plugin.reporting import runs
+from vtp_plugin.reporting.runs import Cell, Run, Spec
 from vtp_plugin.tiny import checkpoint
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-UNPRUNED = Spec(id=BASELINE, label="unpruned", pruning=BASELINE)
+# Where another program wants the same cores, threads that spin while they wait cost a small model nearly all its speed.
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 SAME = ("model", "model_args", "tasks", "limit", "options")  # what all results of a folder must agree on
-ALL = "all"
 WORK, PICTURES, LOCK = "work", "pictures", ".lock"
-OWN, SHARED = "own", "shared"
-POLICIES = ("original", "compact", OWN, SHARED)  # for the positions of kept tokens
-SEEDS = 1000  # at most
 OURS = (*SAME, "pruning", "pruning_args", "output_path", "log_samples", "config")  # no options: they have a place
 PATH = re.compile(r"[\w./+:@=-]*", re.ASCII)  # a path that the host's options can hold
-
-
-def cells(pruning: Sequence[str], keep: Sequence[float] = (), seeds: int = 1) -> list[Spec]:
-    """The unpruned model, then every specification at every keep ratio, those with a random seed `seeds` times.
-
-    `all` stands for every strategy of the catalogue. A specification without a budget (V-PRUNE) and one with settings
-    of its own (a file) stands once, as it is.
-    """
-    if seeds < 1:
-        raise PruningError(f"seeds must be at least 1, got {seeds}")
-    if seeds > SEEDS:
-        raise PruningError(f"seeds must be at most {SEEDS}, got {seeds}")
-    made = [UNPRUNED]
-    for spec in (name for given in pruning for name in (list_strategies() if given == ALL else [given])):
-        strategies = config.resolve(spec)
-        if spec == BASELINE:
-            continue
-        free = not config.is_setting(spec) and any(strategy.budgeted for strategy in strategies)
-        seeded = seeds > 1 and any("seed" in strategy.fields() for strategy in strategies)
-        for ratio in keep if free and keep else [None]:
-            made += [cell(spec, ratio, seed) for seed in (range(seeds) if seeded else [None])]
-    return unique(made)
-
-
-def numbered(cells: Sequence[Spec], positions: str, model: str = "") -> list[Spec]:
-    """The same cells with one policy for the positions of kept tokens, so that no method is ahead by its numbering.
-
-    `positions`: original, compact, own (what each method's paper does), or shared, which is original where the host
-    can (vLLM counts columns). A cell whose settings say it keeps what they say.
-    """
-    if positions not in POLICIES:
-        raise PruningError(f"positions must be one of {', '.join(POLICIES)}, got '{positions}'")
-    if positions == SHARED:
-        positions = "compact" if model in VLLM else "original"
-    return list(cells) if positions == OWN else [_numbered(each, positions) for each in cells]
-
-
-def _numbered(spec: Spec, positions: str) -> Spec:
-    said = any(key.rpartition(".")[2] == "positions" for key in spec.pruning_args)
-    if spec.pruning == BASELINE or said or any(strategy.positions for strategy in config.resolve(spec.pruning)):
-        return spec
-    return replace(spec, pruning_args={**spec.pruning_args, "positions": positions})
-
-
-def cell(
-    spec: str,
-    keep: float | None = None,
-    seed: int | None = None,
-    *,
-    id: str | None = None,
-    label: str | None = None,
-    **fields: Any,
-) -> Spec:
-    """One configuration, checked. `fields` are further hyper-parameters; names are made where none is given."""
-    arguments = {"keep_ratio": keep, "seed": seed}
-    arguments = {key: value for key, value in arguments.items() if value is not None} | fields
-    _resolve(spec, arguments)
-    id = id or _name(spec, keep, seed)
-    label = label or (UNPRUNED.label if spec == BASELINE else id)
-    return Spec(id=id, label=label, pruning=spec, pruning_args=arguments, seed=seed, keep=keep)
-
-
-def _name(spec: str, keep: float | None, seed: int | None) -> str:
-    """atp-0.25, random-0.25-seed3, vprune, fastv-k2_r50."""
-    name = Path(spec).stem if spec.endswith((".yaml", ".yml")) else spec.replace(":", "-").replace(" ", "")
-    name = re.sub(r"[^A-Za-z0-9._+=@-]", "_", name)
-    parts = (name, "" if keep is None else f"{keep:g}", "" if seed is None else f"seed{seed}")
-    return "-".join(filter(None, parts))
-
-
-def unique(made: Sequence[Spec]) -> list[Spec]:
-    """The same cells, if no two different ones have the same name; one that is named twice stands once."""
-    found: dict[str, Spec] = {}
-    for each in made:
-        if found.setdefault(each.id, each) != each:
-            raise PruningError(f"two different cells are named '{each.id}'")
-        try:
-            schema.folder_name(each.id)
-        except ValueError as error:
-            raise PruningError(str(error)) from None
-    return list(found.values())
 
 
 def run(
@@ -196,15 +111,7 @@ def _check(settings: Mapping[str, Any]) -> None:
     if not settings["tasks"] or not all(settings["tasks"]):
         raise PruningError("a comparison needs tasks")
     for entry in settings["cells"]:
-        _resolve(entry["pruning"], entry["pruning_args"])
-
-
-def _resolve(spec: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse strategies, hyper-parameters and a perturbation that there are not."""
-    said = dict(arguments)
-    if perturbation := said.pop("perturb", None):
-        Perturbation.parse(str(perturbation))
-    config.resolve(spec, said)
+        resolve(entry["pruning"], entry["pruning_args"])
 
 
 def check_host(model: str, tasks: Sequence[str]) -> None:
@@ -324,8 +231,9 @@ class _Sweep:
         looks = {"VTP_GALLERY_EACH": "1", "VTP_GALLERY_PICTURES": str(self.folder / PICTURES)}
         said = {name: str(value) for name, value in self.settings["environment"].items()}
         shared = threads if self.settings["jobs"] > 1 and "OMP_NUM_THREADS" not in os.environ else {}
-        offline = OFFLINE if _embedded(self.settings) else {}
-        return {**shared, **offline, **(looks if self.settings["gallery"] else {}), **said}
+        spinning = {name: value for name, value in PATIENT.items() if name not in os.environ}
+        embedded = {**OFFLINE, **spinning} if _embedded(self.settings) else {}
+        return {**shared, **embedded, **(looks if self.settings["gallery"] else {}), **said}
 
     def _listener(self, job: int) -> Listener:
         """A bar for this process: the questions of its cell."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp_plugin import files
-from vtp_plugin.compare import sweep
+from vtp_plugin.compare import matrix
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.reporting import schema
 from vtp_plugin.reporting.runs import Spec
@@ -49,16 +49,16 @@ def planned(said: Mapping[str, Any]) -> tuple[list[Spec], dict[str, Any]]:
     missing = [field for field in NEEDED if not said.get(field)]
     if missing:
         raise PruningError(f"a comparison needs {' and '.join(missing)}")
-    made = sweep.cells(names(said.get("pruning")), ratios(said.get("keep")), said.get("seeds", 1))
+    made = matrix.cells(names(said.get("pruning")), ratios(said.get("keep")), said.get("seeds", 1))
     made += [_listed(entry) for entry in said.get("cells") or []]
     left_out = names(said.get("without"))
     for id in left_out:
         if id not in {cell.id for cell in made}:
             raise unknown("cell", id, {cell.id for cell in made}, of=" in without")
-    made = sweep.unique([cell for cell in made if cell.id not in left_out])
+    made = matrix.unique([cell for cell in made if cell.id not in left_out])
     if len(made) < 2:
         raise PruningError("a comparison needs strategies to compare: pruning or cells")
-    made = sweep.numbered(made, said.get("positions", sweep.SHARED), said["model"])
+    made = matrix.numbered(made, said.get("positions", matrix.SHARED), said["model"])
     host = {field: said[field] for field in HOST if said.get(field) is not None}
     return made, host | {"tasks": names(said["tasks"])}
 
@@ -86,4 +86,4 @@ def _listed(entry: Mapping[str, Any]) -> Spec:
     """A cell that stands by itself: pruning, its pruning_args, and a name if the usual one would not be unique."""
     fields = dict(entry.get("pruning_args") or {})
     given = {"keep": fields.pop("keep_ratio", entry.get("keep")), "seed": fields.pop("seed", entry.get("seed"))}
-    return sweep.cell(entry["pruning"], **given, id=entry.get("id"), label=entry.get("label"), **fields)
+    return matrix.cell(entry["pruning"], **given, id=entry.get("id"), label=entry.get("label"), **fields)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp_plugin import config
-from vtp_plugin.compare import sweep
+from vtp_plugin.compare import matrix, sweep
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting import rows, verdicts
 from vtp_plugin.reporting.statistics import Estimate
@@ -75,8 +75,8 @@ def smallest(ratios: Sequence[float], passes: Callable[[float], bool]) -> float 
 
 def _measured(folder: Path, spec: str, ratio: float, **host: Any) -> Estimate:
     """The difference of one cell from the unpruned model, run if it has not been."""
-    cell = sweep.cell(spec, ratio)
-    run = sweep.run(folder, [sweep.UNPRUNED, cell], **host)
+    cell = matrix.cell(spec, ratio)
+    run = sweep.run(folder, [matrix.UNPRUNED, cell], **host)
     if run[cell.id].error:
         raise PruningError(f"{cell.id} failed: {run[cell.id].error}")
     unpruned = rows.Row([run.baseline], run.tasks)

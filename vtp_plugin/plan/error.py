@@ -10,7 +10,8 @@ from typing import Any
 
 from vtp_plugin import config, plugins
 from vtp_plugin.errors import PruningError
-from vtp_plugin.hosts.transformers.shapes import QUESTION_TOKENS, SHAPES
+from vtp_plugin.hosts.transformers.architectures import QUESTION_TOKENS
+from vtp_plugin.hosts.transformers.shapes import SHAPES
 from vtp_plugin.plan.cards import CARDS, Card, known_as
 from vtp_plugin.plan.pages import planned
 from vtp_plugin.plan.roofline import Roof

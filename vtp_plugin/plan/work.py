@@ -16,7 +16,7 @@ from vtp_plugin.adapter import Adapter, find_adapter
 from vtp_plugin.errors import PruningError
 from vtp_plugin.facts.costs import Costs
 from vtp_plugin.facts.image import Image
-from vtp_plugin.hosts.transformers.shapes import Shape
+from vtp_plugin.hosts.transformers.architectures import Shape
 from vtp_plugin.signals import Tap, taps
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy

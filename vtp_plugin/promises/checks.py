@@ -255,10 +255,21 @@ def _counted(case: Case) -> str:
             pruned.finished.append(calls.append)
             held = cache.of_output(case.model(**inputs, use_cache=True))
             report = samples_of(pruned, calls[0])[0]["kv_cache_bytes"]["after"]
-        found = sum(t.numel() * t.element_size() for layer in held.layers for t in (layer.keys, layer.values))
+        found = sum(t.numel() * t.element_size() for layer in held.layers for t in _stored(layer))
         if report != found and not _slides(case, inputs):
             raise Broken(f"{stage.value}: the record says {report} bytes of KV cache, the cache has {found}")
     return ""
+
+
+def _stored(layer: Any) -> list[Tensor]:
+    """What one layer of the cache holds: keys and values, or a recurrent layer's states."""
+    if hasattr(layer, "keys"):
+        return [layer.keys, layer.values]
+    found: list[Tensor] = []
+    for value in vars(layer).values():
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        found += [part for part in parts if isinstance(part, Tensor)]
+    return found
 
 
 CHECKS: tuple[Callable[[Case], str], ...] = (

@@ -160,11 +160,20 @@ class Model(Left):
     family: str | None = None
 
 
+class Chosen(Left):
+    """One strategy of a run."""
+
+    name: str
+    config: dict[str, Any] = {}
+    positions: str | None = None
+
+
 class Record(Left):
     """The parts of the record (docs/record.md) that are compared; what is there must not be null."""
 
     visual_tokens: dict[str, Number]
     samples: Total
+    strategies: list[Chosen] = []
     prefill_flops: Ratio = None
     kv_cache_bytes: Ratio = None
     seconds: Seconds = None
@@ -184,13 +193,34 @@ class Results(Left):
     pruning: Record
 
 
+class Counted(Left):
+    """One image."""
+
+    before: Number
+    after: Number
+
+
+class Prompt(Left):
+    """Tokens of one prompt."""
+
+    before: Number
+    mean_over_layers: Number = None
+
+
+class Report(Left):
+    """A question's part of the record."""
+
+    images: list[Counted] = []
+    prompt_tokens: Prompt = None
+
+
 class Line(Left):
     """One question of the host's sample log."""
 
     doc_id: int
     target: Any
     filtered_resps: Any
-    pruning: dict[str, Any] = {}
+    pruning: Report = None
 
 
 Kind = TypeVar("Kind", bound=BaseModel)

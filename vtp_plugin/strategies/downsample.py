@@ -42,6 +42,8 @@ class Downsample(PruningStrategy):
         (rows, cols), size = visual.grid, visual.pixels.shape[-1]
         if visual.pixels.shape[1] != rows * cols:
             raise self.error("it resizes the whole picture, so no strategy may drop patches before it")
+        if visual.pixels.shape[-2] != size:
+            raise self.error("it resizes pictures, and the patches of this video are of several frames")
         counts = strip_counts(visual.grid, self.wanted(visual))
         picture = _assembled(visual.pixels, visual.index, visual.grid)
         resized = {n: self._resized(picture, len(counts) * size, n * size) for n in set(counts)}

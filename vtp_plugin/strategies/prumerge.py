@@ -12,9 +12,10 @@ PruMerge+ adds, to 2, the patches at every step-th index, step = int(int(1 / rho
 The released weights were fine-tuned for it; training-free is a use that others have measured.
 
 Our reading: the share is taken per image, not over the batch. No outlier at all leaves the merged token alone (base;
-the code of the plus version divides by zero); a step is at least 1. With a budget of K tokens the extra token is one of
-them, and the plus version spends a quarter of the other K - 1 on scores and the rest on evenly spaced indices among
-those not kept, which is the adaptive version's own proportion (rho N by scores, 3 rho N by stride).
+the code of the plus version divides by zero); a step is at least 1. Where all N patches would stay, the
+last one chosen makes room for the merged token. With a budget of K tokens the extra token is one of them, and the plus
+version spends a quarter of the other K - 1 on scores and the rest on evenly spaced indices among those not kept, which
+is the adaptive version's own proportion (rho N by scores, 3 rho N by stride).
 `order=raster` sorts the kept tokens by position, which the language model has no other way to learn.
 """
 
@@ -78,7 +79,7 @@ class PruMerge(PruningStrategy):
 
     def _merged(self, x: Tensor, attention: Tensor, similarity: Tensor) -> tuple[Tensor, Tensor]:
         """New tokens and their columns, -1 for the last, of one image [N, D], [N], [N, N]."""
-        kept = self.chosen(attention)
+        kept = self.chosen(attention)[: len(x) - 1]
         kept = kept.sort().values if self.order == "raster" else kept
         dropped = attention.index_fill(0, kept, 0)
         weighted = attention[:, None] * x.float()

@@ -32,12 +32,12 @@ class Evaluated(Study):
 
     def evaluate(self, cells: Cells, where: str = "runs", tasks: Sequence[str] = ()) -> Run:
         """Run the cells that have not ended yet; PruningError if one fails."""
-        from vtp_plugin.compare import sweep
+        from vtp_plugin.compare import matrix, sweep
 
         said = self.settings
         run = sweep.run(
             self.folder / where,
-            [sweep.cell(spec, id=id, **fields) for id, (spec, fields) in cells.items()],
+            [matrix.cell(spec, id=id, **fields) for id, (spec, fields) in cells.items()],
             model=said["model"],
             model_args=said["model_args"],
             tasks=",".join(tasks) or said["tasks"],

@@ -14,7 +14,7 @@ import pytest
 from lmms import SETTINGS, TINY, VPRUNE, kept_by_vprune, lines
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.hosts.lmms_eval import evaluation, status
+from vtp_plugin.hosts.lmms_eval import proof, status
 from vtp_plugin.hosts.lmms_eval.requests import by_task
 
 pytest.importorskip("lmms_eval")
@@ -126,7 +126,7 @@ def said() -> Iterator[list[str]]:
 def test_a_task_without_pictures_among_others_is_named(said: list[str]) -> None:
     from vtp_plugin import get_strategy
 
-    evaluation.check([get_strategy("l2")()], SEEN, [evaluation.Seen(SEEN, 2)], cached=False)
+    proof.check([get_strategy("l2")()], SEEN, [proof.Seen(SEEN, 2)], cached=False)
     assert [line.strip() for line in said] == ["vtp-plugin: b showed no picture: nothing was pruned there"]
 
 
@@ -134,10 +134,10 @@ def test_a_ratio_that_rounds_to_all_tokens_is_what_was_asked_for(said: list[str]
     from vtp_plugin import get_strategy
 
     whole = [{"task": "a", "doc_id": 0, "images": [{"before": 144, "after": 144}]}]
-    evaluation.check([get_strategy("fastv")(keep_ratio=0.997)], whole, [evaluation.Seen(whole, 1)], cached=False)
+    proof.check([get_strategy("fastv")(keep_ratio=0.997)], whole, [proof.Seen(whole, 1)], cached=False)
     assert [line.strip() for line in said] == ["vtp-plugin: fastv kept everything: keep_ratio=0.997 rounds to that"]
     with pytest.raises(PruningError, match="fastv: 1 images went in and not one token was cut"):
-        evaluation.check([get_strategy("fastv")(keep_ratio=0.99)], whole, [evaluation.Seen(whole, 1)], cached=False)
+        proof.check([get_strategy("fastv")(keep_ratio=0.99)], whole, [proof.Seen(whole, 1)], cached=False)
 
 
 @pytest.mark.parametrize(("requests", "cached"), [(3, True), (3, False), (0, False)])
@@ -145,7 +145,7 @@ def test_answers_without_a_call_of_the_model_are_refused(requests: int, cached: 
     from vtp_plugin import get_strategy
 
     with pytest.raises(PruningError, match="l2: the model answered without a call that could be pruned"):
-        evaluation.check([get_strategy("l2")()], [], [evaluation.Seen(requests=requests)], cached=cached)
+        proof.check([get_strategy("l2")()], [], [proof.Seen(requests=requests)], cached=cached)
 
 
 # -- what the host's process tells ------------------------------------------------------------------------------------

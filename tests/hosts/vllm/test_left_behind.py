@@ -95,3 +95,28 @@ def test_nothing_stays(place: str, how: str | None, tmp_path: Path):
     assert wait_for(lambda: set(SHARED_MEMORY.iterdir()) <= memory, GRACE), set(SHARED_MEMORY.iterdir()) - memory
     if how is None:
         assert "the test stops it here" in (tmp_path / "log").read_text()
+
+
+SERVER = """
+import pathlib, sys, time
+from vtp_plugin.hosts.vllm.serving import serving
+from vtp_plugin.tiny.checkpoint import resolve
+
+folder = pathlib.Path(sys.argv[1])
+options = ["--dtype", "float32", "--max-model-len", "640", "--enforce-eager"]
+with serving(str(resolve("vtp-tiny", "hf")), {"strategy": "l2"}, options, folder / "server.log"):
+    (folder / "here").touch()
+    time.sleep(600)
+"""
+
+
+def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path):
+    mark, memory = uuid.uuid4().hex, set(SHARED_MEMORY.iterdir())
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    run = subprocess.Popen([sys.executable, "-c", SERVER, str(tmp_path)], env={**environment, MARK: mark})
+    assert wait_for(lambda: (tmp_path / "here").exists() or run.poll() is not None, PATIENCE), "never got there"
+    assert len(left(mark)) > 2
+    run.kill()
+    run.wait(GRACE)
+    assert wait_for(lambda: not left(mark), GRACE), left(mark)
+    assert wait_for(lambda: set(SHARED_MEMORY.iterdir()) <= memory, GRACE), set(SHARED_MEMORY.iterdir()) - memory

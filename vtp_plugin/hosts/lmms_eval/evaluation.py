@@ -12,7 +12,6 @@ import importlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.lmms_eval import status
 from vtp_plugin.hosts.lmms_eval.documents import Documents, Fetched
 from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
+from vtp_plugin.hosts.lmms_eval.proof import Seen, check, report_latency
 from vtp_plugin.hosts.lmms_eval.requests import REQUESTS, by_task
 from vtp_plugin.hosts.lmms_eval.settings import KEY
 from vtp_plugin.hosts.wrapping import wrap
@@ -36,16 +36,6 @@ from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.version import __version__
 
 EACH = "VTP_GALLERY_EACH"  # of the process: a gallery for every evaluation, in its own output folder
-
-
-@dataclass
-class Seen:
-    """What one process has seen of an evaluation; those of several processes are put together at its end."""
-
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    requests: int = 0  # that reached the model, and not the response cache
-    cut: Counter = field(default_factory=Counter)  # tokens, by strategy; empty where the host does not say
-    failure: str = ""
 
 
 class Run:
@@ -172,86 +162,6 @@ def _gallery(environment: Mapping[str, str], output: str) -> Mapping[str, str]:
     if not (environment.get(EACH) and output):
         return environment
     return {**environment, gallery.FOLDER: str(Path(output) / "gallery")}
-
-
-# -- the proof --------------------------------------------------------------------------------------------------------
-
-
-def check(
-    strategies: Sequence[PruningStrategy], samples: Sequence[Mapping[str, Any]], everyone: Sequence[Seen], cached: bool
-) -> None:
-    """PruningError for a run that proves nothing: something raised, no picture was seen, a strategy never cut."""
-    if failures := [seen.failure for seen in everyone if seen.failure]:
-        raise PruningError(f"{len(failures)} process(es) met an error while generating; the first: {failures[0]}")
-    asked = [s for s in strategies if not s.keeps_everything]
-    if not asked:
-        return
-    if not samples:
-        return _all_cached(asked, sum(seen.requests for seen in everyone), cached)
-    images = [image for sample in samples for image in sample["images"]]
-    if not images:
-        raise PruningError(f"{_joined(asked)}: none of {len(samples)} questions showed a picture: nothing was pruned")
-    cut = sum((seen.cut for seen in everyone), Counter())
-    whole = all(image["after"] >= image["before"] for image in images)
-    idle = asked if whole else [s for s in asked if cut and not cut[s.name]]
-    if wrong := [s for s in idle if not _rounds_to_all(s, images)]:
-        raise PruningError(f"{_joined(wrong)}: {len(images)} images went in and not one token was cut with {wrong}")
-    _warn(samples, idle)
-
-
-def _all_cached(asked: Sequence[PruningStrategy], requests: int, cached: bool) -> None:
-    from loguru import logger
-
-    if requests or not cached:
-        raise PruningError(f"{_joined(asked)}: the model answered without a call that could be pruned")
-    logger.warning("vtp-plugin: every answer came from the response cache: nothing was measured")
-
-
-def _rounds_to_all(strategy: PruningStrategy, images: Sequence[Mapping[str, int]]) -> bool:
-    """Whether its keep ratio, rounded to tokens, is all of every image: 0.997 of 144."""
-    return (
-        strategy.budgeted
-        and strategy.keep_ratio is not None
-        and all(strategy.count(image["before"]) == image["before"] for image in images)
-    )
-
-
-def _warn(samples: Sequence[Mapping[str, Any]], idle: Sequence[PruningStrategy]) -> None:
-    """Name what was not pruned: tasks that showed no picture, strategies whose ratio rounds to all tokens."""
-    from loguru import logger
-
-    shown: Counter = Counter()
-    for sample in samples:
-        shown[sample.get("task")] += len(sample["images"])
-    for task in (task for task, images in shown.items() if task and not images):
-        logger.warning(f"vtp-plugin: {task} showed no picture: nothing was pruned there")
-    for strategy in idle:
-        logger.warning(
-            f"vtp-plugin: {strategy.name} kept everything: keep_ratio={strategy.keep_ratio:g} rounds to that"
-        )
-
-
-def _joined(strategies: Sequence[PruningStrategy]) -> str:
-    return "+".join(s.name for s in strategies)
-
-
-def report_latency(entry: Mapping[str, Any]) -> None:
-    """Let the host's `results["throughput"]` have the times to first token that it does not measure itself.
-
-    The host puts `avg_` in front of every name. Where its model class logs no throughput at all, ours stands in.
-    """
-    from lmms_eval.models.model_utils import gen_metrics
-
-    measured = entry["latency"]
-    if not measured["samples"]:
-        return
-    extras = {f"ttft_{name}": seconds for name, seconds in measured["ttft"].items()}
-    extras |= {f"decode_per_token_{name}": seconds for name, seconds in measured["decode_per_token"].items()}
-    tokens, seconds = 0, 0.0
-    if not gen_metrics.get_logged_metrics_history():
-        tokens, seconds = measured["new_tokens"], entry["seconds"]["total"]
-        extras["total_requests"] = entry["samples"]["total"]
-    gen_metrics.log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0, extras)
 
 
 _waiting: list[Run] = []  # runs whose model was built and not evaluated yet

@@ -16,8 +16,9 @@ from typing import Any
 from vtp_plugin import config
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.lmms_eval.documents import Fetched
-from vtp_plugin.hosts.lmms_eval.evaluation import Run, Seen
+from vtp_plugin.hosts.lmms_eval.evaluation import Run
 from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
+from vtp_plugin.hosts.lmms_eval.proof import Seen
 from vtp_plugin.hosts.vllm.orphans import none_left
 from vtp_plugin.hosts.vllm.plan import KEY
 from vtp_plugin.reporting.record import summary

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtp_plugin.hosts.transformers.shapes import QUESTION_TOKENS, Llava, LlavaNext, Qwen3, Qwen25, Shape
+from vtp_plugin.hosts.transformers.architectures import QUESTION_TOKENS, Llava, LlavaNext, Qwen3, Qwen25, Shape
 from vtp_plugin.surgery import cache
 
 HALF = QUESTION_TOKENS // 2

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp_plugin.errors import PruningError
+from vtp_plugin.hosts.vllm.orphans import VARIABLE
 from vtp_plugin.hosts.vllm.plan import KEY
 
 POLL = 0.5  # seconds
@@ -58,12 +59,16 @@ class Server:
 def serving(
     model: str, settings: Mapping[str, Any] | None, options: Sequence[str], log: Path, patience: float = 600
 ) -> Iterator[Server]:
-    """`vllm serve MODEL` with this `vtp_pruning` until the block ends; PruningError with the log's end if it fails."""
+    """`vllm serve MODEL` with this `vtp_pruning` until the block ends; PruningError with the log's end if it fails.
+
+    The server ends with this process, too, however that ends.
+    """
     overrides = ["--hf-overrides", json.dumps({KEY: dict(settings)})] if settings else []
     port = free_port()
     command = [*PROGRAM, "--model", model, "--host", "127.0.0.1", "--port", str(port), *overrides, *options]
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        bound = {**os.environ, VARIABLE: str(os.getpid())}
+        process = subprocess.Popen(command, env=bound, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             server = Server(f"http://127.0.0.1:{port}", model)
             _wait(server, process, log, patience)
