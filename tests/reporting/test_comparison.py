@@ -175,10 +175,10 @@ def test_p_of_many_methods_is_adjusted(run: runs.Run) -> None:
 
 
 def test_positions_of_a_table_are_said(tmp_path: Path) -> None:
-    record = {id: {"strategies": [{"positions": "original"}]} for id in ("l2-0.25", "atp-0.25")}
+    record = {id: {"strategies": [{"name": "x", "positions": "original"}]} for id in ("l2-0.25", "atp-0.25")}
     same = runs.load(runfolder.write(tmp_path / "same", CELLS, TARGETS, record=record))
     assert "Positions of kept tokens: original, in all rows." in comparison.table(same).caption
-    record["l2-0.25"] = {"strategies": [{"positions": "compact"}]}
+    record["l2-0.25"] = {"strategies": [{"name": "x", "positions": "compact"}]}
     mixed = runs.load(runfolder.write(tmp_path / "mixed", CELLS, TARGETS, record=record))
     said = "WARNING: positions of kept tokens are not the same in all rows (original: atp-0.25; compact: l2-0.25)."
     assert said in comparison.table(mixed).caption

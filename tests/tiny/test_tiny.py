@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import resolve_in
 from PIL import Image
 
 import vtp_plugin
@@ -135,11 +135,6 @@ def test_resolve_twice_is_one_folder(cache):
     written = (first / "model.safetensors").stat().st_mtime_ns
     assert resolve(layout="clip") == first
     assert (first / "model.safetensors").stat().st_mtime_ns == written
-
-
-def resolve_in(folder: str, layout: str) -> str:
-    os.environ["VTP_CACHE"] = folder
-    return str(resolve(layout=layout))
 
 
 def test_concurrent_processes_agree(tmp_path):

@@ -68,7 +68,7 @@ class Call:
     copies: int = 1  # sequences per prompt: beams, returned sequences
     steps: list[tuple[int, int, bool]] = field(default_factory=list)  # decoding, if timed: tokens, those before, cached
     warmup: bool = False  # the first call of a model
-    asked: dict[Any, Any] = field(default_factory=dict)  # its questions by shared space, see surgery.question.Asked
+    embedded: dict[Any, Any] = field(default_factory=dict)  # questions by shared space: surgery.question.CallQuestions
     decisions: list[Decision] | None = None  # None: nobody looks on
     dropped: int = 0  # columns that the longest prompt is shorter, where the host counts its length
     turn: Any = None  # the prompt and what is left of it: surgery.turns.Turn

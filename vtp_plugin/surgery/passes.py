@@ -75,13 +75,13 @@ class PromptPass:
     entry: Tensor | None = None  # [B, L, D] embeddings of the prompt
     readings: dict[int, Any] = field(default_factory=dict)  # attention of the layer before a cut, until it is decided
     words: dict[int, Tensor] = field(default_factory=dict)  # by row: columns of the text behind its images
-    made: dict[str, list[tuple[Any, Any, Any]]] = field(default_factory=dict)
+    remembered: dict[str, list[tuple[Any, Any, Any]]] = field(default_factory=dict)
 
     def once(self, name: str, key: tuple[Any, ...], source: Any, make: Callable[[], Any]) -> Any:
         """What `make` makes of `source`, remembered for the other decoder layers of the same pass."""
-        made = self.made.setdefault(name, [])
-        for known, of, value in made:
+        known_values = self.remembered.setdefault(name, [])
+        for known, of, value in known_values:
             if of is source and known == key:
                 return value
-        made[:] = [*made[-7:], (key, source, make())]
-        return made[-1][2]
+        known_values[:] = [*known_values[-7:], (key, source, make())]
+        return known_values[-1][2]

@@ -14,7 +14,7 @@ from vtp_plugin.errors import PruningError
 from vtp_plugin.facts.conversation import framed, question_of
 from vtp_plugin.facts.family import Family
 
-__all__ = ["Asked", "EmbeddedQuestions", "framed", "question_of"]
+__all__ = ["CallQuestions", "EmbeddedQuestions", "framed", "question_of"]
 
 
 class EmbeddedQuestions:
@@ -50,7 +50,7 @@ class EmbeddedQuestions:
         return 0
 
 
-class Asked:
+class CallQuestions:
     """The questions of one call in a space, embedded together when the first of them is asked for."""
 
     def __init__(self, space: Any, questions: Sequence[str]) -> None:

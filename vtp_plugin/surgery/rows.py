@@ -20,7 +20,7 @@ from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.arrangement import Arrangement, Group, ImageRows
 from vtp_plugin.surgery.columns import Rows
 from vtp_plugin.surgery.judging import Judgement
-from vtp_plugin.surgery.question import Asked
+from vtp_plugin.surgery.question import CallQuestions
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.surgery.vision import Cutting, space_of
 from vtp_plugin.tokens import true_columns
@@ -102,11 +102,11 @@ def _owned(owner: Tensor, parts: int) -> list[Tensor]:
 class GroupRows(RowsView):
     """The rows of a group, [1, N, ...]."""
 
-    def __init__(self, made: Arrangement, strategy: PruningStrategy, group: Group) -> None:
-        self.made, self.strategy, self.group = made, strategy, group
-        self.tower, self.device = made.tower, made.device
+    def __init__(self, arrangement: Arrangement, strategy: PruningStrategy, group: Group) -> None:
+        self.arrangement, self.strategy, self.group = arrangement, strategy, group
+        self.tower, self.device = arrangement.tower, arrangement.device
         self.embedded = strategy.text_encoder == "llm"
-        self.images: list[Image] = [made.vision.call.images[part.number] for part, _ in group]
+        self.images: list[Image] = [arrangement.vision.call.images[part.number] for part, _ in group]
         self.first = group[0][0].number
         self.fingerprint = (self.images[0].fingerprint,)
         self.owner = torch.cat([torch.full_like(where, n) for n, (_, where) in enumerate(group)])  # [N]
@@ -143,28 +143,28 @@ class GroupRows(RowsView):
         return self.images[0].grid if alone else (1, int(self._offsets[-1]))
 
     @property
-    def space(self) -> Asked:
-        return self.made.vision.asked(self.strategy)
+    def space(self) -> CallQuestions:
+        return self.arrangement.vision.questions_in(self.strategy)
 
     @property
     def questions(self) -> Sequence[str]:
         return [self.images[0].question]
 
     def output(self, name: str, make: Callable[[Tensor], Tensor]) -> Tensor:
-        hidden = tapped(self.made.passing.outputs.get(self.block), "OUTPUT")[:, self.tower.prefix :]
+        hidden = tapped(self.arrangement.passing.outputs.get(self.block), "OUTPUT")[:, self.tower.prefix :]
         return self._gathered((name, self.block, *space_of(self.strategy)), make(hidden))
 
     @property
     def class_feature(self) -> Tensor | None:
         """Of the image's first tile, [1, D]."""
-        if not self.tower.prefix or not self.made.tokenwise:
+        if not self.tower.prefix or not self.arrangement.tokenwise:
             return None
-        output = tapped(self.made.passing.outputs.get(self.tower.number(None)), "CLASS")
-        return output[self.made.passing.tiles.index(self.first), :1]
+        output = tapped(self.arrangement.passing.outputs.get(self.tower.number(None)), "CLASS")
+        return output[self.arrangement.passing.tiles.index(self.first), :1]
 
     @property
     def units(self) -> Tensor:
-        pieces = [self.made.units[part.number][part.source[where]] for part, where in self.group]
+        pieces = [self.arrangement.units[part.number][part.source[where]] for part, where in self.group]
         return torch.cat(pieces)[None]
 
     @property
@@ -174,7 +174,7 @@ class GroupRows(RowsView):
         (part, where), *_ = self.group
         tile = part.tiles if len(where) == len(part.source) else part.tiles[where.cpu()]
         if (tile != tile.round()).any():
-            kind = self.made.kind
+            kind = self.arrangement.kind
             raise self.strategy.error(f"it needs whole tiles, the model interpolates across those of this {kind}")
         return tile.long().to(part.source.device)[None]
 
@@ -182,7 +182,7 @@ class GroupRows(RowsView):
     def place(self) -> Tensor | None:
         if not self._several_views:
             return None
-        return self.made.of_image("place", self.made.middles, self.first)[self.source][None]
+        return self.arrangement.of_image("place", self.arrangement.middles, self.first)[self.source][None]
 
     def carried(self, signal: Signal, block: int) -> Tensor | None:
         """What was read in a block, of the rows that are left."""
@@ -190,12 +190,12 @@ class GroupRows(RowsView):
             return None
         key = signal.name, block
         if not signal.per_token:
-            return self.made.passing.whole[key][self.made.passing.tiles.index(self.first)][None]
-        return self._gathered(key, self.made.passing.maps[key])
+            return self.arrangement.passing.whole[key][self.arrangement.passing.tiles.index(self.first)][None]
+        return self._gathered(key, self.arrangement.passing.maps[key])
 
     def _gathered(self, key: Any, maps: Tensor) -> Tensor:
         """The rows of the group of a map, [1, N, ...]."""
-        pieces = [self.made.of_image(key, maps, part.number)[part.source[where]] for part, where in self.group]
+        pieces = [self.arrangement.of_image(key, maps, part.number)[part.source[where]] for part, where in self.group]
         return torch.cat(pieces)[None]
 
     @property

@@ -20,7 +20,7 @@ from vtp_plugin.surgery.layout import Block, Layout
 from vtp_plugin.surgery.merging import MergingBlocks, unmergeable
 from vtp_plugin.surgery.passes import TowerPass
 from vtp_plugin.surgery.pixels import Pixels
-from vtp_plugin.surgery.question import Asked, EmbeddedQuestions
+from vtp_plugin.surgery.question import CallQuestions, EmbeddedQuestions
 from vtp_plugin.surgery.session import Session, at
 from vtp_plugin.surgery.undo import Undo
 
@@ -109,13 +109,13 @@ class VisionCuts:
                 found[signal.name] = carried(signal, block_of(self.family, signal, strategy))
         return found
 
-    def asked(self, strategy: PruningStrategy) -> Asked:
+    def questions_in(self, strategy: PruningStrategy) -> CallQuestions:
         """The space where the questions of this call are compared with patches."""
         key, call = space_of(strategy), self.session.call
-        if key not in call.asked:
+        if key not in call.embedded:
             questions = [image.question for image in call.images]
-            call.asked[key] = Asked(tapped(self.spaces.get(key), "SPACE"), list(dict.fromkeys(questions)))
-        return call.asked[key]
+            call.embedded[key] = CallQuestions(tapped(self.spaces.get(key), "SPACE"), list(dict.fromkeys(questions)))
+        return call.embedded[key]
 
     def _space(self, strategy: PruningStrategy) -> SharedSpace:
         llm = strategy.text_encoder == "llm"

@@ -19,7 +19,7 @@ from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
 from vtp_plugin.surgery.layout import Layout
 from vtp_plugin.surgery.pixels import fingerprints, patches
-from vtp_plugin.surgery.question import Asked
+from vtp_plugin.surgery.question import CallQuestions
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.surgery.vision import Cutting, VisionCuts
 from vtp_plugin.tokens import Selection
@@ -173,8 +173,8 @@ class TowerRows(RowsView):
             return self.vision.family.projector.forward(self.tokens)  # without hooks: not yet the host's turn
 
     @property
-    def space(self) -> Asked:
-        return self.vision.asked(self.strategy)
+    def space(self) -> CallQuestions:
+        return self.vision.questions_in(self.strategy)
 
     @property
     def questions(self) -> Sequence[str]:
