@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -49,6 +50,15 @@ class Shifted(PruningStrategy):
 
 
 FULL = bool(os.environ.get("VTP_FULL_MATRIX"))
+# One family for every way in which images are arranged, where a check is dear; VTP_FULL_MATRIX=1: all of them.
+KINDS = ("llava", "llava_hf", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe", "glm4v")
+KINDS += ("internvl", "gemma3", "idefics3", "mistral3", "paligemma")
+
+
+def by_kind(names: Iterable[str]) -> list[str]:
+    """Those that stand for the others."""
+    return [name for name in names if FULL or name in KINDS]
+
 
 # What promises are shown at, where a family is not among FAMILIES.
 BLIP2_STAGES = families.STAGES[:3]

@@ -1,6 +1,7 @@
 """What a pruned call may ask of a device beyond the unpruned one, and that it leaves nothing there.
 
-Every family with every strategy, two prompts of unequal length with three pictures. VTP_FULL_MATRIX=1: one prompt, too.
+A family of every kind with every strategy, two prompts of unequal length with three pictures. VTP_FULL_MATRIX=1: all
+families, and one prompt, too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import Counter
 
 import pytest
 import syncs
+from family_runs import by_kind
 from pretend_hosts import LAYOUTS, STAGES, host
 
 WAITS, COPIES = 4, 6  # more than the unpruned host, per call
@@ -28,7 +30,7 @@ PEAKS = {  # of bytes over the unpruned host's
 }
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", by_kind(STAGES))
 def test_waits_copies_and_what_is_left(name: str) -> None:
     if name == "llava":
         pytest.importorskip("llava")
