@@ -23,7 +23,8 @@ def command(
     keep: Annotated[str | None, typer.Option(help="Keep ratios, separated by commas, for all with a budget.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Runs of every strategy with a random seed.")] = None,
     positions: Annotated[
-        str | None, typer.Option(help="Of kept tokens, for all methods: original, compact, or own (each method's).")
+        str | None,
+        typer.Option(help="Of kept tokens, in all cells: original, compact, own (each method's), shared (default)."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Questions per task; all if not given.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch_size", "--batch-size", help="lmms-eval's.")] = None,
