@@ -253,7 +253,14 @@ def test_keys_walk_through_the_gallery(session: Any) -> None:
     assert session.execute_script("return document.getElementById('layer').value") == "scores"
     press(session, "\ue00c")  # escape
     assert big(session) is None
-    assert session.execute_script("return location.hash") == ""
+    eventually(session, "return location.hash", "")
+
+
+def eventually(session: Any, script: str, wanted: Any) -> None:
+    """The page hears of a closed picture when the browser gets to it."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(session, 10).until(lambda page: page.execute_script(script) == wanted)
 
 
 def test_words_in_the_search_are_no_keys(session: Any) -> None:
