@@ -29,10 +29,10 @@ SCENES = 3
 # -- everything, for a program ----------------------------------------------------------------------------------------
 
 
-def summary(run: Run) -> dict[str, Any]:
+def summary(run: Run, controls: Controls | None = None) -> dict[str, Any]:
     """All statistics of every row, per task and over all tasks, with the first cell's record."""
-    everything = rows(run)
-    controls = Controls(everything)
+    controls = controls or Controls(rows(run))
+    everything = controls.everything
     return {
         "schema": SCHEMA,
         "model": run.settings.get("model"),
@@ -105,13 +105,13 @@ def _ratio(part: float | None, whole: float | None) -> float | None:
 # -- everything, for a reader -----------------------------------------------------------------------------------------
 
 
-def table(run: Run, title: str = "", notes: Sequence[str] = ()) -> Table:
+def table(run: Run, title: str = "", notes: Sequence[str] = (), controls: Controls | None = None) -> Table:
     """Accuracy per task, difference from the unpruned model, flips, tokens, FLOPs and prefill time.
 
     `notes`: further sentences for the caption and among the findings.
     """
-    everything = rows(run)
-    controls = Controls(everything)
+    controls = controls or Controls(rows(run))
+    everything = controls.everything
     names, chance = short(run.tasks), controls.held() if _controlled(run) else None
     changes = ["difference", *(["over random"] if chance is not None else []), "lost/won", "p", "same"]
     result = Table(["strategy", *names, "mean", *changes, "tokens", "KV", "FLOPs", "prefill"], title=title)
@@ -125,10 +125,10 @@ def table(run: Run, title: str = "", notes: Sequence[str] = ()) -> Table:
     return result
 
 
-def layered(run: Run) -> Table | None:
+def layered(run: Run, controls: Controls | None = None) -> Table | None:
     """The same methods at equal tokens x layers; None where no control or no method is between decoder layers."""
-    everything = rows(run)
-    controls = Controls(everything)
+    controls = controls or Controls(rows(run))
+    everything = controls.everything
     if not _controlled(run) or all(abs(row.spent - row.final) < 0.5 for row in everything):
         return None
     there = [control for control in CONTROLS if controls.held(control, SPENT)]
@@ -254,9 +254,10 @@ def check(folder: Path) -> None:
 
 def write(run: Run, title: str = "", notes: Sequence[str] = ()) -> Table:
     """table.md (with that of equal tokens x layers), table.csv, table.tex and summary.json in the run folder."""
-    made, second = table(run, title, notes), layered(run)
+    controls = Controls(rows(run))  # compared once for all of them
+    made, second = table(run, title, notes, controls), layered(run, controls)
     pages = "\n\n".join(each.markdown() for each in (made, second) if each is not None)
-    texts = (pages + "\n", made.csv(), made.latex(), json.dumps(summary(run), indent=1) + "\n")
+    texts = (pages + "\n", made.csv(), made.latex(), json.dumps(summary(run, controls), indent=1) + "\n")
     for name, text in zip(FILES, texts, strict=True):
         files.write(run.folder / name, text)
     return made
