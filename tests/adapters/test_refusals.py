@@ -227,13 +227,15 @@ def promised(name: str) -> set[str]:
 
 def test_the_matrix_is_what_works(name: str, model: nn.Module) -> None:
     """Every cell, with every registered strategy of its stage."""
-    rows = {row[0]: dict(zip(("family", "models", *Stage), row, strict=True)) for row in families().rows}
+    table = families()
+    rows = {row[0]: dict(zip(("family", "models", *Stage), row, strict=True)) for row in table.rows}
     row, able = rows[ADAPTER.get(name, name)], set()
     for stage in Stage:
         said = [refusal(model, s) for s, cls in plugins.strategies().items() if cls().stage is stage]
         able |= {stage.value} if "" in said else set()
         if row[stage] != "yes":
-            assert all(f" has no {stage.value} stage: {row[stage]}; possible here: " in message for message in said)
+            reason = table.notes[int(row[stage].removeprefix("no [").removesuffix("]")) - 1]
+            assert all(f" has no {stage.value} stage: {reason}; possible here: " in message for message in said)
     assert able == {stage.value for stage in Stage if row[stage] == "yes"} == promised(name)
 
 
