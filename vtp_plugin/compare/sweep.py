@@ -65,8 +65,8 @@ def run(
     `limit`: questions per task, -1 for all. `options`: further options of the host (batch_size, gen_kwargs, ...).
     `launch`: what to start the host with, such as `accelerate launch --num_processes 4`. `jobs`: processes that share
     the cells; the machine's threads are divided among them. `environment`: variables of these processes. `gallery`:
-    keep pictures of the first questions (VTP_GALLERY). `idle`: thresholds that drop nothing of any picture are a result,
-    not a failure. PruningError: bad settings, or a folder of other settings.
+    keep pictures of the first questions (VTP_GALLERY). `idle`: thresholds that drop nothing of any picture are a
+    result, not a failure. PruningError: bad settings, or a folder of other settings.
     """
     folder, named = Path(folder), tasks.split(",") if isinstance(tasks, str) else list(tasks)
     settings = {"model": model, "model_args": model_args, "tasks": [task.strip() for task in named], "limit": limit}

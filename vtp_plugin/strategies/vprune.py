@@ -5,8 +5,9 @@ published, so this is a RECONSTRUCTION from the abstract, headings and tables; e
 a switch. The thresholds are confirmed by the removed shares: photographs of 4:3, padded as LLaVA-1.5 pads, lose about
 what the article prints for COCO's at chi-square 5, 10 and 20 (`vtp study vprune-design`, which shows the other readings
 beside it, and that most of it is the padding). The histogram itself is not known: `vtp calibrate vprune` finds the
-cosine threshold for a removed share. What the article states: patch groups (2x2), chi-square distance of colour histograms with thresholds 5/10/20
-(a larger one removes more), cosine similarity with a threshold of its own, removed shares of 13-37 %.
+cosine threshold for a removed share. What the article states: patch groups (2x2), chi-square distance of colour
+histograms with thresholds 5/10/20 (a larger one removes more), cosine similarity with a threshold of its own, removed
+shares of 13-37 %.
 
 1. division: patches (g u + a, g v + b), a, b < g -> `group`;
 2. per patch the colour histogram, raw counts, `bins` per channel (bin of v: v * bins // 256), channels concatenated,
