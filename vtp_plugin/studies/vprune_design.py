@@ -159,8 +159,10 @@ class VPruneDesign(Evaluated):
                 table.add(
                     entry["data"], chi2, f"{100 * target:.1f}", entry.get("cosine_threshold", "not reachable"), here
                 )
+        remarks = [entry["remark"] for entry in results["calibration"] if entry.get("remark")]
         table.caption = (
             "In %. The cosine threshold is fitted at the first chi-square threshold of each data set, on our pictures."
+            f"{''.join(f' {each[:1].upper()}{each[1:]}.' for each in remarks)}"
         )
         return table
 
