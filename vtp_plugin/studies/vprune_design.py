@@ -56,6 +56,8 @@ class VPruneDesign(Evaluated):
             raise PruningError(f"{self.name}: parts must be some of {', '.join(PARTS)}, got {said['parts']}")
         super().check()
         if PHOTOGRAPHS in said["parts"]:
+            if taken := {readings.OURS, readings.CONTROL} & set(said["readings"]):
+                raise PruningError(f"{self.name}: a reading cannot be called '{taken.pop()}'")
             for fields, chi2 in product(self._readings().values(), said["chi2_threshold"]):
                 build(LEADER, {**fields, **readings.at(chi2)})
             for name in said["processors"]:
