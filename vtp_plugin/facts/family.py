@@ -29,6 +29,8 @@ class Family:
 
     several_views: ClassVar[bool] = False  # whether it says how sub-images lie, `Image.views`, behind such a tile 0
 
+    videos: ClassVar[bool] = False  # whether a video is one image of several frames, `Image.film`
+
     tiled: ClassVar[bool] = False  # whether an image is several tiles for the tower, each with a class token of its own
     tokenwise: bool = False  # where the host rearranges what the tower makes: the projector works token by token
 
