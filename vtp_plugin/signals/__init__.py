@@ -8,6 +8,7 @@ other modules declare the built-in signals and are imported below; a package of 
 from vtp_plugin.signals.declaration import (
     Signal,
     Tap,
+    everything,
     found_in,
     given,
     names,
@@ -32,6 +33,7 @@ __all__ = [
     "Tap",
     "View",
     "early",
+    "everything",
     "film",
     "found_in",
     "given",
