@@ -14,7 +14,7 @@ from vtp_plugin.reporting.terminal import console
 def command(
     name: Annotated[str, typer.Argument(help="The study.")],
     model: Annotated[str, typer.Option(help="lmms-eval's model, or a CLIP checkpoint for poster-l2.")] = "",
-    model_args: Annotated[str, typer.Option("--model_args", "--model-args", help="lmms-eval's model_args.")] = "",
+    model_args: Annotated[str, typer.Option("--model-args", help="lmms-eval's model_args.")] = "",
     tasks: Annotated[str, typer.Option(help="lmms-eval's tasks, separated by commas.")] = "",
     limit: Annotated[int, typer.Option(help="Samples per task; -1 for all, 0 for the study's own number.")] = 0,
     images: Annotated[str, typer.Option(help="poster-l2: a folder with one folder of pictures per class.")] = "",

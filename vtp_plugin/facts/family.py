@@ -79,8 +79,12 @@ class Family:
     @cached_property
     def costs(self) -> Costs:
         """What the parts cost per token."""
-        head = self.model.get_output_embeddings() if self.decoder_layers else None
-        return Costs.of(self.tower, self.projectors, self.decoder_layers, head)
+        return Costs.of(self.tower, self.projectors, self.decoder_layers, self.head if self.decoder_layers else None)
+
+    @property
+    def head(self) -> nn.Module | None:
+        """What makes logits of hidden states."""
+        return self.model.get_output_embeddings()
 
     @property
     def projectors(self) -> Sequence[nn.Module]:
