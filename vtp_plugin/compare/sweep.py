@@ -97,8 +97,7 @@ def finished(folder: Path, id: str) -> bool:
 
 def _check(settings: Mapping[str, Any]) -> None:
     """Refuse what can be refused without the host."""
-    if settings["limit"] == 0 or settings["limit"] < -1:
-        raise PruningError(f"limit must be a number of questions per task, or -1 for all, got {settings['limit']}")
+    check_limit(settings["limit"], settings["tasks"])
     if settings["jobs"] < 1:
         raise PruningError(f"jobs must be at least 1, got {settings['jobs']}")
     if "pruning=" in settings["model_args"]:
@@ -112,6 +111,16 @@ def _check(settings: Mapping[str, Any]) -> None:
         raise PruningError("a comparison needs tasks")
     for entry in settings["cells"]:
         resolve(entry["pruning"], entry["pruning_args"])
+
+
+def check_limit(limit: Any, tasks: Sequence[str]) -> None:
+    """Refuse a number of questions that means nothing, or that no task has, where that is known without the host."""
+    whole = isinstance(limit, int) and not isinstance(limit, bool)
+    if not whole or limit == 0 or limit < -1:
+        raise PruningError(f"limit must be a number of questions per task, or -1 for all, got {limit}")
+    known = [lmms_eval.documents(task) for task in tasks] if limit > 0 else []
+    if known and None not in known and limit > max(known):
+        raise PruningError(f"limit must be at most the {max(known)} questions there are per task, or -1, got {limit}")
 
 
 def check_host(model: str, tasks: Sequence[str]) -> None:
