@@ -27,6 +27,7 @@ from vtp_plugin.promises import promises
 REFUSED = {  # on its family
     **dict.fromkeys(("atp", "cdpruner"), "has no CLIP text encoder"),
     **dict.fromkeys(("prumerge", "prumerge_plus"), "it needs a class token"),
+    **dict.fromkeys(("evs", "flashvid", "vidcom2"), "it compares the frames of a video"),
     "mmtok": "this strategy reads the question",
     "tome": "merging inside the blocks is not possible",
 }

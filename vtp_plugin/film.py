@@ -50,6 +50,7 @@ class Film:
 class VideoStrategy(ComparingStrategy):
     """A method that divides one budget over the frames of a video, and keeps the positions of tokens."""
 
+    pictures = False
     default_positions = "original"
 
     def validate(self) -> None:

@@ -118,7 +118,7 @@ class Plan:
             )
         if reason := signals.wrong(strategy, inside=bool(strategy.cut_blocks(self.blocks))):
             raise strategy.error(reason)
-        if "film" in strategy.needs:
+        if not strategy.pictures:
             raise strategy.error("the frames of a video are not shown inside vLLM, where only pictures are pruned")
         if strategy.stage is not Stage.PIXELS and not strategy.budgeted:
             raise strategy.error(
