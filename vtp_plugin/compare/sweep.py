@@ -30,6 +30,7 @@ from vtp_plugin.hosts import compatibility
 from vtp_plugin.hosts.lmms_eval import plugin as lmms_eval
 from vtp_plugin.hosts.lmms_eval.building import TINY_LAYOUTS
 from vtp_plugin.hosts.lmms_eval.process import Host, Listener
+from vtp_plugin.hosts.lmms_eval.proof import IDLE
 from vtp_plugin.reporting import runs
 from vtp_plugin.reporting.runs import Cell, Run, Spec
 from vtp_plugin.tiny import checkpoint
@@ -56,6 +57,7 @@ def run(
     jobs: int = 1,
     environment: Mapping[str, str] | None = None,
     gallery: bool = False,
+    idle: bool = False,
     console: Console | None = None,
 ) -> Run:
     """Evaluate every cell that the folder does not hold yet; the folder as it is afterwards, failed cells included.
@@ -63,11 +65,13 @@ def run(
     `limit`: questions per task, -1 for all. `options`: further options of the host (batch_size, gen_kwargs, ...).
     `launch`: what to start the host with, such as `accelerate launch --num_processes 4`. `jobs`: processes that share
     the cells; the machine's threads are divided among them. `environment`: variables of these processes. `gallery`:
-    keep pictures of the first questions (VTP_GALLERY). PruningError: bad settings, or a folder of other settings.
+    keep pictures of the first questions (VTP_GALLERY). `idle`: thresholds that drop nothing of any picture are a
+    result, not a failure. PruningError: bad settings, or a folder of other settings.
     """
     folder, named = Path(folder), tasks.split(",") if isinstance(tasks, str) else list(tasks)
     settings = {"model": model, "model_args": model_args, "tasks": [task.strip() for task in named], "limit": limit}
-    settings |= {"options": dict(options or {}), "launch": launch, "jobs": jobs, "environment": dict(environment or {})}
+    settings |= {"options": dict(options or {}), "launch": launch, "jobs": jobs}
+    settings |= {"environment": dict(environment or {}) | ({IDLE: "1"} if idle else {})}
     settings |= {"gallery": gallery, "positions": OWN, "cells": [asdict(cell) for cell in unique(cells)]}
     _check(settings)
     settings = _joined(files.check_folder(folder), settings)

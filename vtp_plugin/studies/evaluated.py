@@ -47,6 +47,7 @@ class Evaluated(Study):
             limit=said["limit"],
             options={"batch_size": said["batch_size"]},
             jobs=self.jobs,
+            idle=True,
             console=self.console,
         )
         if run.failed:

@@ -109,7 +109,7 @@ class VPruneDesign(Evaluated):
         first, *others = said["processors"]
         asked = {first: self._readings()} | {name: {readings.OURS: {}} for name in others}
         found = readings.measure(self.pictures, asked, said["chi2_threshold"], self.once)
-        fitted = self.once("calibration", lambda: readings.calibrations(self.pictures, first, said["targets"]))
+        fitted = self.once("calibration", lambda: readings.calibrations(self.pictures, first, self._photographic()))
         return {"photographs": found | {"photographic": self._photographic()}, "calibration": fitted}
 
     def _photographic(self) -> dict[str, dict[str, float]]:
