@@ -119,7 +119,7 @@ def _text(blocks: list[list[int]], seed: int) -> list[int]:
     return ids + words(2 + seed % 4, seed + 9)
 
 
-def _model(cls: type, config: Any, attention: str) -> nn.Module:
+def _model(cls: type, config: Any, attention: str | dict[str, str]) -> nn.Module:
     torch.manual_seed(0)
     config._attn_implementation = attention
     model = cls._from_config(config, attn_implementation=attention).eval()
@@ -632,14 +632,26 @@ def _connected(seed: int, images: int, rows: int) -> Prompt:
 
 def _paligemma(attention: str) -> nn.Module:
     """paligemma-3b-mix-224: 8 / 1 heads; the prompt attends both ways."""
-    from transformers import (
-        GemmaConfig,
-        PaliGemmaConfig,
-        PaliGemmaForConditionalGeneration,
-        SiglipVisionConfig,
-    )
+    from transformers import GemmaConfig
 
-    language = GemmaConfig(**text(8, 1, head_dim=8))
+    return _prefix(attention, GemmaConfig(**text(8, 1, head_dim=8)))
+
+
+def _paligemma2(attention: str) -> nn.Module:
+    """paligemma2-3b-mix-224: 8 / 4 heads of a width of their own, every other layer slides, bounded logits.
+
+    The bound is as much smaller as the logits of random weights are. Its language model knows eager attention only.
+    """
+    from transformers import Gemma2Config
+
+    bounds = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 12}
+    kernels = {"": "eager", "text_config": "eager", "vision_config": attention}
+    return _prefix(kernels, Gemma2Config(**text(8, 4, head_dim=12), sliding_window=24, **bounds))
+
+
+def _prefix(attention: str | dict[str, str], language: Any) -> nn.Module:
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
+
     config = PaliGemmaConfig(
         vision_config=SiglipVisionConfig(**VISION, patch_size=4, image_size=16, vision_use_head=False),
         text_config=language,
@@ -747,7 +759,10 @@ FAMILIES = {
         Family("mistral3", _mistral3, _mistral3_sample, stacked, stages=STAGES[2:]),
         Family("idefics3", _idefics3, _idefics3_sample, stacked, stages=STAGES[2:]),
         Family("smolvlm", _smolvlm, _smolvlm_sample, stacked, stages=STAGES[2:]),
-        Family("paligemma", _paligemma, _paligemma_sample, _paligemma_batch, later={"token_type_ids": 1}),
+        *(
+            Family(name, build, _paligemma_sample, _paligemma_batch, later={"token_type_ids": 1})
+            for name, build in (("paligemma", _paligemma), ("paligemma2", _paligemma2))
+        ),
         Family("aya_vision", _aya_vision, _aya_sample, stacked),
         Family("cohere2_vision", _cohere2_vision, _aya_sample, stacked),
     )

@@ -6,6 +6,7 @@ A deterministic part of the combinations runs by default; VTP_FULL_MATRIX=1 runs
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ def test_beams_under_none_score_as_the_host_does(name: str) -> None:
             "input_ids": None,
             "attention_mask": 1,
             "mm_token_type_ids": 0,
-            "token_type_ids": int(name == "paligemma"),  # where 0 is the prompt
+            "token_type_ids": int(name.startswith("paligemma")),  # where 0 is the prompt
         }.items():
             if key in inputs:
                 more = answer[None] if padding is None else torch.full_like(answer[None], padding)
@@ -435,6 +436,69 @@ def test_sliding_layers_may_be_cut(attention: str, layout: str, layer: int, posi
     check_reference(model, family, prompts, "llm", "fastv", fields)
 
 
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["single", "batch"])
+def test_every_other_layer_slides(layout: str, layer: int, positions: str, monkeypatch: Any) -> None:
+    """PaliGemma 2: cuts in front of layers that slide and of full ones, answers that outgrow the window."""
+    monkeypatch.setitem(globals(), "NEW", 12)
+    family, model, prompts = FAMILIES["paligemma2"], model_of("paligemma2", "eager"), prompts_of("paligemma2", layout)
+    assert model.config.text_config.layer_types == ["sliding_attention", "full_attention"] * 2
+    assert max(len(prompt.ids) for prompt in prompts) + NEW > model.config.text_config.sliding_window
+    fields = {"keep_ratio": 0.4, "layer": layer, "positions": positions}
+    check_reference(model, family, prompts, "llm", "fastv", fields)
+
+
+@dataclass(kw_only=True)
+class Rows(vtp.PruningStrategy):
+    """Keeps everything, and the rows of attention that it saw."""
+
+    name, stage, paper, budgeted = "rows", vtp.Stage.LLM, "none", False
+    needs = ("last_query_attention", "text_attention", "head_attention", "self_attention", "next_query_attention")
+    layer: int
+    seen: list[vtp.VisualTokens] = field(default_factory=list)
+
+    @property
+    def decoder_layer(self) -> int:
+        return self.layer
+
+    def select(self, visual: vtp.VisualTokens) -> vtp.Selection:
+        self.seen.append(visual)
+        return vtp.Selection.everything(visual.index)
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+@torch.no_grad()
+def test_rows_of_attention_whose_logits_are_bounded(layer: int) -> None:
+    """PaliGemma 2: every way in which rows are recomputed bends the logits as the host does."""
+    family, model = FAMILIES["paligemma2"], model_of("paligemma2", "eager")
+    inputs, strategy = batched(family, (family.sample(0, 1),)), Rows(layer=layer)
+    with vtp.prune(model, strategy):
+        model(**inputs)
+    (seen,), maps = strategy.seen, model(**inputs, output_attentions=True).attentions
+    image = (inputs["input_ids"][0] == families.IMAGE).nonzero().flatten()
+    text, own, behind = (
+        torch.arange(int(image[-1]) + 1, inputs["input_ids"].shape[1]),
+        maps[layer - 1][0],
+        maps[layer][0],
+    )
+    expected = {
+        "last_query_attention": own[:, -1, image].mean(0),
+        "next_query_attention": behind[:, -1, image].mean(0),
+        "head_attention": own[:, text][:, :, image],
+        "text_attention": own[:, text][:, :, image].mean(0),
+        "self_attention": own[:, image][:, :, image].amax(0).mean(0),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(seen, name)[0], value, rtol=1e-4, atol=1e-6, msg=name)
+    unbounded, strategy = FAMILIES["paligemma2"].build("eager"), Rows(layer=layer)
+    for decoder in unbounded.model.language_model.layers:
+        decoder.self_attn.attn_logit_softcapping = None
+    with vtp.prune(unbounded, strategy):
+        unbounded(**inputs)
+    assert not torch.allclose(strategy.seen[0].head_attention, seen.head_attention, rtol=1e-2)  # the bound matters here
+
+
 def test_the_attention_of_a_sliding_layer_ends_at_its_window() -> None:
     """The row that FastV reads, in front of a cut behind a sliding layer, is the host's own."""
     family, model, seen = FAMILIES["gemma3"], model_of("gemma3", "eager"), []
@@ -474,15 +538,16 @@ def test_the_last_row_of_a_layer_that_rotates_nothing(layer: int) -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_prefix_attends_both_ways(attention: str) -> None:
-    """PaliGemma: what text sees behind it changes its first column's logits; the next layer's row is the host's."""
-    family, model, seen = FAMILIES["paligemma"], model_of("paligemma", attention), []
+@pytest.mark.parametrize("name", ["paligemma", "paligemma2"])
+def test_a_prefix_attends_both_ways(name: str, attention: str) -> None:
+    """What text sees behind it changes its first column's logits; the next layer's row is the host's."""
+    family, model, seen = FAMILIES[name], model_of(name, attention), []
     inputs = batched(family, (family.sample(0, 1),))
     with torch.no_grad():
         changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
         changed["input_ids"][0, -1] = 7
         assert not torch.equal(model(**inputs).logits[0, 0], model(**changed).logits[0, 0])
-        maps = model_of("paligemma", "eager")(**inputs, output_attentions=True).attentions[1][0]
+        maps = model_of(name, "eager")(**inputs, output_attentions=True).attentions[1][0]
     image = (inputs["input_ids"][0] == families.IMAGE).nonzero().flatten()
     strategy = vtp.get_strategy("fitprune")(start=2, keep_ratio=0.9)
     strategy.cut_layers = lambda depth: (2,)

@@ -19,6 +19,7 @@ from family_runs import (
     ANYRES_STAGES,
     BLIP2_STAGES,
     ENCODER_STRATEGIES,
+    STRATEGIES,
     batched,
     blip2,
     clip,
@@ -28,6 +29,7 @@ from family_runs import (
     prompts_of,
     siglip,
 )
+from internvl_chat import InternVLChatModel
 from models import tiny
 from promises import CASES
 from torch import nn
@@ -44,6 +46,7 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
     "siglip": cache(siglip),
     "llava_hf": lambda: tiny("llava_hf").model,
     "llava": lambda: tiny("llava").model,
+    "internvl_chat": cache(lambda: InternVLChatModel(model_of("internvl", "sdpa"))),
 }
 EVERY = [*FAMILIES, *OTHERS, "llava_anyres"]
 ADAPTER = {"smolvlm": "idefics3"}  # where it is not the family's own name
@@ -141,7 +144,6 @@ def test_an_attachment_that_fails_at_its_last_step(name: str, model: nn.Module, 
         ("FuyuForCausalLM", "Fuyu cannot be pruned: it has no vision tower"),
         ("ChameleonForConditionalGeneration", "Chameleon cannot be pruned: a picture is words of its vocabulary"),
         ("Florence2ForConditionalGeneration", "Florence-2 cannot be pruned: it is an encoder-decoder"),
-        ("InternVLChatModel", "InternVL with code of its own cannot be pruned: its `chat` hands embeddings to"),
     ],
 )
 @pytest.mark.parametrize("strategy", ["none", "stride", "fastv"])
@@ -149,7 +151,7 @@ def test_families_that_cannot_be_pruned(architecture: str, said: str, strategy: 
     """Of transformers' own class, which is never called."""
     import transformers
 
-    assert hasattr(transformers, architecture) or architecture == "InternVLChatModel"  # which a checkpoint brings along
+    assert hasattr(transformers, architecture)
     model = type(architecture, (nn.Module,), {})()
     with pytest.raises(PruningError, match=f"^{re.escape(said)}") as error:
         vtp.prune(model, strategy)
@@ -220,7 +222,7 @@ def promised(name: str) -> set[str]:
         return set(FAMILIES[name].stages)
     if name in ("llava", "llava_hf"):
         return {get_strategy(s)(**fields).stage.value for case in CASES.values() for s, fields in case}
-    stages = {"blip2": BLIP2_STAGES, "llava_anyres": ANYRES_STAGES}
+    stages = {"blip2": BLIP2_STAGES, "llava_anyres": ANYRES_STAGES, "internvl_chat": list(STRATEGIES)}
     encoders = [get_strategy(strategy)().stage.value for strategy in ENCODER_STRATEGIES]
     return set(stages.get(name, encoders))
 
