@@ -52,7 +52,7 @@ def test_calibration_reaches_the_share_and_its_yaml_is_usable(picture: Path, tmp
     setting = yaml.safe_load(target.read_text())
     assert setting["strategy"] == "vprune"
     share = float(said.split("removes ")[1].split("%")[0])
-    assert 30 <= share < 45  # half of the picture is flat: 37.5 % go at once
+    assert share == pytest.approx(30, abs=1)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,11 @@ def test_calibration_prepares_as_the_processor_that_is_named(picture: Path) -> N
     """The same share asks for the padding first where there is any; a wide picture has tiles, or its own size."""
     shares = {}
     for name in ("llava-1.5", "llava-1.5-hf", "llava-1.6", "qwen2.5-vl", "vtp-tiny"):
-        said = vtp("calibrate", "vprune", picture, "--target", 0.45, "--processor", name)
-        assert f"prepared as {name} (asked: 45.0%)" in said
+        said = vtp("calibrate", "vprune", picture, "--target", 0.4, "--processor", name)
+        assert f"prepared as {name} (asked: 40.0%)" in said
         shares[name] = float(said.split("removes ")[1].split("%")[0])
-    assert shares["llava-1.5-hf"] < 45 <= shares["llava-1.5"] + 0.5
+    assert shares["llava-1.5"] == pytest.approx(40, abs=1)
+    assert shares["llava-1.5-hf"] < 39  # without the padding there is not as much to drop
 
 
 def test_text_is_printed_as_it_is() -> None:

@@ -275,7 +275,7 @@ def test_a_limit_that_means_nothing_is_refused(name: str, limit: object, sentenc
         ("l2-lora", {"keep": 1}, "keep must be a ratio between 0 and 1"),
         ("l2-lora", {"rate": 0}, "rate must be above 0"),
         ("l2-lora", {"pruning": []}, "pruning names no method"),
-        ("l2-lora", {"pruning": ["l3"]}, "Did you mean 'l2'"),
+        ("l2-lora", {"pruning": ["l3"]}, "unknown method 'l3'"),
         ("l2-lora", {"epochs": 0.5}, "epochs must be a whole number"),
     ],
     ids=str,
