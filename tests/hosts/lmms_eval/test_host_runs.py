@@ -14,7 +14,7 @@ import pytest
 from lmms import SETTINGS, TINY, VPRUNE, kept_by_vprune, lines
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.hosts.lmms_eval import proof, status
+from vtp_plugin.hosts.lmms_eval import proof, settings, status
 from vtp_plugin.hosts.lmms_eval.requests import by_task
 
 pytest.importorskip("lmms_eval")
@@ -107,6 +107,13 @@ def test_one_of_several_that_never_cuts_is_named(workplace: Path) -> None:
 def test_one_that_keeps_everything_beside_one_that_cuts_is_allowed() -> None:
     results = lmms.evaluate("llava_hf", f"{TINY},pruning=l2+fastv,pruning.l2.keep_ratio=1", limit=1)
     assert results["pruning"]["samples"]["pruned"] == 1
+
+
+@pytest.mark.parametrize("said", ["relevance_sign=-1,layer=-2", {"relevance_sign": -1, "layer": -2}], ids=str)
+def test_whole_numbers_below_zero_stay_whole_on_the_way_through_the_host(said: Any) -> None:
+    (atp,) = settings.strategies_in({"pruning": "atp", "pruning_args": said, "tasks": "vtp_scenes"})
+    assert (atp.relevance_sign, atp.layer) == (-1, -2)
+    assert type(atp.relevance_sign) is type(atp.layer) is int
 
 
 def test_thresholds_may_find_nothing_where_that_is_a_result(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

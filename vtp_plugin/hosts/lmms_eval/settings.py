@@ -211,6 +211,9 @@ def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _typed(name: str, value: Any) -> Any:
+    """A value as it was written: the host reads -1 as -1.0, because only digits are a whole number to it."""
+    if isinstance(value, float) and value < 0 and value.is_integer():
+        return int(value)
     if not isinstance(value, str):
         return value
     try:
