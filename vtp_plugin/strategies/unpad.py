@@ -48,8 +48,8 @@ class Unpad(PruningStrategy):
         self.check("blur", self.blur <= 255, "must be at most 255")
 
     def select(self, visual: VisualTokens) -> Selection:
-        color = torch.tensor(COLORS[self.color], device=visual.pixels.device).view(3, 1, 1)
-        off = (visual.pixels.int() - color).abs().amax(2)  # [B, N, p, p]
+        levels = zip(visual.pixels.int().unbind(2), COLORS[self.color], strict=True)
+        off = torch.stack([(channel - level).abs() for channel, level in levels]).amax(0)  # [B, N, p, p]
         rows = self._ends(off, visual.index // visual.grid[1], visual.grid[0])
         columns = self._ends(off.transpose(2, 3), visual.index % visual.grid[1], visual.grid[1])
         keep = ~(rows | columns)
