@@ -46,7 +46,9 @@ def test_show_draws_every_panel(picture: Path, tmp_path: Path) -> None:
 
 def test_calibration_reaches_the_share_and_its_yaml_is_usable(picture: Path, tmp_path: Path) -> None:
     target = tmp_path / "vprune.yaml"
-    said = vtp("calibrate", "vprune", picture, "--target", 0.3, "--size", 168, "-o", target)
+    said = vtp(
+        "calibrate", "vprune", picture, "--target", 0.3, "--processor", "llava-1.5-hf", "--size", 168, "-o", target
+    )
     setting = yaml.safe_load(target.read_text())
     assert setting["strategy"] == "vprune"
     share = float(said.split("removes ")[1].split("%")[0])
@@ -61,6 +63,14 @@ def test_calibration_reaches_the_share_and_its_yaml_is_usable(picture: Path, tmp
         (["show", "nowhere.png", "--question", "x", "--pruning", "visonzip"], "Did you mean 'visionzip'?"),
         (["calibrate", "vprune", "nowhere", "--target", "0.2"], "not found: nowhere"),
         (["calibrate", "vprune", ".", "--target", "2"], "--target must be a share between 0 and 1"),
+        (["calibrate", "vprune", __file__, "--target", "0.2", "--processor", "lava-1.5"], "Did you mean 'llava-1.5'?"),
+        (
+            ["calibrate", "vprune", __file__, "--target", "0.2", "--processor", "qwen2.5-vl", "--size", "99"],
+            "one square",
+        ),
+        (["study", "hard-samples", "--limit", "many"], "Invalid value for '--limit': Input should be a valid integer"),
+        (["study", "hard-sample"], "Did you mean 'hard-samples'?"),
+        (["studies"], "No such command 'studies'"),
         (["demo", "--keep-ratio", "7"], "--keep-ratio must be in (0, 1], got 7"),
         (["demo", "--pruning", "fastvv"], "Did you mean 'fastv'?"),
     ],
@@ -80,14 +90,25 @@ def test_an_empty_folder_and_an_unreachable_share_are_refused(tmp_path: Path, pi
 
 
 def test_a_target_that_cannot_be_met_says_what_limits_it(picture: Path) -> None:
-    flat = program("calibrate", "vprune", picture, "--target", 0.02, "--size", 168)
+    crop = ("--processor", "llava-1.5-hf", "--size", 168)
+    flat = program("calibrate", "vprune", picture, "--target", 0.02, *crop)
     assert flat.returncode == 2
     assert "vprune: at least " in flat.stderr
     assert "2.0% asked" in flat.stderr
     assert "no other number lets it" in flat.stderr
-    noisy = program("calibrate", "vprune", picture, "--target", 0.7, "--size", 168)
+    noisy = program("calibrate", "vprune", picture, "--target", 0.7, *crop)
     assert noisy.returncode == 2
     assert "it is limited by chi2_threshold=5 (" in noisy.stderr
+
+
+def test_calibration_prepares_as_the_processor_that_is_named(picture: Path) -> None:
+    """The same share asks for the padding first where there is any; a wide picture has tiles, or its own size."""
+    shares = {}
+    for name in ("llava-1.5", "llava-1.5-hf", "llava-1.6", "qwen2.5-vl", "vtp-tiny"):
+        said = vtp("calibrate", "vprune", picture, "--target", 0.45, "--processor", name)
+        assert f"prepared as {name} (asked: 45.0%)" in said
+        shares[name] = float(said.split("removes ")[1].split("%")[0])
+    assert shares["llava-1.5-hf"] < 45 <= shares["llava-1.5"] + 0.5
 
 
 def test_text_is_printed_as_it_is() -> None:

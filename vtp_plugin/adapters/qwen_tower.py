@@ -213,15 +213,19 @@ class PackedEarly(Cutting):
 
     def _unit_pixels(self, levels: Tensor, where: Tensor, video: bool) -> Tensor:
         """Some units [K] as larger patches: levels [S, 3, t * p, p] -> [K, 3, b * p, b * p]; video frames stacked."""
-        size, b = self.tower.patch_size, self.tower.block
-        chosen = levels.unflatten(0, (-1, self._unit))[where]  # [K, b * b, 3, t * p, p]
-        split = chosen.unflatten(1, (b, b)).unflatten(4, (-1, size))  # [K, b, b, 3, t, p, p]
-        split = split if video else split[:, :, :, :, :1]
-        return split.permute(0, 3, 4, 1, 5, 2, 6).flatten(5, 6).flatten(2, 4)
+        chosen = levels.unflatten(0, (-1, self._unit))[where]
+        return squares(chosen, self.tower.block, self.tower.patch_size, video)
 
     @property
     def _unit(self) -> int:
         return self.tower.block**2
+
+
+def squares(levels: Tensor, block: int, size: int, video: bool) -> Tensor:
+    """Units as larger patches: [K, b * b, 3, t * p, p] -> [K, 3, b * p, b * p]; of a video its frames stacked."""
+    split = levels.unflatten(1, (block, block)).unflatten(4, (-1, size))  # [K, b, b, 3, t, p, p]
+    split = split if video else split[:, :, :, :, :1]
+    return split.permute(0, 3, 4, 1, 5, 2, 6).flatten(5, 6).flatten(2, 4)
 
 
 def _copied(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
