@@ -120,9 +120,10 @@ def test_attentions_of_decoding_steps_are_at_the_callers_columns(name: str, case
     with vtp.prune(model, case, processor=Processor(), keep_ratio=0.4, **fields):
         there = model(**first).logits.abs().sum(-1) > 0
         answer = generated(model, first, output_attentions=True)
+    cut = fields.get("layer", 0)
     for step, maps in enumerate(answer.attentions[1:], 1):
-        for weights in maps:
-            assert weights.shape[-1] == length + step
+        for number, weights in enumerate(maps):
+            assert weights.shape[-1] == length + step or number < cut  # before it a window's map is the host's
             torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]), **CLOSE)
         assert not maps[-1][..., :length].abs().sum((1, 2))[~there].any()
 

@@ -153,7 +153,9 @@ def asked(core: nn.Module, function: str, inputs: Mapping[str, Any]) -> dict[str
 def _hands_on(core: type, function: str) -> bool:
     """Whether a backbone's forward calls this function with whatever else it was given."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(core.forward))))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == function]
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == function
+    ]
     return any(keyword.arg is None for call in calls for keyword in call.keywords)
 
 
@@ -161,13 +163,15 @@ def together(outputs: Sequence[Any]) -> Any:
     """What the host answers of several images, from what it answered of each; shorter ones end with zeros."""
     if len(outputs) == 1:
         return outputs[0]
-    return type(outputs[0])(**{name: _together([output[name] for output in outputs]) for name in outputs[0]})
+    rows = [rows for output in outputs for rows in output.pooler_output]
+    answers = {name: _together([output[name] for output in outputs]) for name in outputs[0] if name != "pooler_output"}
+    return type(outputs[0])(**answers, pooler_output=rows)
 
 
 def _together(parts: Sequence[Any]) -> Any:
-    """Rows of images one after the other, tensors [B, ...] in one, and tuples of tensors by layer."""
-    if isinstance(parts[0], list) or (isinstance(parts[0], tuple) and parts[0][0].ndim == 2):
-        return [rows for part in parts for rows in part]
+    """Tensors [B, ...] in one, and tuples of these by layer; None where a layer was not asked for."""
+    if parts[0] is None:
+        return None
     if isinstance(parts[0], tuple):
         return tuple(_together(layer) for layer in zip(*parts, strict=True))
     longest = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]

@@ -35,7 +35,10 @@ class Cut:
         """The same of these rows of the `total` that a cache has, where beams may share one of ours."""
         rows = [row * len(self.columns) // total for row in rows]
         numbering = self.numbering and self.numbering.of_rows(rows)
-        counts, own = tuple(self.counts[row] for row in rows), {"columns": self.columns[rows], "valid": self.valid[rows]}
+        counts, own = (
+            tuple(self.counts[row] for row in rows),
+            {"columns": self.columns[rows], "valid": self.valid[rows]},
+        )
         return replace(self, **own, counts=counts, merged=(), numbering=numbering)
 
     @property

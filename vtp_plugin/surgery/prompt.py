@@ -74,7 +74,9 @@ class PlaceholderCalls:
             call.rows = 1 if ids is None else len(ids)
             if not images or filled is not None:
                 return self.generate(**inputs)
-            features = self._turn(call, {name: value for name, value in inputs.items() if not name.startswith("output_")})
+            features = self._turn(
+                call, {name: value for name, value in inputs.items() if not name.startswith("output_")}
+            )
             with self.family.serving(features), self._assisting(inputs):
                 return self.generate(**inputs)
 

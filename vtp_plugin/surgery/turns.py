@@ -84,7 +84,9 @@ class Turn:
             "cuts": {layer: cut.of_rows(picked, rows) for layer, cut in self.facts["cuts"].items()},
         }
         shift = None if self.shift is None else self.shift[..., own]
-        carried = {name: value if value is None else value[own.to(value.device)] for name, value in self.carried.items()}
+        carried = {
+            name: value if value is None else value[own.to(value.device)] for name, value in self.carried.items()
+        }
         known = {"ids": self.ids[own], "real": self.real[own], "columns": self.columns.of_rows(own), "known": None}
         return replace(self, **known, shift=shift, facts=facts, carried=carried)
 
