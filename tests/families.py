@@ -401,6 +401,52 @@ def _qwen_batch(prompts: list[Prompt]) -> dict[str, Any]:
     return inputs | {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
 
 
+MARKS = 185, 186  # in front of a picture and behind it
+AUDIO, SPOKEN = 193, (187, 188)
+
+
+def _qwen2_5_omni(attention: str) -> nn.Module:
+    """The thinker of Qwen2.5-Omni-7B: Qwen2.5-VL's tower with projections of their own for q, k and v."""
+    from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+    vision = QWEN_VISION | {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 112,
+        "window_size": 16,
+        "fullatt_block_indexes": [1, 3],
+    }
+    audio = {"num_mel_bins": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    audio |= {"d_model": 16, "n_window": 20, "output_dim": 112, "max_source_positions": 40}
+    config = Qwen2_5OmniThinkerConfig(
+        audio_config=audio,
+        vision_config=vision,
+        text_config=dict(QWEN2_TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        audio_token_index=AUDIO,
+        vision_start_token_id=MARKS[0],
+        vision_end_token_id=MARKS[1],
+        audio_start_token_id=SPOKEN[0],
+        audio_end_token_id=SPOKEN[1],
+    )
+    return _model(Qwen2_5OmniThinkerForConditionalGeneration, config, attention)
+
+
+def _omni_sample(seed: int, images: int) -> Prompt:
+    prompt = _qwen_sample(seed, images)
+    prompt.ids = _text([[MARKS[0], *[IMAGE] * n, MARKS[1]] for n in prompt.totals], seed)
+    return prompt
+
+
+def _omni_video(seed: int) -> Prompt:
+    prompt = _qwen_video(seed)
+    prompt.ids = _text([[MARKS[0], *[VIDEO] * 24, MARKS[1]]], seed)
+    prompt.images["video_second_per_grid"] = torch.tensor([0.2])
+    return prompt
+
+
 GLM_VISION = QWEN_VISION | {"image_size": 16, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
 GLM_TEXT = text(4, 1, hidden_size=64) | {
     "rope_parameters": {
@@ -735,6 +781,7 @@ FAMILIES = {
         ),
         Family("qwen2_vl", _qwen2_vl, _qwen_sample, _qwen_batch, video=_qwen_video, mrope=True),
         Family("qwen2_5_vl", _qwen2_5_vl, _qwen_sample, _qwen_batch, video=_qwen_video, mrope=True),
+        Family("qwen2_5_omni", _qwen2_5_omni, _omni_sample, stacked, video=_omni_video, mrope=True),
         Family("qwen3_vl", _qwen3_vl, _qwen_sample, _qwen_batch, video=_qwen3_video, mrope=True, late=3),
         Family("qwen3_vl_moe", _qwen3_vl_moe, _qwen_sample, _qwen_batch, video=_qwen3_video, mrope=True, late=3),
         *(

@@ -16,8 +16,8 @@ A still picture is a video of one frame, without trees. On towers without a clas
 receives; towers of one sequence give it per window or frame.
 
 Our reading: farthest points begin as in DivPrune; all trees of the video are clustered together; seven neighbours.
-Exactly K: where there would be fewer trees than clusters, the least similar pairs stay apart. What a frame has is
-compared as projected (`judge=before`: what goes into the merger), what is averaged are the projected rows.
+Exactly K: where there would be fewer trees than clusters, the least similar pairs stay apart. Tokens are compared as
+projected (`judge=before`: by what goes into the merger); what is averaged are the projected rows.
 """
 
 from __future__ import annotations
@@ -78,21 +78,24 @@ class FlashVID(VideoStrategy):
         rest, clusters = there & ~chosen, k - chosen.sum()
         parent = self._parents(unit, rest, self._begins(film.laid(judged), there), rest.sum() - clusters)
         trees = Trees.grown(parent, rest)
-        root = film.read(rest & (parent < 0))  # [N]
-        compared = film.read(trees.means(film.laid(judged)))
-        apart = distances(compared[None])[0].sqrt() / judged.shape[1] ** 0.5
-        peaks = density_peaks(apart, self.neighbours, root)
-        order = peaks.sort(descending=True, stable=True).indices.argsort()
-        centre = root & (order < clusters)
+        root, rows = film.read(rest & (parent < 0)), film.read(trees.means(film.laid(x)))  # [N], [N, D]
+        compared = rows if self.judge == "after" else film.read(trees.means(film.laid(judged)))
+        centre, nearest = self._clusters(compared, root, clusters)
         columns = true_columns(film.read(chosen) | centre, k)
-        nearest = apart.masked_fill(~centre, float("inf")).argmin(-1)
-        own = torch.arange(len(x), device=x.device)
-        nearest = torch.where(centre, own, nearest)  # [N], of roots: the centre of their cluster
         member = ((nearest == columns[:, None]) & root & centre[columns, None]).to(x)  # [k, N]
-        means = member @ film.read(trees.means(film.laid(x))) / member.sum(1).clamp(min=1)[:, None]
-        of_slot = film.laid(own).flatten()
-        into = torch.where(film.read(rest), nearest[of_slot[film.read(trees.root)]], -1)
+        means = member @ rows / member.sum(1).clamp(min=1)[:, None]
+        column_of = film.laid(torch.arange(len(x), device=x.device)).flatten()
+        into = torch.where(film.read(rest), nearest[column_of[film.read(trees.root)]], -1)
         return columns, torch.where(centre[columns, None], means, x[columns]), into
+
+    def _clusters(self, x: Tensor, root: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+        """Which trees [N, D] are the centres of so many clusters, [N] bool, and the centre of every tree, [N]."""
+        apart = distances(x[None])[0].sqrt() / x.shape[1] ** 0.5
+        peaks = density_peaks(apart, self.neighbours, root)
+        place = peaks.sort(descending=True, stable=True).indices.argsort()
+        centre = root & (place < number)
+        nearest = apart.masked_fill(~centre, float("inf")).argmin(-1)
+        return centre, torch.where(centre, torch.arange(len(x), device=x.device), nearest)
 
     def _begins(self, table: Tensor, there: Tensor) -> Tensor:
         """Which frames begin a segment, [F] bool; tokens [F, P, D]."""
