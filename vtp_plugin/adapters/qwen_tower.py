@@ -22,7 +22,7 @@ from vtp_plugin.surgery import attention
 from vtp_plugin.surgery.judging import Judgement
 from vtp_plugin.surgery.layout import Block, Layout, sequences_view
 from vtp_plugin.surgery.passes import TowerPass
-from vtp_plugin.surgery.pixels import fingerprints
+from vtp_plugin.surgery.pixels import fingerprints, squares
 from vtp_plugin.surgery.rows import RowsLate
 from vtp_plugin.surgery.tiles import refuse_shared_number
 from vtp_plugin.surgery.undo import Undo
@@ -219,13 +219,6 @@ class PackedEarly(Cutting):
     @property
     def _unit(self) -> int:
         return self.tower.block**2
-
-
-def squares(levels: Tensor, block: int, size: int, video: bool) -> Tensor:
-    """Units as larger patches: [K, b * b, 3, t * p, p] -> [K, 3, b * p, b * p]; of a video its frames stacked."""
-    split = levels.unflatten(1, (block, block)).unflatten(4, (-1, size))  # [K, b, b, 3, t, p, p]
-    split = split if video else split[:, :, :, :, :1]
-    return split.permute(0, 3, 4, 1, 5, 2, 6).flatten(5, 6).flatten(2, 4)
 
 
 def _copied(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

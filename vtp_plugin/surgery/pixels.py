@@ -110,6 +110,13 @@ def patches(images: Tensor, size: int) -> Tensor:
     return tiles.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
 
 
+def squares(levels: Tensor, block: int, size: int, video: bool) -> Tensor:
+    """Units as larger patches: [K, b * b, 3, t * p, p] -> [K, 3, b * p, b * p]; of a video its frames stacked."""
+    split = levels.unflatten(1, (block, block)).unflatten(4, (-1, size))  # [K, b, b, 3, t, p, p]
+    split = split if video else split[:, :, :, :, :1]
+    return split.permute(0, 3, 4, 1, 5, 2, 6).flatten(5, 6).flatten(2, 4)
+
+
 def fingerprints(images: Iterable[Tensor]) -> list[int]:
     """Numbers that stand for the content of uint8 images [3, H, W], coarse enough to survive half precision."""
     small = [torch.nn.functional.adaptive_avg_pool2d(image.float(), 8).round().to(torch.uint8) for image in images]

@@ -19,12 +19,11 @@ from torch import Tensor
 
 from vtp_plugin import files, plugins, settings
 from vtp_plugin.adapter import find_adapter
-from vtp_plugin.adapters.qwen_tower import squares
 from vtp_plugin.errors import PruningError, one_line, unknown
 from vtp_plugin.hosts.transformers.checkpoints import TOWER, configuration
 from vtp_plugin.hosts.transformers.zero_shot import opened
 from vtp_plugin.stages import Stage
-from vtp_plugin.surgery.pixels import Pixels, patches
+from vtp_plugin.surgery.pixels import Pixels, patches, squares
 from vtp_plugin.tiny import checkpoint
 from vtp_plugin.tokens import VisualTokens
 
