@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 IMAGE, VIDEO, PAD = 190, 191, 0
@@ -814,6 +816,8 @@ FAMILIES = {
         Family("cohere2_vision", _cohere2_vision, _aya_sample, stacked),
     )
 }
+if Version(version("transformers")) < Version("5.21"):  # its parts lie otherwise
+    del FAMILIES["qwen2_5_omni"]
 VARIANTS = {
     family.name: family
     for family in (

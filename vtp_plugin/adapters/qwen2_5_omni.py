@@ -1,7 +1,8 @@
 """Qwen2.5-Omni's thinker: the packed tower of Qwen2.5-VL with windows, 2x2 merger, audio in the same prompt.
 
 Pictures and videos are pruned, audio is not: its tokens stay where they are, between the frames of a video, too.
-Original positions are kept. The whole model generates with its thinker, the one that is pruned.
+Original positions are kept. The whole model generates with its thinker, the one that is pruned: `model.thinker`, of
+transformers 5.21 or later, where its parts lie as in the other families.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtp_plugin.adapters.qwen2_5_vl import Qwen25VL
 from vtp_plugin.adapters.refused import Refused
@@ -42,6 +43,15 @@ class Qwen25Omni(Qwen25VL):
     models = "Qwen2.5-Omni (thinker)"
     names = ("Qwen2_5OmniThinkerForConditionalGeneration",)
     every_logit = True
+
+    @classmethod
+    def unlike(cls, model: nn.Module) -> str:
+        beside = not hasattr(getattr(model, "model", None), "visual")
+        return (
+            "up to transformers 5.20 its parts lie side by side, not in its `model`"
+            if beside
+            else super().unlike(model)
+        )
 
     def axes(self, inputs: Mapping[str, Any], ids: Tensor, real: Tensor) -> Tensor:
         """Positions [3, B, L] of the whole prompt, audio and seconds per frame counted in."""
