@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import PLACEHOLDER, Tiny, prompts, tiny
+from models import PLACEHOLDER, N, Tiny, prompts, tiny
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from transformers import modeling_utils
@@ -83,6 +83,17 @@ def masks(host: Tiny, case: str) -> None:
     close(host.model(**first, attention_mask=additive).logits, wanted, real)
 
 
+@row("padding on the right")
+def right_padding(host: Tiny, case: str) -> None:
+    first = inputs_of(host)
+    real, told = first["attention_mask"].bool(), labels_of(first)
+    order = (~real).int().sort(dim=1, stable=True).indices  # words first
+    other = first | {name: first[name].gather(1, order) for name in ("input_ids", "attention_mask")}
+    wanted, output = host.model(**first, labels=told), host.model(**other, labels=told.gather(1, order))
+    close(output.logits[other["attention_mask"].bool()], wanted.logits[real])
+    close(output.loss, wanted.loss)
+
+
 @row("position_ids")
 def positions(host: Tiny, case: str) -> None:
     first = inputs_of(host)
@@ -125,6 +136,9 @@ def loss_arguments(host: Tiny, case: str) -> None:
     alone = host.model(**first, labels=told).loss
     close(host.model(**first, labels=told, num_items_in_batch=4 * n).loss, alone / 4)
     close(host.model(**first, labels=told, num_items_in_batch=torch.tensor(n)).loss, alone)
+    close(host.model(**first, labels=told.masked_fill(told < 0, -1), ignore_index=-1).loss, alone)
+    shifted = pad(told, (0, 1), value=-1)[:, 1:].masked_fill(pad(told, (0, 1), value=-1)[:, 1:] < 0, -1)
+    close(host.model(**first, labels=told, shift_labels=shifted, ignore_index=-1).loss, alone)
     seen = {}
 
     def loss(logits: Tensor, labels: Tensor, vocab_size: int, weights: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -240,6 +254,27 @@ def attentions(host: Tiny, case: str) -> None:
     assert not (last * ~there[:, None])[there].any()
     assert [step[-1].shape[-2:] for step in answer.attentions] == [(length, length), (1, length + 1), (1, length + 2)]
     close(answer.attentions[1][-1].sum(-1), torch.ones(answer.attentions[1][-1].shape[:3]))
+
+
+@row("image_outputs, with hidden states and attentions of the tower")
+def image_outputs(host: Tiny, case: str) -> None:
+    eager = tiny("llava_hf", "eager")
+    first, asked = inputs_of(eager), {"output_hidden_states": True, "output_attentions": True}
+    whole = eager.model(**first, **asked)
+    with eager.prune(case):
+        output = eager.model(**first, **asked)
+    if not hasattr(whole, "image_outputs"):  # the host of 5.17
+        return
+    left = N // 2 if case in ("l2", "stride") else N
+    assert [len(rows) for rows in output.image_outputs.pooler_output] == [left] * len(first["pixel_values"])
+    inside = 1 + (N // 2 if case == "l2" else N)
+    ours, hosts = output.image_outputs, whole.image_outputs
+    assert ours.keys() == hosts.keys()
+    assert {maps.shape[-2:] for maps in ours.attentions} == {(inside, inside)}
+    assert len(ours.hidden_states) == len(hosts.hidden_states)
+    assert ours.hidden_states[-1].shape[:2] == (len(first["pixel_values"]), inside)
+    if case != "l2":
+        assert all(a.equal(b) for a, b in zip(ours.hidden_states, hosts.hidden_states, strict=True))
 
 
 @row("length of the cache")

@@ -259,6 +259,36 @@ def copied(host: Tiny, case: str) -> None:
     close(*answers)
 
 
+@row("rows of a cache moved, taken or repeated: `reorder_cache` and its like")
+def regrouped(host: Tiny, case: str) -> None:
+    rows = {
+        "reorder_cache": (torch.tensor([2, 0, 1]), [2, 0, 1]),
+        "batch_select_indices": (torch.tensor([2, 1]), [2, 1]),
+        "batch_repeat_interleave": (2, [0, 0, 1, 1, 2, 2]),
+    }
+    stored, mask, logits = filled(host, "batch")
+    token, mask = logits.argmax(-1)[:, None], grown(mask)
+    wanted = host.model(token, attention_mask=mask, **{past(host): copy.deepcopy(stored)}).logits
+    for name, (given, chosen) in rows.items():
+        twin = copy.deepcopy(stored)
+        getattr(twin, name)(given)
+        close(host.model(token[chosen], attention_mask=mask[chosen], **{past(host): twin}).logits, wanted[chosen])
+    twin = copy.deepcopy(stored)
+    twin.batch_repeat_interleave(2)
+    twin.reorder_cache(torch.tensor([5, 4, 0, 1, 2, 2]))
+    again, chosen = copy.deepcopy(twin), [2, 2, 0, 0, 1, 1]
+    close(host.model(token[chosen], attention_mask=mask[chosen], **{past(host): again}).logits, wanted[chosen])
+    answer = generated(host, inputs_of(host), num_beams=2, num_return_sequences=2, **FULL)  # a cache of six rows
+    whole = torch.cat([inputs_of(host)["attention_mask"].repeat_interleave(2, 0), torch.ones(6, 3).long()], 1)
+    last, held = answer.sequences[:, -1:], cache.of_output(answer)
+    if held.get_seq_length() + 1 != whole.shape[1]:
+        return
+    wanted = host.model(last, attention_mask=whole, **{past(host): copy.deepcopy(held)}).logits
+    held.reorder_cache(torch.tensor([4, 5, 0, 1, 2, 3]))
+    moved = [4, 5, 0, 1, 2, 3]
+    close(host.model(last[moved], attention_mask=whole[moved], **{past(host): held}).logits, wanted[moved])
+
+
 @row("a cropped cache")
 def cropped(host: Tiny, case: str) -> None:
     stored, mask, logits = filled(host, "single")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,12 @@ def test_json_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     assert refusal(files.read_json, tmp_path / "a.json").startswith(f"{tmp_path / 'a.json'}: ")
 
 
+@pytest.mark.parametrize("text", ["<<: {a: 1, a: 2}", "<<: [{a: 1}, {a: 2}]", "<<: {a: 1}\n<<: {a: 2}"])
+def test_a_key_that_is_merged_in_twice_is_refused(text: str) -> None:
+    assert "'a' is merged in twice" in refusal(files.parse_yaml, text)
+    assert files.parse_yaml("<<: {a: 1, b: 2}\na: 3") == {"a": 3, "b": 2}
+
+
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -112,6 +119,44 @@ def test_where_nothing_can_be_written_is_known_before(tmp_path: Path) -> None:
         files.check_folder(tmp_path / name)
     files.check_output(tmp_path / "bob's [red].json")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_links_are_followed_before_the_work_and_nothing_is_written_over_what_is_read(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_text("mine")
+    for name, leads in (("far", "nowhere/a"), ("same", "picture.png"), ("round", "round"), ("new", "made.txt")):
+        (tmp_path / name).symlink_to(leads)
+    assert f"no such folder: {tmp_path / 'nowhere'}" in refusal(files.check_output, tmp_path / "far")
+    assert "leads to itself" in refusal(files.check_output, tmp_path / "round")
+    assert "leads to itself" in refusal(files.write, tmp_path / "round", "x")
+    for name in ("picture.png", "same", "./picture.png"):
+        assert "it is read, too" in refusal(files.check_output, tmp_path / name, read=[tmp_path / "picture.png"])
+    files.check_output(tmp_path / "new")
+    files.write(tmp_path / "new", "made")
+    assert (tmp_path / "made.txt").read_text() == "made"
+    assert (tmp_path / "new").is_symlink()
+
+
+def test_threads_that_write_one_file_leave_one_of_their_texts_and_its_mode(tmp_path: Path) -> None:
+    path, failed = tmp_path / "a.txt", []
+    path.write_text("")
+    path.chmod(0o640)
+
+    def work(letter: str) -> None:
+        try:
+            for _ in range(50):
+                files.write(path, letter * 1000)
+        except PruningError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(letter,)) for letter in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert len(set(path.read_text())) == 1
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the administrator may write everywhere")

@@ -10,9 +10,11 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import yaml
@@ -22,6 +24,7 @@ from vtp_plugin.errors import PruningError, one_line
 LARGEST = 8 * 2**20  # bytes of a file of settings
 DEEPEST, MOST = 32, 200_000  # levels, and values with aliases written out, of a file of settings
 INTEGER = re.compile(r"^[-+]?(?:0x[0-9a-fA-F]+|0o[0-7]+|[0-9]+)$")
+MERGE = "tag:yaml.org,2002:merge"
 REAL = re.compile(
     r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
 )
@@ -117,9 +120,21 @@ class _Plain(yaml.SafeLoader):
     yaml_constructors: dict[Any, Any] = {}
 
     def plain_mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
+        self.check_keys(node)
+        self.flatten_mapping(node)
+        return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
+
+    def check_keys(self, node: yaml.MappingNode) -> None:
+        """Text, each once; of those that are merged in with `<<`, too, but for what stands beside it."""
         lines: dict[Hashable, int] = {}
+        merged = [value for key, value in node.value if key.tag == MERGE]
+        parts = [part for value in merged for part in (value.value if value.id == "sequence" else [value])]
+        inside = [key for part in parts if isinstance(part, yaml.MappingNode) for key, _ in part.value]
+        names = [str(key.value) for key in inside]
+        if twice := next((key for key in inside if names.count(str(key.value)) > 1), None):
+            raise _refused(f"'{twice.value}' is merged in twice", twice)
         for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
+            if key.tag == MERGE:
                 continue
             if key.tag != "tag:yaml.org,2002:str":
                 said = key.value if isinstance(key.value, str) else key.id
@@ -127,8 +142,6 @@ class _Plain(yaml.SafeLoader):
             if key.value in lines:
                 raise _refused(f"'{key.value}' is given twice, in line {lines[key.value]} and here", key)
             lines[key.value] = key.start_mark.line + 1
-        self.flatten_mapping(node)
-        return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
 
     def plain_list(self, node: yaml.SequenceNode) -> list[Any]:
         return [self.construct_object(part, deep=True) for part in node.value]
@@ -186,22 +199,37 @@ _Plain.add_implicit_resolver("tag:yaml.org,2002:float", REAL, list("-+.012345678
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def check_output(path: str | Path, *, kinds: tuple[str, ...] = ()) -> Path:
-    """The path, if a file can be written there: to be asked before the work. `kinds`: the endings that are possible."""
+def check_output(path: str | Path, *, kinds: tuple[str, ...] = (), read: Sequence[Path] = ()) -> Path:
+    """The path, if a file can be written there: to be asked before the work.
+
+    `kinds`: the endings that are possible. `read`: files that the work reads, in whose place it must not write.
+    """
     path = Path(path)
     if kinds and path.suffix.lower() not in kinds:
         raise PruningError(f"cannot write '{path}': its name must end in {' or '.join(kinds)}")
     with _speaking(path):
-        if path.is_dir():
+        target = _target(path)
+        if target.is_dir():
             raise PruningError(f"cannot write '{path}': it is a folder, a file is wanted")
-        if path.exists() and not path.is_file():
+        if target.exists() and not target.is_file():
             raise PruningError(f"cannot write '{path}': it is no ordinary file")
-        if path.exists() and not os.access(path, os.W_OK):
+        if target.exists() and not os.access(target, os.W_OK):
             raise PruningError(f"cannot write '{path}': it is read-only")
-        if not path.absolute().parent.is_dir():
-            raise PruningError(f"cannot write '{path}': no such folder: {path.parent}")
-        _try(path.absolute().parent, path.name)
+        if not target.parent.is_dir():
+            shown = target.parent if path.is_symlink() else path.parent
+            raise PruningError(f"cannot write '{path}': no such folder: {shown}")
+        if any(target == _target(Path(one)) for one in read):
+            raise PruningError(f"cannot write '{path}': it is read, too")
+        _try(target.parent, target.name)
     return path
+
+
+def _target(path: Path) -> Path:
+    """The file that a path stands for, links followed."""
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise PruningError(f"cannot write '{path}': a link that leads to itself")
+    return target
 
 
 def check_folder(path: str | Path) -> Path:
@@ -222,10 +250,12 @@ def write(path: str | Path, content: str | bytes) -> None:
     path = Path(path)
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     with _speaking(path):
-        target = path.resolve()
-        draft = target.with_name(f".{os.getpid()}.part")
+        target = _target(path)
+        draft = target.with_name(f".{os.getpid()}-{get_ident()}.part")
         try:
             draft.write_bytes(data)
+            if target.exists():
+                shutil.copymode(target, draft)
             draft.replace(target)
         finally:
             draft.unlink(missing_ok=True)

@@ -142,8 +142,14 @@ class Pruned(OneAtATime):
         self._processed += seconds
 
     def detach(self) -> None:
-        """Give the model back as it was, hooks and all; harmless when repeated."""
-        self._undo.close()
+        """Give the model back as it was, hooks and all; harmless when repeated.
+
+        A call in another thread ends first. PruningError inside of a call of this thread's own.
+        """
+        if self.mine:
+            raise PruningError("detach when the call is over: what it has pruned it cannot go on with otherwise")
+        with self.alone():
+            self._undo.close()
 
     def summary(self) -> str:
         """What all calls so far came to, in one line."""

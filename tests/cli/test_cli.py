@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from commands import program, vtp
+from commands import ended, program, vtp
 from PIL import Image
 
 from vtp_plugin import plugins
@@ -76,7 +76,7 @@ def test_calibration_reaches_the_share_and_its_yaml_is_usable(picture: Path, tmp
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], sentence: str) -> None:
-    result = program(*arguments)
+    result = ended(*arguments)
     assert result.returncode == 2
     assert sentence in result.stderr
     assert result.stderr.count("\n") == 1
@@ -85,18 +85,18 @@ def test_bad_input_is_one_sentence(arguments: list[str], sentence: str) -> None:
 def test_an_empty_folder_and_an_unreachable_share_are_refused(tmp_path: Path, picture: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "no pictures" in program("calibrate", "vprune", empty, "--target", 0.2).stderr
-    assert "at most" in program("calibrate", "vprune", picture, "--target", 0.74).stderr
+    assert "no pictures" in ended("calibrate", "vprune", empty, "--target", 0.2).stderr
+    assert "at most" in ended("calibrate", "vprune", picture, "--target", 0.74).stderr
 
 
 def test_a_target_that_cannot_be_met_says_what_limits_it(picture: Path) -> None:
     crop = ("--processor", "llava-1.5-hf", "--size", 168)
-    flat = program("calibrate", "vprune", picture, "--target", 0.02, *crop)
+    flat = ended("calibrate", "vprune", picture, "--target", 0.02, *crop)
     assert flat.returncode == 2
     assert "vprune: at least " in flat.stderr
     assert "2.0% asked" in flat.stderr
     assert "no other number lets it" in flat.stderr
-    noisy = program("calibrate", "vprune", picture, "--target", 0.7, *crop)
+    noisy = ended("calibrate", "vprune", picture, "--target", 0.7, *crop)
     assert noisy.returncode == 2
     assert "it is limited by chi2_threshold=5 (" in noisy.stderr
 
@@ -114,7 +114,7 @@ def test_calibration_prepares_as_the_processor_that_is_named(picture: Path) -> N
 def test_text_is_printed_as_it_is() -> None:
     result = program("show", "[/red] :smile: \x1b[31m.png", "--question", "x")
     assert result.stderr == "vtp: error: picture not found: [/red] :smile: \\x1b[31m.png\n"
-    assert program("--version").stdout == f"vtp-plugin {__version__}\n"
+    assert ended("--version").stdout == f"vtp-plugin {__version__}\n"
 
 
 @pytest.mark.slow

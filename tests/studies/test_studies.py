@@ -41,8 +41,8 @@ SMALL = {
         "cosine_threshold": [0.8],
         "processors": ["vtp-tiny"],
         "readings": {},
-        "targets": {"POPE": {"20": 0.05}, "impossible": {"5": 0.74}},
-        "photographic": ["POPE"],
+        "targets": {"POPE": {"20": 0.05}, "impossible": {"20": 0.74}},
+        "photographic": ["POPE", "impossible"],
     },
     "hard-samples": {"tasks": "vtp_scenes_position,vtp_scenes_count", "pruning": ["random"]},
 }
@@ -150,9 +150,12 @@ def check_design(results: dict, table: str) -> None:
     assert removed > 0
     chance = next(cell for cell in results["random"] if cell["id"] != "none")
     assert 1 - chance["tokens"]["after"] / 144 == pytest.approx(removed, abs=1 / 144)
-    fitted, refused = results["calibration"]
+    fitted, beyond = results["calibration"]
     assert fitted["removed"]["20"] == pytest.approx(0.05, abs=0.02)
-    assert "at most" in refused["error"]
+    assert fitted["remark"] == ""
+    assert "at most" in beyond["remark"]
+    assert beyond["cosine_threshold"] == 0
+    assert "74.0% asked" in table
     reading = results["photographs"]["processors"]["vtp-tiny"]["readings"]["ours"]["20"]
     assert reading["all"]["mean"] == pytest.approx(reading["picture"]["mean"])  # the scenes are square
     assert f"{100 * reading['all']['mean']:.1f}" in table

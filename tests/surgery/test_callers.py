@@ -8,6 +8,7 @@ import inspect
 import io
 import pickle
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from types import ModuleType
@@ -118,6 +119,39 @@ def test_a_call_inside_a_call_is_its_own():
     assert all(a.equal(b) for a, b in zip(answer.logits, wanted, strict=True))
 
 
+@pytest.mark.parametrize("case", ["none", "l2", "stride", "fastv"])
+@torch.no_grad()
+def test_detaching_waits_for_the_call(host: Tiny, case: str):
+    """A `with` block that ends while a thread still answers, as streamers are used; and a processor that detaches."""
+    whole = host.forward(prompts("single")).logits
+    found, begun = [], threading.Event()
+
+    class Slow:
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            begun.set()
+            time.sleep(0.1)
+            return scores
+
+    class Detaches:
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            with pytest.raises(PruningError, match="detach when the call is over"):
+                pruned.detach()
+            return scores
+
+    with host.prune(case) as pruned:
+        wanted = host.generate(prompts("single")).logits
+        inside = host.generate(prompts("single"), logits_processor=[Detaches()]).logits
+        thread = threading.Thread(
+            target=lambda: found.append(host.generate(prompts("single"), logits_processor=[Slow()]).logits)
+        )
+        thread.start()
+        assert begun.wait(60)
+    thread.join()
+    for logits in (inside, found[0]):
+        assert all(a.equal(b) for a, b in zip(logits, wanted, strict=True))
+    assert host.forward(prompts("single")).logits.equal(whole)
+
+
 # -- copies -----------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +191,51 @@ def test_a_copy_of_a_part_computes_with_its_own_weights():
                 weights.zero_()
             output = twin(*arguments)
             assert not (output if isinstance(output, Tensor) else output.last_hidden_state).any()
+
+
+@pytest.mark.parametrize("way", ["peft", "compiled"])
+@torch.no_grad()
+def test_a_copy_of_a_wrapper_is_a_wrapper(way: str):
+    """Wrappers hand on attributes of the model inside, its way of being copied among them."""
+    host = build_hf("sdpa")
+    first = host.inputs(prompts("single"))
+    if way == "peft":
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        wrapper = peft.get_peft_model(host.model, lora).eval()
+    else:
+        wrapper = torch.compile(host.model, backend="eager")
+    whole = host.model(**first).logits
+    with host.prune("stride"):
+        twin = copy.deepcopy(wrapper)
+        assert type(twin) is type(wrapper)
+        assert twin(**first).logits.allclose(whole, atol=1e-4)
+        for weights in twin.parameters():
+            weights.zero_()
+        assert not twin(**first).logits.any()
+    assert host.model(**first).logits.equal(whole)
+
+
+@torch.no_grad()
+def test_two_models_share_their_parts():
+    one, two = build_hf("sdpa"), build_hf("sdpa")
+    first = one.inputs(prompts("batch"))
+    whole = one.model(**first).logits
+    for name in ("vision_tower", "multi_modal_projector", "language_model"):
+        setattr(two.model.model, name, getattr(one.model.model, name))
+    two.model.lm_head = one.model.lm_head
+    for names in (("l2", "stride"), ("fastv", "l2"), ("stride", "fastv")):
+        alone = []
+        for host, name in zip((one, two), names, strict=True):
+            with host.prune(name):
+                alone.append(host.model(**first).logits)
+        with one.prune(names[0]), two.prune(names[1]) as second:
+            assert all(h.model(**first).logits.equal(a) for h, a in zip((one, two), alone, strict=True))
+            second.detach()
+            assert one.model(**first).logits.equal(alone[0])
+            with pytest.raises(PruningError, match="the language model was called directly"):
+                two.model(**first)
+        assert all(host.model(**first).logits.equal(whole) for host in (one, two))
 
 
 # -- wrappers ---------------------------------------------------------------------------------------------------------
@@ -266,6 +345,14 @@ def test_a_model_compiled_and_run_before(case: str):
 
 
 # -- around the model -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["l2", "stride", "fastv"])
+@torch.no_grad()
+def test_an_export_is_refused(case: str):
+    host = build_hf("sdpa")
+    with host.prune(case), pytest.raises(PruningError, match=r"torch\.export cannot follow what is cut"):
+        torch.export.export(host.model, (), kwargs=host.inputs(prompts("single")), strict=False)
 
 
 @pytest.mark.parametrize("case", ["l2", "stride", "fastv"])

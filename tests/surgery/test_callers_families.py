@@ -93,6 +93,48 @@ def test_outputs_and_losses(name: str, case: str, positions: str) -> None:
             torch.testing.assert_close(model(**first, logits_to_keep=keep).logits, wanted, **CLOSE)
 
 
+@pytest.mark.parametrize(("name", "case", "positions"), cases())
+@torch.no_grad()
+def test_padding_on_the_right_and_rows_in_another_order(name: str, case: str, positions: str) -> None:
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    first = batched(family, prompts_of(name, "batch"))
+    ids, real = first["input_ids"], first["attention_mask"].bool()
+    order = (~real).int().sort(dim=1, stable=True).indices  # words first
+    other = {key: value.gather(1, order) if value.shape[:2] == ids.shape else value for key, value in first.items()}
+    with pruned(name, case, positions):
+        wanted = model(**first, use_cache=True)
+        logits = model(**other).logits[other["attention_mask"].bool()]
+        torch.testing.assert_close(logits, wanted.logits[real], **CLOSE)
+        stored, mask, token = cache.of_output(wanted), grown(first["attention_mask"]), ids[:, -1:]
+        twin, turned = copy.deepcopy(stored), [1, 0]
+        step = model(input_ids=token, attention_mask=mask, **held(model, stored)).logits
+        twin.reorder_cache(torch.tensor(turned))
+        moved = model(input_ids=token[turned], attention_mask=mask[turned], **held(model, twin)).logits
+        torch.testing.assert_close(moved, step[turned], **CLOSE)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["gemma3", "cohere2_vision", "llava_next"])
+@torch.no_grad()
+def test_attentions_of_decoding_steps_are_at_the_callers_columns(name: str, case: str) -> None:
+    """Rows that sum to one, nothing on what was dropped; a layer with a window sees no further than that."""
+    if case == "fastv" and "llm" not in FAMILIES[name].stages:
+        pytest.skip("no such stage")
+    family, model = FAMILIES[name], model_of(name, "eager")
+    first = batched(family, prompts_of(name, "batch"))
+    length = first["input_ids"].shape[1]
+    fields = {"layer": family.late} if case == "fastv" else {}
+    with vtp.prune(model, case, processor=Processor(), keep_ratio=0.4, **fields):
+        there = model(**first).logits.abs().sum(-1) > 0
+        answer = generated(model, first, output_attentions=True)
+    cut = fields.get("layer", 0)
+    for step, maps in enumerate(answer.attentions[1:], 1):
+        for number, weights in enumerate(maps):
+            assert weights.shape[-1] == length + step or number < cut  # before it a window's map is the host's
+            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]), **CLOSE)
+        assert not maps[-1][..., :length].abs().sum((1, 2))[~there].any()
+
+
 @pytest.mark.parametrize("name", list(FAMILIES))
 @torch.no_grad()
 def test_threads(name: str) -> None:

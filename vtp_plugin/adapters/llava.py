@@ -149,7 +149,7 @@ class Llava(Adapter):
         left = turn.behind(len(inputs["input_ids"]), queries, turns.stored_length(cache.given(inputs)))
         if inputs.get("attention_mask") is not None:
             left.mask(inputs["attention_mask"], queries)
-        with self.pruned.going_on(turn.call()):
+        with self.pruned.going_on(turn.call(len(inputs["input_ids"]))):
             return self.forward(**inputs)
 
     def _merge(

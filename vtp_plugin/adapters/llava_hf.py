@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vtp_plugin.adapter import Adapter, SharedSpace
 from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.clip import clip_tower, space_of
-from vtp_plugin.adapters.rows import repeated, serve
+from vtp_plugin.adapters.rows import asked, repeated, serve, some, together
 from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
@@ -57,7 +57,7 @@ class LlavaHf(Adapter):
     # -- one image ------------------------------------------------------------------------------------------------
 
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
-        return inputs.get("pixel_values") is not None
+        return some(inputs.get("pixel_values"))
 
     def sizes(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         return {}  # every image is of the tower's size
@@ -70,13 +70,15 @@ class LlavaHf(Adapter):
     def encode(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Any, list[Rows]]:
         pixels = inputs["pixel_values"]
         chosen = {k: inputs[k] for k in ("vision_feature_layer", "vision_feature_select_strategy") if k in inputs}
+        chosen |= asked(self.core, "get_image_features", inputs)
         outputs, start = [], 0
         for part in pixels.split(1 if self.pruned.one_by_one else len(pixels)):
             with call.in_tower(range(start, start + len(part))):
                 outputs.append(self.core.get_image_features(part, return_dict=True, **chosen))
             start += len(part)
-        outputs[0].pooler_output = [rows for output in outputs for rows in output.pooler_output]
-        return outputs[0], [Rows(image.index, torch.ones_like(image.index, dtype=torch.bool)) for image in call.images]
+        return together(outputs), [
+            Rows(image.index, torch.ones_like(image.index, dtype=torch.bool)) for image in call.images
+        ]
 
     @contextmanager
     def serving(self, features: Any) -> Iterator[None]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from vtp_plugin.adapter import Adapter, Tower
 from vtp_plugin.adapters import v5_17
@@ -22,6 +27,7 @@ from vtp_plugin.surgery.tiles import TILED
 from vtp_plugin.surgery.undo import Undo
 
 VALUES = {"image": "pixel_values", "video": "pixel_values_videos"}
+RECORDED = ("output_hidden_states", "output_attentions")
 SIZES = ("image_sizes", "image_grid_thw", "video_grid_thw")  # whole numbers of every image or video
 
 
@@ -70,7 +76,7 @@ class RowsAdapter(Adapter):
     # -- PlaceholderModel -----------------------------------------------------------------------------------------
 
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
-        return any(inputs.get(name) is not None for name in VALUES.values())
+        return any(map(some, map(inputs.get, VALUES.values())))
 
     def sizes(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         return {name: inputs[name] for name in SIZES if isinstance(inputs.get(name), Tensor)}
@@ -78,11 +84,11 @@ class RowsAdapter(Adapter):
     def encode(self, call: Call, inputs: Mapping[str, Any]) -> tuple[Any, list[Rows]]:
         features, left = {}, []
         for kind, name in VALUES.items():
-            if inputs.get(name) is None:
+            if not some(inputs.get(name)):
                 continue
             numbers = [number for number, image in enumerate(call.images) if image.kind == kind]
-            function = getattr(self.core, f"get_{kind}_features")
-            chosen = v5_17.arguments(function, kind, inputs)
+            function = getattr(self.core, named := f"get_{kind}_features")
+            chosen = v5_17.arguments(function, kind, inputs) | asked(self.core, named, inputs)
             owners = [number for number in numbers for _ in range(call.images[number].tiles)]
             lengths = [call.images[number].patches or call.images[number].total for number in numbers]
             facts = {"owners": owners, "lengths": lengths, "values": inputs[name], "kind": kind, "inputs": inputs}
@@ -130,6 +136,47 @@ def serve(session: Session, core: nn.Module, name: str, output: Any, undo: Undo)
         return v5_17.handed_over(output) if session.call is call else original(*args, **kwargs)
 
     original = undo.override(core, name, answer)
+
+
+def some(values: Any) -> bool:
+    """Whether there are pixels at all: a batch of no images is as good as none."""
+    return values is not None and len(values) > 0
+
+
+def asked(core: nn.Module, function: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a caller of `forward` wants to see of the tower, too, where the host hands that on."""
+    wanted = {name: inputs[name] for name in RECORDED if inputs.get(name)}
+    return wanted if wanted and _hands_on(type(core), function) else {}
+
+
+@cache
+def _hands_on(core: type, function: str) -> bool:
+    """Whether a backbone's forward calls this function with whatever else it was given."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(core.forward))))
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == function
+    ]
+    return any(keyword.arg is None for call in calls for keyword in call.keywords)
+
+
+def together(outputs: Sequence[Any]) -> Any:
+    """What the host answers of several images, from what it answered of each; shorter ones end with zeros."""
+    if len(outputs) == 1:
+        return outputs[0]
+    rows = [rows for output in outputs for rows in output.pooler_output]
+    answers = {name: _together([output[name] for output in outputs]) for name in outputs[0] if name != "pooler_output"}
+    return type(outputs[0])(**answers, pooler_output=rows)
+
+
+def _together(parts: Sequence[Any]) -> Any:
+    """Tensors [B, ...] in one, and tuples of these by layer; None where a layer was not asked for."""
+    if parts[0] is None:
+        return None
+    if isinstance(parts[0], tuple):
+        return tuple(_together(layer) for layer in zip(*parts, strict=True))
+    longest = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
+    missing = [[(0, most - size) for size, most in zip(part.shape, longest, strict=True)][:0:-1] for part in parts]
+    return torch.cat([pad(part, sum(more, ())) for part, more in zip(parts, missing, strict=True)])
 
 
 def repeated(samples: Sequence[int], times: int) -> list[int]:

@@ -53,7 +53,7 @@ def command(
     ] = None,
 ) -> None:
     if output is not None:
-        files.check_output(output)
+        files.check_output(output, read=[images])
     if method is Method.fitprune:
         if target is not None:
             raise PruningError("--target is for vprune; fitprune's file holds schedules for every keep_ratio")

@@ -45,7 +45,7 @@ def command(
     asked = pages.Workload(pictures, text, answer, concurrency, dtype, overhead / 1e3)
     asked.check()
     if save_device is not None:
-        files.check_output(save_device)
+        files.check_output(save_device, read=[Path(device)] if device else [])
     chosen = config.resolve(pruning, config.parse_pairs(pruning_args))
     planned = pages.planned(model, layers)
     queued = _rates(rate, cards)

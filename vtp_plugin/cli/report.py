@@ -27,7 +27,7 @@ def command(
         raise PruningError(f"--samples must be -1 or a whole number >= 0, got {samples}")
     target = output or run_dir / "report.html"
     run = runs.load(run_dir)
-    files.check_output(target)
+    files.check_output(target, kinds=(".html", ".htm"))
     made = page(run, None if samples == -1 else samples)
     files.write(target, made)
     console().print(f"written: {target} ({len(made.encode()) / 1e6:.1f} MB)")

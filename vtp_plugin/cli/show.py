@@ -23,7 +23,7 @@ def command(
     target: Annotated[str | None, typer.Option(help="The right answer: marks the answers as right or wrong.")] = None,
     scores: Annotated[bool, typer.Option("--scores", help="Add a row of what the strategies ranked by.")] = False,
 ) -> None:
-    files.check_output(output, kinds=(".png", ".pdf", ".svg", ".jpg", ".jpeg"))
+    files.check_output(output, kinds=(".png", ".pdf", ".svg", ".jpg", ".jpeg"), read=[image])
     specs = [spec.strip() for spec in pruning.split(",")]
     arguments = parse_pairs(pruning_args)
     strategies = {spec: config.resolve(spec, arguments) for spec in specs}

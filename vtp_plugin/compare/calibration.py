@@ -94,10 +94,10 @@ class Calibrated:
     remark: str = ""  # "" where the target is met
 
 
-def calibrate(name: str, field: str, fixed: Mapping[str, Any], pictures: Sequence[Views], target: float) -> Calibrated:
+def nearest(name: str, field: str, fixed: Mapping[str, Any], pictures: Sequence[Views], target: float) -> Calibrated:
     """The strategy whose `field` in [0, 1] removes the share nearest to the target; a higher value removes less.
 
-    PruningError, with the parameter that limits it, if that share is more than FAR from the target.
+    The remark says, where the share is more than NEAR from the target, why no value comes nearer.
     """
     if field in fixed:
         raise PruningError(f"{field} is what is looked for; it cannot be given")
@@ -106,21 +106,31 @@ def calibrate(name: str, field: str, fixed: Mapping[str, Any], pictures: Sequenc
         strategy = build(name, {**fixed, field: value})
         return removed_share(strategy, pictures), strategy
 
-    (most, _), (least, _) = at(0.0), at(1.0)
-    low, high = bisected(lambda value: at(value)[0] >= target)
-    share, chosen = min((at(round(value, 6)) for value in (low, high)), key=lambda found: abs(found[0] - target))
-    if abs(share - target) <= NEAR:
-        return Calibrated(chosen, share)
-    bound = f"at most {most:.1%}" if most < target else f"at least {least:.1%}" if least > target else ""
-    remark = (
-        f"{name}: {bound} can be removed here whatever {field} is, {target:.1%} asked"
-        if bound
-        else (f"{name}: {field} goes from {at(low)[0]:.1%} to {at(high)[0]:.1%} in one step here, {target:.1%} asked")
-    )
-    remark += "; " + limits(name, field, fixed, pictures, target)
-    if abs(share - target) > FAR:
+    ends = {"at most": at(0.0), "at least": at(1.0)}
+    beyond = [ends["at most"][0] < target, ends["at least"][0] > target]
+    if any(beyond):
+        bound, (share, chosen) = next(pair for pair, is_it in zip(ends.items(), beyond, strict=True) if is_it)
+        said = f"{name}: {bound} {share:.1%} can be removed here whatever {field} is, {target:.1%} asked"
+    else:
+        tried = [at(round(value, 6)) for value in bisected(lambda value: at(value)[0] >= target)]
+        share, chosen = min(tried, key=lambda found: abs(found[0] - target))
+        step = " to ".join(f"{found[0]:.1%}" for found in tried)
+        said = f"{name}: {field} goes from {step} in one step here, {target:.1%} asked"
+    return Calibrated(chosen, share, "" if abs(share - target) <= NEAR else said)
+
+
+def calibrate(name: str, field: str, fixed: Mapping[str, Any], pictures: Sequence[Views], target: float) -> Calibrated:
+    """The nearest strategy; where it is off, its remark also says which other parameter limits it.
+
+    PruningError, with that remark, if its share is more than FAR from the target.
+    """
+    found = nearest(name, field, fixed, pictures, target)
+    if not found.remark:
+        return found
+    remark = f"{found.remark}; {limits(name, field, fixed, pictures, target)}"
+    if abs(found.share - target) > FAR:
         raise PruningError(remark)
-    return Calibrated(chosen, share, remark)
+    return Calibrated(found.strategy, found.share, remark)
 
 
 def limits(name: str, field: str, fixed: Mapping[str, Any], pictures: Sequence[Views], target: float) -> str:

@@ -68,7 +68,9 @@ class PosterL2(Study):
 
     def _speed(self, shape: str) -> Callable[[], list[dict[str, Any]]]:
         """How to time one shape, once."""
-        return lambda: speed(shape, self.settings["speed_keep"], self.settings["batch"], self.settings["rounds"])
+        said = self.settings
+        batch = said["batch"] if said["limit"] < 0 else min(said["batch"], said["limit"])
+        return lambda: speed(shape, said["speed_keep"], batch, said["rounds"])
 
     # -- (b) what it decides --------------------------------------------------------------------------------------
 
@@ -128,6 +130,7 @@ def speed(shape: str, keeps: Sequence[float], batch: int, rounds: int) -> list[d
         {
             "shape": shape,
             "keep": timing.keep,
+            "batch": batch,
             "tokens": timing.tokens_after,
             "seconds": {side: median(seconds) for side, seconds in timing.seconds.items()},
             "images_per_second": timing.images_per_second,

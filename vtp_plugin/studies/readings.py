@@ -163,23 +163,18 @@ def unpad(prepare: Preparation) -> list[PruningStrategy]:
 def calibrations(
     pictures: Sequence[tuple[str, Any]], processor: str, targets: Mapping[str, Mapping[str, float]]
 ) -> list[dict[str, Any]]:
-    """The cosine threshold that removes a data set's first share, and what it removes at the others' thresholds."""
-    from vtp_plugin.compare.calibration import calibrate, removed_share
+    """The cosine threshold that comes nearest to a data set's first share, and what it removes at all thresholds."""
+    from vtp_plugin.compare.calibration import nearest, removed_share
     from vtp_plugin.hosts.transformers.preparing import prepared
 
     prepare, found = prepared(processor), []
     seen: list[Views] = [prepare(picture) for _, picture in pictures]
     for data, printed in targets.items():
         first = next(iter(printed))
-        entry: dict[str, Any] = {"data": data, "targets": printed}
-        try:
-            fitted = calibrate(LEADER, "cosine_threshold", at(first), seen, printed[first])
-        except PruningError as error:
-            found.append(entry | {"error": str(error)})
-            continue
+        fitted = nearest(LEADER, "cosine_threshold", at(first), seen, printed[first])
         fields = {"cosine_threshold": fitted.strategy.cosine_threshold}
         removed = {key: removed_share(build(LEADER, {**fields, **at(key)}), seen) for key in printed}
-        found.append(entry | fields | {"removed": removed})
+        found.append({"data": data, "targets": printed, **fields, "removed": removed, "remark": fitted.remark})
     return found
 
 

@@ -56,6 +56,8 @@ class VPruneDesign(Evaluated):
             raise PruningError(f"{self.name}: parts must be some of {', '.join(PARTS)}, got {said['parts']}")
         super().check()
         if PHOTOGRAPHS in said["parts"]:
+            if taken := {readings.OURS, readings.CONTROL} & set(said["readings"]):
+                raise PruningError(f"{self.name}: a reading cannot be called '{taken.pop()}'")
             for fields, chi2 in product(self._readings().values(), said["chi2_threshold"]):
                 build(LEADER, {**fields, **readings.at(chi2)})
             for name in said["processors"]:
@@ -159,8 +161,10 @@ class VPruneDesign(Evaluated):
                 table.add(
                     entry["data"], chi2, f"{100 * target:.1f}", entry.get("cosine_threshold", "not reachable"), here
                 )
+        remarks = [entry["remark"] for entry in results["calibration"] if entry.get("remark")]
         table.caption = (
             "In %. The cosine threshold is fitted at the first chi-square threshold of each data set, on our pictures."
+            f"{''.join(f' {each[:1].upper()}{each[1:]}.' for each in remarks)}"
         )
         return table
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,10 +99,24 @@ def put_back(output: Any, call: Call, left: Columns, queries: int) -> None:
     for number, weights in enumerate(maps):
         if weights is not None:
             at = seen(call, left, number)
-            weights = at.put(weights, 3)
+            weights = _by_key(at, weights)
             weights = at.put(weights, 2) if whole else weights
         back.append(weights)
     output.attentions = tuple(back)
+
+
+def _by_key(at: Columns, weights: Tensor) -> Tensor:
+    """Attention [B, H, Q, K] with its keys at the caller's columns.
+
+    A layer with a window may hold the last columns only, a static cache has places behind them for tokens to come.
+    """
+    keys = weights.shape[3]
+    if at.short == at.length and at.full:
+        return weights
+    if keys > at.short:
+        put = at.put(weights[..., : at.short], 3)
+        return torch.nn.functional.pad(put, (0, max(0, keys - at.length)))
+    return replace(at, columns=at.columns[:, -keys:], origin=None).put(weights, 3)
 
 
 def _at(columns: Columns, left: Columns, state: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from vtp_plugin.errors import PruningError
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.surgery import cache, turns
+from vtp_plugin.surgery import cache, owning, turns
 
 if TYPE_CHECKING:
     from vtp_plugin.surgery.placeholders import PlaceholderModel
@@ -68,7 +68,7 @@ def guard(session: Session, undo: Undo) -> None:
     """Refuse embeddings that are given to the language model itself: whose features they hold, nobody knows."""
 
     def entered(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        if torch.compiler.is_compiling() or session.mine or kwargs.get("inputs_embeds") is None:
+        if torch.compiler.is_compiling() or owning.anyone() or kwargs.get("inputs_embeds") is None:
             return
         raise PruningError(
             "the language model was called directly with inputs_embeds, where nothing is pruned: call the model "
@@ -77,6 +77,12 @@ def guard(session: Session, undo: Undo) -> None:
 
     if session.strategies and session.adapter.language_model is not None:
         undo.before(session.adapter.language_model, entered)
+
+
+def refuse_export(pruned: Session) -> None:
+    """A graph for every picture would keep what one picture lost."""
+    if pruned.strategies and torch.compiler.is_exporting():
+        raise PruningError("torch.export cannot follow what is cut from a picture: detach, and export the whole model")
 
 
 def refuse_filled_cache(stored: Any) -> None:

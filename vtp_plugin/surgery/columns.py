@@ -18,7 +18,7 @@ from vtp_plugin.errors import PruningError
 from vtp_plugin.surgery import attention
 from vtp_plugin.tokens import true_columns
 
-IGNORED = -100  # the label that every loss of transformers leaves out
+IGNORED = -100  # the label that losses of transformers leave out, unless their ignore_index is another
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Columns:
         columns = true_columns(wanted, longest)
         if min(counts) < longest:
             number = wanted.sum(1, keepdim=True)
-            place = torch.arange(longest, device=wanted.device) - (longest - number if left else 0)
+            place = torch.arange(longest, device=wanted.device) - (longest - number) * left  # [B, longest]
             inside = (place >= 0) & (place < number)
             columns = torch.where(inside, columns.gather(1, place.clamp(min=0)), -1)
         return cls(columns, wanted.shape[1], padded=min(counts) < longest, tail=tail)
@@ -103,6 +103,11 @@ class Columns:
             return self
         origin = None if self.origin is None else self.origin.repeat_interleave(times, 0)
         return replace(self, columns=self.columns.repeat_interleave(times, 0), origin=origin)
+
+    def of_rows(self, rows: Tensor) -> Columns:
+        """The same of some rows [n]."""
+        origin = None if self.origin is None else self.origin[rows]
+        return replace(self, columns=self.columns[rows], origin=origin)
 
     def followed(self, new: int) -> Columns:
         """The same with `new` columns behind the prompt, all of which are there."""

@@ -7,6 +7,7 @@ model it is swept clean. What is pickled is the model as it would be detached, s
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,9 @@ def make_copyable(model: nn.Module, mark: str, undo: Undo) -> None:
     """Let copies of the model be unpruned; `mark` is the attribute that says that it is attached."""
 
     def deepcopy(memo: dict[int, Any]) -> nn.Module:
+        asked = inspect.currentframe().f_back.f_locals.get("x", model)  # by `copy.deepcopy`
+        if asked is not model:  # a wrapper that hands attributes on, this one too: PEFT, a compiled model
+            return _of_wrapper(asked, memo)
         twin = memo[id(model)] = type(model).__new__(type(model))
         state = {name: value for name, value in vars(model).items() if name not in ours}
         vars(twin).update(copy.deepcopy(state, memo))
@@ -35,6 +39,15 @@ def make_copyable(model: nn.Module, mark: str, undo: Undo) -> None:
     ours = {mark, "__deepcopy__", "__reduce_ex__"}
     for name, function in (("__deepcopy__", deepcopy), ("__reduce_ex__", reduce)):
         _set(model, name, function, undo)
+
+
+def _of_wrapper(wrapper: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """What `copy.deepcopy` makes of a module that has no way of its own."""
+    make, arguments, *state = wrapper.__reduce_ex__(4)
+    twin = memo[id(wrapper)] = make(*copy.deepcopy(arguments, memo))
+    if state:
+        twin.__setstate__(copy.deepcopy(state[0], memo))
+    return twin
 
 
 def _set(model: nn.Module, name: str, function: Callable, undo: Undo) -> None:

@@ -31,6 +31,16 @@ class Cut:
         numbering = self.numbering and self.numbering.to(device)
         return replace(self, columns=self.columns.to(device), valid=self.valid.to(device), numbering=numbering)
 
+    def of_rows(self, rows: Sequence[int], total: int) -> Cut:
+        """The same of these rows of the `total` that a cache has, where beams may share one of ours."""
+        rows = [row * len(self.columns) // total for row in rows]
+        numbering = self.numbering and self.numbering.of_rows(rows)
+        counts, own = (
+            tuple(self.counts[row] for row in rows),
+            {"columns": self.columns[rows], "valid": self.valid[rows]},
+        )
+        return replace(self, **own, counts=counts, merged=(), numbering=numbering)
+
     @property
     def whole(self) -> bool:
         """Whether every column may be attended to."""

@@ -66,26 +66,32 @@ def narrowed(arguments: dict[str, Any], seen: Columns, first: int, window: int) 
 
     The others are passed on: the number of items is the caller's own.
     """
-    last = Columns(seen.columns[:, -window:], seen.length)
+    last, ignored = Columns(seen.columns[:, -window:], seen.length), _ignored(arguments)
     arguments = dict(arguments)
     if arguments.get("shift_labels") is not None:
-        arguments["shift_labels"] = _shifted(_from(arguments["shift_labels"], first), last)
+        shifted = _from(arguments["shift_labels"], first, ignored)
+        arguments["shift_labels"] = _shifted(shifted, last, ignored)
     if arguments.get("labels") is not None:
-        labels = last.take(_from(arguments["labels"], first), IGNORED)
+        labels = last.take(_from(arguments["labels"], first, ignored), ignored)
         begins = (last.columns >= first).cumsum(1) == 1  # the first one that was asked for has nobody to predict it
-        arguments["labels"] = labels.masked_fill(begins & (last.columns >= first), IGNORED) if first else labels
+        arguments["labels"] = labels.masked_fill(begins & (last.columns >= first), ignored) if first else labels
     return arguments
 
 
-def _from(labels: Tensor, first: int) -> Tensor:
-    return torch.nn.functional.pad(labels, (first, 0), value=IGNORED)
+def _ignored(arguments: dict[str, Any]) -> int:
+    """The label that this loss leaves out."""
+    return arguments.get("ignore_index", IGNORED)
 
 
-def _shifted(labels: Tensor, last: Columns) -> Tensor:
+def _from(labels: Tensor, first: int, ignored: int) -> Tensor:
+    return torch.nn.functional.pad(labels, (first, 0), value=ignored)
+
+
+def _shifted(labels: Tensor, last: Columns, ignored: int) -> Tensor:
     """For every column that is left, the caller's label of the next one that is left."""
     behind = torch.nn.functional.pad(last.columns[:, 1:], (0, 1), value=labels.shape[1])
     asked = last.valid & (behind > 0)
-    return torch.where(asked, labels.gather(1, (behind - 1).clamp(min=0)), IGNORED)
+    return torch.where(asked, labels.gather(1, (behind - 1).clamp(min=0)), ignored)
 
 
 def predicted(arguments: dict[str, Any], there: Tensor) -> dict[str, Any]:
@@ -94,5 +100,5 @@ def predicted(arguments: dict[str, Any], there: Tensor) -> dict[str, Any]:
     before = torch.nn.functional.pad(there[..., :-1], (1, 0), value=True)
     for name, known in (("labels", before), ("shift_labels", there)):
         if arguments.get(name) is not None:
-            arguments[name] = torch.where(known, arguments[name], IGNORED)
+            arguments[name] = torch.where(known, arguments[name], _ignored(arguments))
     return arguments

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
-from threading import RLock, get_ident
+from threading import RLock, get_ident, local
 
 import torch
 from torch import nn
@@ -14,6 +14,14 @@ from vtp_plugin.surgery.call import Call
 
 NUMBERS = count()
 WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+
+
+_running = local()
+
+
+def anyone() -> bool:
+    """Whether this thread is inside of some attached model; parts may be shared with another one."""
+    return getattr(_running, "depth", 0) > 0
 
 
 class OneAtATime:
@@ -39,10 +47,12 @@ class OneAtATime:
         """Nobody else's call runs meanwhile: other threads wait. A call inside a call goes on."""
         with self._lock:
             before, self._owner = self._owner, get_ident()
+            _running.depth = getattr(_running, "depth", 0) + 1
             try:
                 yield
             finally:
                 self._owner = before
+                _running.depth -= 1
 
     @contextmanager
     def going_on(self, call: Call | None) -> Iterator[Call | None]:

@@ -122,6 +122,10 @@ class Numbering:
         """The columns `chosen` [B, K'] with the positions that they have."""
         return Numbering(self.positions.gather(1, chosen), self.following, self.applies)
 
+    def of_rows(self, rows: Sequence[int]) -> Numbering:
+        """The same of some rows."""
+        return Numbering(self.positions[rows], self.following[rows], self.applies[rows])
+
     def to(self, device: torch.device) -> Numbering:
         """The same on another device."""
         return Numbering(*(tensor.to(device) for tensor in (self.positions, self.following, self.applies)))

@@ -56,6 +56,7 @@ class PlaceholderCalls:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             call = self.pruned.call
             if call is None or name == "generate":
+                asking.refuse_export(self.pruned)
                 return alone(args, kwargs)
             return getattr(self, name)(*args, **kwargs) if within is None else within(call, args, kwargs)
 
@@ -69,11 +70,13 @@ class PlaceholderCalls:
         ids, images = inputs.get("input_ids"), self.family.has_images(inputs)
         filled = turns.recall(inputs)
         asking.check(self.pruned, inputs, images and filled is None, generating=True)
-        with self.pruned.calling() as call, torch.no_grad(), masks.translated(self.model, call):
+        with self.pruned.calling() as call, torch.no_grad(), turns.generating(), masks.translated(self.model, call):
             call.rows = 1 if ids is None else len(ids)
             if not images or filled is not None:
                 return self.generate(**inputs)
-            features = self._turn(call, inputs)
+            features = self._turn(
+                call, {name: value for name, value in inputs.items() if not name.startswith("output_")}
+            )
             with self.family.serving(features), self._assisting(inputs):
                 return self.generate(**inputs)
 
@@ -208,7 +211,8 @@ class PlaceholderCalls:
         asking.refuse_images_behind(self.family, inputs)
         for name, value in turn.carried.items():
             setattr(self.family.core, name, value)
-        with self.pruned.going_on(turn.call()) as call:
+        given = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        with self.pruned.going_on(turn.call(len(given))) as call:
             return self._behind(call, turn, inputs)
 
     def _behind(self, call: Call, turn: Turn, inputs: dict[str, Any], *, made: bool = False) -> Any:
@@ -242,7 +246,9 @@ class PlaceholderCalls:
         return {**kwargs, "position_ids": turn.moved(kwargs["position_ids"])}
 
     def _answered(self, output: Any, named: bool | None) -> Any:
-        return output.to_tuple() if named is False else output
+        """The output as an object with names, unless the caller or the model's configuration wants a tuple."""
+        named = getattr(self.model.config, "return_dict", True) if named is None else named
+        return output if named else output.to_tuple()
 
 
 def _labelled(call: Call, left: Columns, wanted: answers.Wanted) -> Callable[..., tuple[Tensor, dict[str, Any]]]:

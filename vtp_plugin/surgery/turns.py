@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from vtp_plugin.surgery.columns import Columns
 from vtp_plugin.surgery.positions import lookup
 
 MARK = "_vtp_turn"
+REGROUPING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")  # of a cache: they move its rows
 REFUSED_POSITIONS = "pruning cannot shorten a prompt that comes with its own position_ids"
 OTHERWISE = "the cache was filled while the model was pruned otherwise: begin with the prompt again"
 _inside = threading.local()
@@ -43,7 +44,7 @@ class Turn:
     shift: Tensor | None = None  # [B] or [A, B]: what a new token's number becomes, where the caller counts
     known: tuple[Tensor, list[bool]] | None = None  # position ids of the prompt, and how they count: `_counting`
     facts: dict[str, Any] = field(default_factory=dict)  # of the call: images, valid, cuts, positions
-    carried: dict[str, Any] = field(default_factory=dict)  # attributes of the model that its passes share
+    carried: dict[str, Any] = field(default_factory=dict)  # attributes [B, ...] of the model that its passes share
 
     @property
     def length(self) -> int:
@@ -70,6 +71,24 @@ class Turn:
         same, *counting = torch.stack(asked).tolist()
         self.known = (given, counting) if counting else None
         return same
+
+    def of_rows(self, chosen: Tensor, rows: int) -> Turn:
+        """The same of these rows [n] of the `rows` that its cache had, beams and returned sequences among them."""
+        chosen = chosen.to(self.ids.device)
+        own = torch.arange(len(self.ids), device=chosen.device).repeat_interleave(rows // len(self.ids))[chosen]
+        picked = chosen.tolist()
+        facts = {
+            **self.facts,
+            "valid": self.facts["valid"][own.to(self.facts["valid"].device)],
+            "positions": None if self.facts["positions"] is None else self.facts["positions"][own],
+            "cuts": {layer: cut.of_rows(picked, rows) for layer, cut in self.facts["cuts"].items()},
+        }
+        shift = None if self.shift is None else self.shift[..., own]
+        carried = {
+            name: value if value is None else value[own.to(value.device)] for name, value in self.carried.items()
+        }
+        known = {"ids": self.ids[own], "real": self.real[own], "columns": self.columns.of_rows(own), "known": None}
+        return replace(self, **known, shift=shift, facts=facts, carried=carried)
 
     # -- positions ------------------------------------------------------------------------------------------------
 
@@ -149,9 +168,12 @@ class Turn:
 
     # -- later passes ---------------------------------------------------------------------------------------------
 
-    def call(self) -> Call:
-        """The state of a call that goes on behind the prompt."""
-        return Call(**self.facts, rows=len(self.ids), positions_used=True)
+    def call(self, rows: int) -> Call:
+        """The state of a call that goes on behind the prompt, with so many sequences."""
+        call = Call(**self.facts, rows=len(self.ids), positions_used=True)
+        if call.positions is not None:
+            call.positions = call.positions.repeat_interleave(rows // len(self.ids), 0)
+        return call
 
     def behind(self, rows: int, queries: int, stored: int) -> Columns:
         """What the cache holds of `stored` columns, and the `queries` new ones, in the caller's columns."""
@@ -183,30 +205,56 @@ def _same(given: Tensor, expected: Tensor, real: Tensor) -> Tensor:
 # -- on the cache -----------------------------------------------------------------------------------------------------
 
 
-class Spoken:
-    """`get_seq_length` of a cache: the caller's columns outside of the model, what is stored inside.
+class OfCache:
+    """A method of one cache that a pruned prompt is in, in the place of its class's own.
 
     The cache holds it, so it does not hold the cache: keys and values end with the last name for them, and not when
     the garbage collector finds a circle. Copied and pickled with its cache, it belongs to the copy.
     """
 
-    def __init__(self, stored: Any, extra: int) -> None:
-        self.stored, self.extra = weakref.ref(stored), extra
+    def __init__(self, stored: Any, said: Any) -> None:
+        self.stored, self.said = weakref.ref(stored), said
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Spoken:
+    def __deepcopy__(self, memo: dict[int, Any]) -> OfCache:
         stored = self.stored()
-        return Spoken(memo.get(id(stored), stored), self.extra)
+        return type(self)(memo.get(id(stored), stored), self.said)
 
-    def __getstate__(self) -> tuple[Any, int]:
-        return self.stored(), self.extra
+    def __getstate__(self) -> tuple[Any, Any]:
+        return self.stored(), self.said
 
-    def __setstate__(self, state: tuple[Any, int]) -> None:
+    def __setstate__(self, state: tuple[Any, Any]) -> None:
         self.__init__(*state)
+
+
+class Spoken(OfCache):
+    """`get_seq_length`: the caller's columns (so many more are `said`) outside of the model, what is stored inside."""
 
     def __call__(self, layer_idx: int = 0) -> int:
         stored = self.stored()
         length = type(stored).get_seq_length(stored, layer_idx)
-        return length if getattr(_inside, "depth", 0) or not length else length + self.extra
+        return length if getattr(_inside, "depth", 0) or not length else length + self.said
+
+
+class Regrouped(OfCache):
+    """The method `said`, which takes rows of a cache or repeats them: its prompt has the same rows afterwards.
+
+    The host's own beams stay within their prompt.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stored = self.stored()
+        turn, rows, given = getattr(stored, MARK), _rows(stored), next(iter((*args, *kwargs.values())))
+        answer = getattr(type(stored), self.said)(stored, *args, **kwargs)
+        if not getattr(_inside, "generating", 0):
+            every = torch.arange(rows)
+            chosen = given if isinstance(given, Tensor) else every.repeat_interleave(given)
+            remember(stored, turn.of_rows(every[chosen.cpu()], rows))
+        return answer
+
+
+def _rows(stored: Any) -> int:
+    """How many sequences a cache holds."""
+    return next(len(layer.keys) for layer in stored.layers if isinstance(getattr(layer, "keys", None), Tensor))
 
 
 @contextmanager
@@ -217,6 +265,16 @@ def inside() -> Iterator[None]:
         yield
     finally:
         _inside.depth -= 1
+
+
+@contextmanager
+def generating() -> Iterator[None]:
+    """While open, this thread is inside of the host's `generate`."""
+    _inside.generating = getattr(_inside, "generating", 0) + 1
+    try:
+        yield
+    finally:
+        _inside.generating -= 1
 
 
 def stored_length(stored: Any) -> int:
@@ -236,11 +294,14 @@ def remember(stored: Any, turn: Turn) -> None:
     setattr(stored, MARK, turn)
     if not getattr(stored, "is_compileable", False):
         stored.get_seq_length = Spoken(stored, turn.length - turn.columns.short)
+    for name in REGROUPING:
+        if hasattr(stored, name):
+            setattr(stored, name, Regrouped(stored, name))
 
 
 def forget(stored: Any) -> None:
     """A cache that is empty again holds no prompt."""
-    for name in (MARK, "get_seq_length"):
+    for name in (MARK, "get_seq_length", *REGROUPING):
         if name in getattr(stored, "__dict__", ()):
             delattr(stored, name)
 

@@ -6,6 +6,7 @@ host's own underneath. What is copied or saved with a model is inert: see `surge
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import update_wrapper
@@ -24,7 +25,8 @@ class Override:
         self.owner, self.name, self.replacement = owner, name, replacement
         self.hidden: Callable = getattr(owner, name)
         self.own = vars(owner).get(name, MISSING)  # what the instance had under that name
-        update_wrapper(self, self.hidden, updated=())  # hosts inspect name and signature
+        update_wrapper(self, self.hidden, updated=())  # hosts inspect name and signature, torch.export the code
+        self.__code__ = getattr(inspect.unwrap(self.hidden), "__code__", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self.owner:  # bound once more, by who takes this for a function of the class

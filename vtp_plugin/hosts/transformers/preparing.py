@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -148,15 +147,14 @@ def squared(picture: Any, processor: Any) -> Any:
 
 def _authors(folder: Path, config: Mapping[str, Any]) -> Preparation:
     """The authors' LLaVA: the processor of its tower, called by its own package as `image_aspect_ratio` says."""
-    from llava.mm_utils import process_images
+    from vtp_plugin.hosts.llava.pictures import processing
 
     tower = config[TOWER]
-    processor, said = _loaded("AutoImageProcessor", tower), SimpleNamespace(**config)
+    processor = _loaded("AutoImageProcessor", tower)
     vision = (configuration(tower) or {}).get("vision_config", {})
     if "patch_size" not in vision:
         raise PruningError(f"'{tower}', the vision tower of {folder}, has no configuration with a patch size")
-    images = lambda picture: {"pixel_values": process_images([picture], processor, said)}  # noqa: E731
-    return Preparation(str(folder), images, Pixels.of(processor), vision["patch_size"])
+    return Preparation(str(folder), processing(processor, config), Pixels.of(processor), vision["patch_size"])
 
 
 def _checkpoint(folder: Path, config: Mapping[str, Any]) -> Preparation:
