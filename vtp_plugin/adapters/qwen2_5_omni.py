@@ -20,29 +20,15 @@ from vtp_plugin.hosts.transformers import contract
 from vtp_plugin.stages import Stage
 
 PARTS = "it is several models, of which the thinker sees pictures: prune its `thinker`, and let it generate with that"
-COUNTED = ("input_ids", "image_grid_thw", "video_grid_thw", "attention_mask", "use_audio_in_video", "audio_seqlens")
+COUNTED = ("input_ids", "image_grid_thw", "video_grid_thw", "attention_mask")  # what positions follow from
+COUNTED += ("use_audio_in_video", "audio_seqlens", "second_per_grids")
 
 
-class Qwen25Omni(Qwen25VL):
-    """The thinker of transformers' Qwen2.5-Omni."""
+class Listening:
+    """What thinkers have in common whose prompts hold audio beside pictures and videos. No family itself."""
 
-    family = "qwen2_5_omni"
-    touches = (
-        *contract.SHARED,
-        *contract.prompt(every_logit=True),
-        *contract.decoder(contract.LANGUAGE),
-        *contract.repeated(),
-        *contract.packed("get_vision_window_index", counted=(*COUNTED, "second_per_grids")),
-        TouchPoint(
-            TRANSFORMERS,
-            ".model.visual",
-            "windows of the tower",
-            has=("window_size", "patch_size", "fullatt_block_indexes"),
-        ),
-    )
-    models = "Qwen2.5-Omni (thinker)"
-    names = ("Qwen2_5OmniThinkerForConditionalGeneration",)
     every_logit = True
+    core: nn.Module
 
     @classmethod
     def unlike(cls, model: nn.Module) -> str:
@@ -68,11 +54,32 @@ class Qwen25Omni(Qwen25VL):
         return positions
 
 
-class Qwen25OmniWhole(Refused):
-    """transformers' Qwen2.5-Omni with everything that speaks."""
+class Qwen25Omni(Listening, Qwen25VL):
+    """The thinker of transformers' Qwen2.5-Omni."""
 
-    family = "qwen2_5_omni_whole"
-    models = "Qwen2.5-Omni"
-    names = ("Qwen2_5OmniForConditionalGeneration",)
+    family = "qwen2_5_omni"
+    touches = (
+        *contract.SHARED,
+        *contract.prompt(every_logit=True),
+        *contract.decoder(contract.LANGUAGE),
+        *contract.repeated(),
+        *contract.packed("get_vision_window_index", counted=COUNTED),
+        TouchPoint(
+            TRANSFORMERS,
+            ".model.visual",
+            "windows of the tower",
+            has=("window_size", "patch_size", "fullatt_block_indexes"),
+        ),
+    )
+    models = "Qwen2.5-Omni (thinker)"
+    names = ("Qwen2_5OmniThinkerForConditionalGeneration",)
+
+
+class QwenOmniWhole(Refused):
+    """transformers' Qwen2.5-Omni and Qwen3-Omni with everything that speaks."""
+
+    family = "qwen_omni_whole"
+    models = "Qwen-Omni as a whole"
+    names = ("Qwen2_5OmniForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration")
     refused = PARTS
     stages = dict.fromkeys(Stage, PARTS)
