@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 IMAGE, VIDEO, PAD = 190, 191, 0
@@ -434,6 +436,36 @@ def _qwen2_5_omni(attention: str) -> nn.Module:
     return _model(Qwen2_5OmniThinkerForConditionalGeneration, config, attention)
 
 
+def _qwen3_omni_moe(attention: str) -> nn.Module:
+    """The thinker of Qwen3-Omni-30B-A3B: Qwen3-VL's tower and features of three depths, experts in every layer."""
+    from transformers import Qwen3OmniMoeThinkerConfig, Qwen3OmniMoeThinkerForConditionalGeneration
+
+    vision = QWEN_VISION | {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1, 2],
+    }
+    audio = {"num_mel_bins": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    audio |= {"d_model": 16, "n_window": 20, "output_dim": 32, "max_source_positions": 40, "downsample_hidden_size": 4}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+    config = Qwen3OmniMoeThinkerConfig(
+        audio_config=audio,
+        vision_config=vision,
+        text_config=QWEN3_TEXT | {"mlp_only_layers": []} | experts,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=AUDIO,
+        vision_start_token_id=MARKS[0],
+        vision_end_token_id=MARKS[1],
+        audio_start_token_id=SPOKEN[0],
+        audio_end_token_id=SPOKEN[1],
+    )
+    return _model(Qwen3OmniMoeThinkerForConditionalGeneration, config, attention)
+
+
 def _omni_sample(seed: int, images: int) -> Prompt:
     prompt = _qwen_sample(seed, images)
     prompt.ids = _text([[MARKS[0], *[IMAGE] * n, MARKS[1]] for n in prompt.totals], seed)
@@ -782,6 +814,7 @@ FAMILIES = {
         Family("qwen2_vl", _qwen2_vl, _qwen_sample, _qwen_batch, video=_qwen_video, mrope=True),
         Family("qwen2_5_vl", _qwen2_5_vl, _qwen_sample, _qwen_batch, video=_qwen_video, mrope=True),
         Family("qwen2_5_omni", _qwen2_5_omni, _omni_sample, stacked, video=_omni_video, mrope=True),
+        Family("qwen3_omni_moe", _qwen3_omni_moe, _omni_sample, stacked, video=_omni_video, mrope=True, late=3),
         Family("qwen3_vl", _qwen3_vl, _qwen_sample, _qwen_batch, video=_qwen3_video, mrope=True, late=3),
         Family("qwen3_vl_moe", _qwen3_vl_moe, _qwen_sample, _qwen_batch, video=_qwen3_video, mrope=True, late=3),
         *(
@@ -814,6 +847,8 @@ FAMILIES = {
         Family("cohere2_vision", _cohere2_vision, _aya_sample, stacked),
     )
 }
+if Version(version("transformers")) < Version("5.21"):  # its parts lie otherwise
+    del FAMILIES["qwen2_5_omni"], FAMILIES["qwen3_omni_moe"]
 VARIANTS = {
     family.name: family
     for family in (

@@ -372,31 +372,35 @@ def by_hand(model: nn.Module, values: Tensor, patches: Tensor) -> Tensor:
         return model.visual_projection(tower.post_layernorm(hidden[:, 0]))[0]
 
 
+SOUNDS = {"qwen2_5_omni": (5, 16), "qwen3_omni_moe": (3, 8)}  # tokens of the audio, and those of the video before it
+
+
 def heard(prompt: Prompt, ids: list[int], **more: Tensor) -> Prompt:
-    """A prompt with five tokens of audio among its ids."""
+    """A prompt with a bit of audio among its ids."""
     sound = torch.randn(1, 8, 20, generator=torch.Generator().manual_seed(2))
     audio = {"input_features": sound, "feature_attention_mask": torch.ones(1, 20, dtype=torch.long)}
     return Prompt(ids, prompt.images | audio | more, prompt.totals)
 
 
-def spoken(where: str) -> Prompt:
+def spoken(name: str, where: str) -> Prompt:
     """Audio in front of a picture, or between the frames of a video that it belongs to."""
-    family, (begin, end), marks = FAMILIES["qwen2_5_omni"], families.SPOKEN, families.MARKS
-    said = [families.AUDIO] * 5
+    family, (begin, end), marks, (length, first) = FAMILIES[name], families.SPOKEN, families.MARKS, SOUNDS[name]
+    said = [families.AUDIO] * length
     if where == "before":
         picture = family.sample(0, 1)
         return heard(picture, [9, 8, begin, *said, end, *picture.ids])
     video = family.video(3)  # of three frames, the last more than two seconds behind the first
-    frames = [families.VIDEO] * 16, [families.VIDEO] * 8
+    frames = [families.VIDEO] * first, [families.VIDEO] * (24 - first)
     ids = [9, 8, marks[0], begin, *frames[0], *said, *frames[1], end, marks[1], 7, 6, 5]
     return heard(video, ids, video_second_per_grid=torch.tensor([1.2]), use_audio_in_video=torch.tensor([True]))
 
 
 @pytest.mark.parametrize("where", ["before", "between"])
 @pytest.mark.parametrize("stage", families.STAGES)
-def test_audio_stays_where_it_is(stage: str, where: str) -> None:
-    """Qwen2.5-Omni: what is said is heard by the slow reference, too."""
-    family, model, prompt = FAMILIES["qwen2_5_omni"], model_of("qwen2_5_omni", "eager"), spoken(where)
+@pytest.mark.parametrize("name", [name for name in SOUNDS if name in FAMILIES])
+def test_audio_stays_where_it_is(name: str, stage: str, where: str) -> None:
+    """What is said is heard by the slow reference, too."""
+    family, model, prompt = FAMILIES[name], model_of(name, "eager"), spoken(name, where)
     silent = {**prompt.images, "input_features": torch.zeros_like(prompt.images["input_features"])}
     inputs = batched(family, (prompt,))
     assert not torch.equal(logits_of(model, dict(inputs)), logits_of(model, inputs | silent))
@@ -404,9 +408,20 @@ def test_audio_stays_where_it_is(stage: str, where: str) -> None:
         check_reference(model, family, (prompt,), stage, strategy, fields)
 
 
+def test_a_thinker_of_an_older_release_is_told() -> None:
+    older = type("Qwen2_5OmniThinkerForConditionalGeneration", (nn.Module,), {})()
+    older.visual, older.model = nn.Identity(), nn.Identity()
+    with pytest.raises(
+        PruningError, match=r"is nearly what Qwen2.5-Omni \(thinker\) is known as, but up to transformers 5"
+    ):
+        vtp.prune(older, "stride")
+
+
 def test_the_model_that_speaks_names_its_thinker() -> None:
     whole = type("Qwen2_5OmniForConditionalGeneration", (nn.Module,), {})()
-    with pytest.raises(PruningError, match=r"^Qwen2.5-Omni cannot be pruned: .*: prune its `thinker`, and let it"):
+    with pytest.raises(
+        PruningError, match=r"^Qwen-Omni as a whole cannot be pruned: .*: prune its `thinker`, and let it"
+    ):
         vtp.prune(whole, "stride")
 
 

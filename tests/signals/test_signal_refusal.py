@@ -14,7 +14,7 @@ from vtp_plugin.errors import PruningError
 
 TOKENS = {"llava_siglip": 36, "gemma3": 16}  # of every image, where families have one number
 FIRST = {"fastv": 2, "dart": 2, "pyramiddrop": 2, "fitprune": 2, "sparsevlm": 1}  # where they cut first
-DEEP = ("qwen3_vl", "qwen3_vl_moe")  # whose first three layers take up visual features
+DEEP = ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe")  # whose first three layers take up visual features
 
 
 def attached(family: str, name: str) -> Any:

@@ -1,7 +1,8 @@
 """Qwen2.5-Omni's thinker: the packed tower of Qwen2.5-VL with windows, 2x2 merger, audio in the same prompt.
 
 Pictures and videos are pruned, audio is not: its tokens stay where they are, between the frames of a video, too.
-Original positions are kept. The whole model generates with its thinker, the one that is pruned.
+Original positions are kept. The whole model generates with its thinker, the one that is pruned: `model.thinker`, of
+transformers 5.21 or later, where its parts lie as in the other families.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtp_plugin.adapters.qwen2_5_vl import Qwen25VL
 from vtp_plugin.adapters.refused import Refused
@@ -19,29 +20,24 @@ from vtp_plugin.hosts.transformers import contract
 from vtp_plugin.stages import Stage
 
 PARTS = "it is several models, of which the thinker sees pictures: prune its `thinker`, and let it generate with that"
-COUNTED = ("input_ids", "image_grid_thw", "video_grid_thw", "attention_mask", "use_audio_in_video", "audio_seqlens")
+COUNTED = ("input_ids", "image_grid_thw", "video_grid_thw", "attention_mask")  # what positions follow from
+COUNTED += ("use_audio_in_video", "audio_seqlens", "second_per_grids")
 
 
-class Qwen25Omni(Qwen25VL):
-    """The thinker of transformers' Qwen2.5-Omni."""
+class Listening:
+    """What thinkers have in common whose prompts hold audio beside pictures and videos. No family itself."""
 
-    family = "qwen2_5_omni"
-    touches = (
-        *contract.SHARED,
-        *contract.prompt(every_logit=True),
-        *contract.decoder(contract.LANGUAGE),
-        *contract.repeated(),
-        *contract.packed("get_vision_window_index", counted=(*COUNTED, "second_per_grids")),
-        TouchPoint(
-            TRANSFORMERS,
-            ".model.visual",
-            "windows of the tower",
-            has=("window_size", "patch_size", "fullatt_block_indexes"),
-        ),
-    )
-    models = "Qwen2.5-Omni (thinker)"
-    names = ("Qwen2_5OmniThinkerForConditionalGeneration",)
     every_logit = True
+    core: nn.Module
+
+    @classmethod
+    def unlike(cls, model: nn.Module) -> str:
+        beside = not hasattr(getattr(model, "model", None), "visual")
+        return (
+            "up to transformers 5.20 its parts lie side by side, not in its `model`"
+            if beside
+            else super().unlike(model)
+        )
 
     def axes(self, inputs: Mapping[str, Any], ids: Tensor, real: Tensor) -> Tensor:
         """Positions [3, B, L] of the whole prompt, audio and seconds per frame counted in."""
@@ -58,11 +54,32 @@ class Qwen25Omni(Qwen25VL):
         return positions
 
 
-class Qwen25OmniWhole(Refused):
-    """transformers' Qwen2.5-Omni with everything that speaks."""
+class Qwen25Omni(Listening, Qwen25VL):
+    """The thinker of transformers' Qwen2.5-Omni."""
 
-    family = "qwen2_5_omni_whole"
-    models = "Qwen2.5-Omni"
-    names = ("Qwen2_5OmniForConditionalGeneration",)
+    family = "qwen2_5_omni"
+    touches = (
+        *contract.SHARED,
+        *contract.prompt(every_logit=True),
+        *contract.decoder(contract.LANGUAGE),
+        *contract.repeated(),
+        *contract.packed("get_vision_window_index", counted=COUNTED),
+        TouchPoint(
+            TRANSFORMERS,
+            ".model.visual",
+            "windows of the tower",
+            has=("window_size", "patch_size", "fullatt_block_indexes"),
+        ),
+    )
+    models = "Qwen2.5-Omni (thinker)"
+    names = ("Qwen2_5OmniThinkerForConditionalGeneration",)
+
+
+class QwenOmniWhole(Refused):
+    """transformers' Qwen2.5-Omni and Qwen3-Omni with everything that speaks."""
+
+    family = "qwen_omni_whole"
+    models = "Qwen-Omni as a whole"
+    names = ("Qwen2_5OmniForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration")
     refused = PARTS
     stages = dict.fromkeys(Stage, PARTS)

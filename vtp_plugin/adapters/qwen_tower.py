@@ -267,11 +267,7 @@ def packed_block(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     """A block that makes q, k and v at once or one by one, called with normed hidden states [S, D]."""
     module = block.attention
     hidden = args[0] if args else kwargs["hidden_states"]
-    if hasattr(module, "qkv"):
-        query, key, values = module.qkv(hidden).unflatten(-1, (3, module.num_heads, -1)).unbind(1)  # [S, H, d]
-    else:
-        made = (getattr(module, name)(hidden) for name in ("q", "k", "v"))
-        query, key, values = (part.unflatten(-1, (module.num_heads, -1)) for part in made)
+    query, key, values = attention.parts(module, hidden)  # [S, H, d]
     turned = function_of(module, "apply_rotary_pos_emb_vision")(query, key, *kwargs["position_embeddings"])
     query, rotated, keys = (part.transpose(0, 1) for part in (*turned, key))  # [H, S, d]
     lengths, factor = _lengths(block.passing, kwargs["cu_seqlens"]), attention.scale(module)

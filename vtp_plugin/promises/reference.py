@@ -135,7 +135,7 @@ def _extras(parts: Parts, told: Mapping[str, Any], whole: Mapping[str, Any], kep
     length = whole["input_ids"].shape[1]
     masks = {n: v[:, kept] for n, v in told.items() if _by_column(v, length) and v.dtype is torch.bool}
     visual = next((v[0] for n, v in told.items() if n in masks), None)
-    lists = {n: v for n, v in told.items() if isinstance(v, list) and visual is not None}
+    lists = {n: v for n, v in told.items() if isinstance(v, (list, tuple)) and visual is not None}
     chosen = None if visual is None else torch.isin(visual.nonzero().flatten(), kept)
     added = masks | {n: [level[chosen] for level in levels] for n, levels in lists.items()}
 

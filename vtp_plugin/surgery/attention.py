@@ -18,6 +18,13 @@ def heads(module: nn.Module, projection: str, hidden: Tensor) -> Tensor:
     return norm(projected.unflatten(-1, (-1, module.head_dim))).transpose(1, 2)
 
 
+def parts(module: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values of a module that makes them at once (`qkv`) or one by one, [S, D] -> [S, H, d] each."""
+    if hasattr(module, "qkv"):
+        return module.qkv(hidden).unflatten(-1, (3, module.num_heads, -1)).unbind(1)
+    return tuple(getattr(module, name)(hidden).unflatten(-1, (module.num_heads, -1)) for name in ("q", "k", "v"))
+
+
 def scale(module: nn.Module) -> float:
     """The factor of the logits."""
     return getattr(module, "scaling", getattr(module, "scale", module.head_dim**-0.5))
