@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 from typer.testing import CliRunner
 
-from vtp_plugin.cli import app, vtp_register_commands
+from vtp_plugin.cli import app, run, vtp_register_commands
 
 vtp_register_commands(cli=app)
 
@@ -19,6 +21,14 @@ def vtp(*arguments: object) -> str:
         raise result.exception
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def ended(*arguments: object) -> subprocess.CompletedProcess:
+    """Run a command line in this process, up to the exit code; what `main` ends the process with."""
+    command, out, err = list(map(str, arguments)), io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = run(command)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def program(*arguments: object) -> subprocess.CompletedProcess:

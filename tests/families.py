@@ -119,7 +119,7 @@ def _text(blocks: list[list[int]], seed: int) -> list[int]:
     return ids + words(2 + seed % 4, seed + 9)
 
 
-def _model(cls: type, config: Any, attention: str) -> nn.Module:
+def _model(cls: type, config: Any, attention: str | dict[str, str]) -> nn.Module:
     torch.manual_seed(0)
     config._attn_implementation = attention
     model = cls._from_config(config, attn_implementation=attention).eval()
@@ -401,6 +401,52 @@ def _qwen_batch(prompts: list[Prompt]) -> dict[str, Any]:
     return inputs | {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
 
 
+MARKS = 185, 186  # in front of a picture and behind it
+AUDIO, SPOKEN = 193, (187, 188)
+
+
+def _qwen2_5_omni(attention: str) -> nn.Module:
+    """The thinker of Qwen2.5-Omni-7B: Qwen2.5-VL's tower with projections of their own for q, k and v."""
+    from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+    vision = QWEN_VISION | {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 112,
+        "window_size": 16,
+        "fullatt_block_indexes": [1, 3],
+    }
+    audio = {"num_mel_bins": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    audio |= {"d_model": 16, "n_window": 20, "output_dim": 112, "max_source_positions": 40}
+    config = Qwen2_5OmniThinkerConfig(
+        audio_config=audio,
+        vision_config=vision,
+        text_config=dict(QWEN2_TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        audio_token_index=AUDIO,
+        vision_start_token_id=MARKS[0],
+        vision_end_token_id=MARKS[1],
+        audio_start_token_id=SPOKEN[0],
+        audio_end_token_id=SPOKEN[1],
+    )
+    return _model(Qwen2_5OmniThinkerForConditionalGeneration, config, attention)
+
+
+def _omni_sample(seed: int, images: int) -> Prompt:
+    prompt = _qwen_sample(seed, images)
+    prompt.ids = _text([[MARKS[0], *[IMAGE] * n, MARKS[1]] for n in prompt.totals], seed)
+    return prompt
+
+
+def _omni_video(seed: int) -> Prompt:
+    prompt = _qwen_video(seed)
+    prompt.ids = _text([[MARKS[0], *[VIDEO] * 24, MARKS[1]]], seed)
+    prompt.images["video_second_per_grid"] = torch.tensor([0.2])
+    return prompt
+
+
 GLM_VISION = QWEN_VISION | {"image_size": 16, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
 GLM_TEXT = text(4, 1, hidden_size=64) | {
     "rope_parameters": {
@@ -632,14 +678,26 @@ def _connected(seed: int, images: int, rows: int) -> Prompt:
 
 def _paligemma(attention: str) -> nn.Module:
     """paligemma-3b-mix-224: 8 / 1 heads; the prompt attends both ways."""
-    from transformers import (
-        GemmaConfig,
-        PaliGemmaConfig,
-        PaliGemmaForConditionalGeneration,
-        SiglipVisionConfig,
-    )
+    from transformers import GemmaConfig
 
-    language = GemmaConfig(**text(8, 1, head_dim=8))
+    return _prefix(attention, GemmaConfig(**text(8, 1, head_dim=8)))
+
+
+def _paligemma2(attention: str) -> nn.Module:
+    """paligemma2-3b-mix-224: 8 / 4 heads of a width of their own, every other layer slides, bounded logits.
+
+    The bound is as much smaller as the logits of random weights are. Its language model knows eager attention only.
+    """
+    from transformers import Gemma2Config
+
+    bounds = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 12}
+    kernels = {"": "eager", "text_config": "eager", "vision_config": attention}
+    return _prefix(kernels, Gemma2Config(**text(8, 4, head_dim=12), sliding_window=24, **bounds))
+
+
+def _prefix(attention: str | dict[str, str], language: Any) -> nn.Module:
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
+
     config = PaliGemmaConfig(
         vision_config=SiglipVisionConfig(**VISION, patch_size=4, image_size=16, vision_use_head=False),
         text_config=language,
@@ -723,6 +781,7 @@ FAMILIES = {
         ),
         Family("qwen2_vl", _qwen2_vl, _qwen_sample, _qwen_batch, video=_qwen_video, mrope=True),
         Family("qwen2_5_vl", _qwen2_5_vl, _qwen_sample, _qwen_batch, video=_qwen_video, mrope=True),
+        Family("qwen2_5_omni", _qwen2_5_omni, _omni_sample, stacked, video=_omni_video, mrope=True),
         Family("qwen3_vl", _qwen3_vl, _qwen_sample, _qwen_batch, video=_qwen3_video, mrope=True, late=3),
         Family("qwen3_vl_moe", _qwen3_vl_moe, _qwen_sample, _qwen_batch, video=_qwen3_video, mrope=True, late=3),
         *(
@@ -747,7 +806,10 @@ FAMILIES = {
         Family("mistral3", _mistral3, _mistral3_sample, stacked, stages=STAGES[2:]),
         Family("idefics3", _idefics3, _idefics3_sample, stacked, stages=STAGES[2:]),
         Family("smolvlm", _smolvlm, _smolvlm_sample, stacked, stages=STAGES[2:]),
-        Family("paligemma", _paligemma, _paligemma_sample, _paligemma_batch, later={"token_type_ids": 1}),
+        *(
+            Family(name, build, _paligemma_sample, _paligemma_batch, later={"token_type_ids": 1})
+            for name, build in (("paligemma", _paligemma), ("paligemma2", _paligemma2))
+        ),
         Family("aya_vision", _aya_vision, _aya_sample, stacked),
         Family("cohere2_vision", _cohere2_vision, _aya_sample, stacked),
     )

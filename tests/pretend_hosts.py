@@ -58,7 +58,10 @@ class Host:
             made = self.tiny.inputs(models.prompts(layout))
         else:
             family = families.FAMILIES[self.name]
-            prompts = [family.sample(0, 1)] if layout == "single" else [family.sample(0, 2), family.sample(1, 1)]
+            if layout == "video":  # for those that take videos
+                prompts = [family.video(3)]
+            else:
+                prompts = [family.sample(0, 1)] if layout == "single" else [family.sample(0, 2), family.sample(1, 1)]
             made = family.batch(prompts)
         return {n: v.to(self.dtype) if v.is_floating_point() else v for n, v in made.items()}
 

@@ -33,6 +33,21 @@ def visual(x: Tensor, grid: tuple[int, int] | None = None, **signals: object) ->
     return VisualTokens(tokens=x, grid=grid or (1, n), index=torch.arange(n).expand(b, n), **signals)
 
 
+def video(x: Tensor, film: tuple[int, int, int], slots: Tensor | None = None, **signals: object) -> VisualTokens:
+    """Tokens [b, n, d] of films of so many frames, rows and columns, at slots [b, n] of these; by default at all."""
+    frames, rows, columns = film
+    index = torch.arange(x.shape[1]).expand(x.shape[:2]) if slots is None else slots
+    cell = torch.stack([index // columns % rows, index % columns], dim=-1)
+    where = {"film": film, "frame": index // (rows * columns), "cell": cell}
+    return VisualTokens(tokens=x, grid=(frames * rows, columns), index=index, **where, **signals)
+
+
+def some(film: tuple[int, int, int], n: int, b: int = 2) -> Tensor:
+    """n of the slots of a film, ascending, [b, n]."""
+    total = film[0] * film[1] * film[2]
+    return torch.stack([torch.randperm(total)[:n].sort().values for _ in range(b)])
+
+
 def attention(b: int, n: int) -> Tensor:
     """Rows that sum to less than one, as those without their CLS column."""
     return torch.randn(b, n + 1).softmax(-1)[:, 1:]

@@ -93,6 +93,7 @@ def test_a_command_of_a_page_is_one_of_the_program(page: str, line: str) -> None
     command = root.commands[words[0]]
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     asked = [word.partition("=")[0] for word in words[1:] if re.match(r"--?[a-z]", word)]
+    asked = [word.replace("_", "-") for word in asked]  # both spellings are read
     assert set(asked) <= known | {"--module"}, f"{page}: {line}"
 
 

@@ -35,6 +35,7 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("vscan", {"shallow": 1, "keep_ratio": 0.4}),
         ("nuwa", {"keep_ratio": 0.4}),
         ("mmtok", {"keep_ratio": 0.4}),
+        ("vidcom2", {"keep_ratio": 0.4}),
     ],
     "llm": [
         ("fastv", {}),

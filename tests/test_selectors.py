@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import slow
 import torch
@@ -155,3 +157,45 @@ def test_zero_vectors_resemble_nothing():
 def test_mean_by_owner_leaves_zero_where_nobody_came():
     means = selectors.mean_by_owner(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([2, 2, 0]), 4)
     assert means.tolist() == [[5.0], [0.0], [2.0], [0.0]]
+
+
+@pytest.mark.parametrize("k", [0, 1, 7, 11])
+def test_apportioned_is_exact_and_goes_by_remainders(k: int):
+    weights, room = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.1, 0.1, 0.1, 0.7]]), torch.tensor([6, 3, 2, 1])
+    parts = selectors.apportioned(k * weights.double(), room, k)
+    for own, weight in zip(parts.tolist(), weights.double().tolist(), strict=True):
+        exact = [k * w for w in weight]
+        wanted = [min(int(e + 1e-9), r) for e, r in zip(exact, room.tolist(), strict=True)]
+        order = sorted(range(4), key=lambda s: (-round(exact[s] - wanted[s], 6), s))
+        turn = 0
+        while sum(wanted) < k:
+            wanted[order[turn % 4]] += wanted[order[turn % 4]] < room[order[turn % 4]]
+            turn += 1
+        assert own == wanted
+
+
+def test_apportioned_to_those_who_come_first():
+    exact, room = torch.tensor([[1.5, 1.5, 1.0]]), torch.tensor([[4, 4, 4]])
+    assert selectors.apportioned(exact, room, 4).tolist() == [[2, 1, 1]]
+    assert selectors.apportioned(exact, room, 4, first=torch.tensor([[0.0, 0.0, 1.0]])).tolist() == [[1, 1, 2]]
+
+
+@pytest.mark.parametrize("neighbours", [1, 3, 20])
+@pytest.mark.parametrize("some", [False, True])
+def test_density_peaks(neighbours: int, some: bool):
+    x, there = torch.randn(14, 3, dtype=torch.double), torch.ones(14, dtype=torch.bool)
+    if some:
+        there[[0, 4, 13]] = False
+    apart, points = torch.cdist(x, x), there.nonzero().flatten().tolist()
+    density = {}
+    for i in points:
+        near = sorted(apart[i, j].item() for j in points)[:neighbours]
+        density[i] = math.exp(-sum(d * d for d in near) / len(near))
+    largest, found = (
+        max(apart[i, j].item() for i in points for j in points),
+        selectors.density_peaks(apart, neighbours, there),
+    )
+    for i in range(14):
+        denser = [apart[i, j].item() for j in points if i in density and (density[j], -j) > (density[i], -i)]
+        wanted = density[i] * min(denser, default=largest) if i in density else -1.0
+        assert found[i].item() == pytest.approx(wanted)

@@ -24,6 +24,9 @@ ON_HOST = {  # what works on the host, picture by picture: waits and copies more
 CONSTANTS = 24  # bytes of an image processor's mean and standard deviation, and 8 per patch of a tile, for its place:
 # these stay as long as the strategy
 
+FILMED = (("evs", {"keep_tokens": 9}), ("vidcom2", {"keep_tokens": 5}))
+FILMED += (("flashvid", {"keep_tokens": 5, "segments": 1, "scene": -1.0, "join": 0.1}),)
+
 PEAKS = {  # of bytes over the unpruned host's
     **dict.fromkeys(("pixelprune", "unpad", "vprune"), 1.001),  # random pictures: nothing is dropped, places are kept
     "coreprune": 1.13,  # compares the values of all heads in fp64
@@ -53,6 +56,21 @@ def test_waits_copies_and_what_is_left(name: str) -> None:
         if row["left_bytes"] > CONSTANTS + 8 * math.prod(patches):
             bad.append((*case, "bytes left", row["left_bytes"]))
     assert not bad
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video"])
+def test_methods_for_videos(name: str) -> None:
+    """Of three frames: the same bits as on the CPU, and no more waits and copies than others."""
+    one = host(name)
+    _, unpruned = one.pretended(None, "video")
+    for strategy, fields in FILMED:
+        chosen = one.strategy(strategy, **fields)
+        there, counts = one.pretended(chosen, "video")
+        here = one.here(chosen, "video")
+        assert there.kept == here.kept, strategy
+        assert there.logits.equal(here.logits), strategy
+        assert syncs.waits(counts) - syncs.waits(unpruned) <= WAITS, strategy
+        assert counts.copies - unpruned.copies <= COPIES, strategy
 
 
 def test_no_peak_is_above_the_unpruned_one() -> None:

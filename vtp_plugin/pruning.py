@@ -127,7 +127,8 @@ class Pruned(OneAtATime):
             vision.pixels.remember(outputs)
             plugins.manager().hook.vtp_images_processed(processor=processor, images=images, outputs=outputs)
 
-        self._undo.callback(watch_processor(processor, listen))
+        if hasattr(processor, "preprocess"):  # else pictures are prepared by somebody else
+            self._undo.callback(watch_processor(processor, listen))
 
     def _measure(self) -> None:
         """Time the parts of every call, and the image processing before it."""

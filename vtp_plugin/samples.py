@@ -99,7 +99,9 @@ def survivors(strategy: PruningStrategy, seen: VisualTokens, selection: Selectio
 
 def row_of(seen: VisualTokens, b: int) -> VisualTokens:
     """One image of several."""
-    own = {name: value[b : b + 1] if hasattr(value, "__getitem__") else value for name, value in seen.signals.items()}
+    of_images = {signal.name for signal in signals.everything() if "B" in signal.axes}
+    cut = of_images & {name for name, value in seen.signals.items() if value is not None}
+    own = {name: value[b : b + 1] if name in cut else value for name, value in seen.signals.items()}
     return dataclasses.replace(seen, tokens=seen.tokens[b : b + 1], index=seen.index[b : b + 1], signals=own)
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from vtp_plugin.tokens import best
+
 MINMAX_EPS = 1e-6
 DEPENDENT = 1e-5  # a candidate with less than this share of its own quality left is spanned by the picks
 
@@ -153,6 +155,44 @@ def mean_by_owner(tokens: Tensor, owner: Tensor, number: int) -> Tensor:
     """Mean of the tokens [N, D] of each of `number` owners [N], zero for one that owns none; [number, D]."""
     member = one_hot(owner, number).to(tokens.dtype)  # [N, number]; a product, because index_add_ is random on CUDA
     return member.T @ tokens / member.sum(0).clamp(min=1)[:, None]
+
+
+def apportioned(exact: Tensor, room: Tensor, k: int, first: Tensor | None = None) -> Tensor:
+    """k in whole parts like `exact` [B, S] (together at most k), none above its `room` [S] or [B, S]; [B, S] long.
+
+    What rounding down leaves over goes round: one to each with room, the largest `first` first, which are the
+    remainders by default (alike to six digits: the earlier), until nothing is left.
+    """
+    given = (exact + 1e-9).long().minimum(room)
+    first = ((exact - given) * 1e6).round() if first is None else first
+    rounds = torch.arange(k + 1, device=exact.device)[:, None]
+    after = (given[:, None] + rounds).minimum(room[..., None, :])  # [B, rounds, S]
+    done = ((after.sum(2) <= k).sum(1) - 1).clamp(min=0)
+    given = after[torch.arange(len(exact), device=exact.device), done]
+    order = best(first, exact.shape[1])
+    open_ = (given < room).gather(1, order)
+    more = open_ & (open_.cumsum(1) <= k - given.sum(1, keepdim=True))
+    return given.scatter_add(1, order, more.long())
+
+
+def density_peaks(distance: Tensor, neighbours: int, there: Tensor | None = None) -> Tensor:
+    """How much every point is a centre (DPC-kNN), [N]; distance [N, N], -1 for those that are not `there` [N] bool.
+
+    Density = exp(-mean of d^2 to the nearest points, itself included); separation = distance to the nearest denser one
+    (the largest distance for the densest); of two equally dense points the earlier counts as denser. Their product.
+    """
+    order = torch.arange(len(distance), device=distance.device)
+    there = torch.ones_like(order, dtype=torch.bool) if there is None else there
+    away = distance.masked_fill(~there, float("inf"))
+    near = away.topk(min(neighbours, len(order)), largest=False).values
+    found = near.isfinite()
+    density = (-near.square().masked_fill(~found, 0).sum(-1) / found.sum(-1).clamp(min=1)).exp()
+    earlier = (density[None] == density[:, None]) & (order[None] < order[:, None])
+    denser = ((density[None] > density[:, None]) | earlier) & there  # [i, j]: j is denser than i
+    separation = distance.masked_fill(~denser, float("inf")).amin(-1)
+    largest = distance.masked_fill(~(there & there[:, None]), 0).max()
+    separation = torch.where(denser.any(-1), separation, largest)
+    return (density * separation).masked_fill(~there, -1)
 
 
 def strip_counts(grid: tuple[int, int], k: int) -> list[int]:

@@ -6,6 +6,7 @@ with a comment that says where its numbers come from.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ class Setting:
 
 
 def of(strategy: str) -> list[Setting]:
-    """Every setting of a strategy, in the order of their names."""
-    found = [_read(path, strategy) for path in sorted((CONFIGS / "strategies").glob(f"{strategy}*.yaml"))]
+    """Every setting of a strategy, in the order of their names, numbers by their size."""
+    paths = sorted((CONFIGS / "strategies").glob(f"{strategy}*.yaml"), key=_natural)
+    found = [_read(path, strategy) for path in paths]
     return [setting for setting in found if setting is not None]
 
 
@@ -39,6 +41,11 @@ def named(strategy: str, setting: str) -> dict[str, Any]:
     if setting not in known:
         raise unknown("setting", setting, known, of=f" of '{strategy}'", listed="Settings")
     return dict(known[setting])
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """A key by which rank72 comes before rank144."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.stem)]
 
 
 def _read(path: Path, strategy: str) -> Setting | None:

@@ -33,6 +33,7 @@ class PruningStrategy(ABC):
     paper: ClassVar[str]  # citation with a link
     stage: ClassVar[Stage]
     needs: ClassVar[Collection[str]] = ()  # the fields of VisualTokens that it reads beside tokens, grid and index
+    pictures: ClassVar[bool] = True  # False: it is for videos, and compares their frames
     budgeted: ClassVar[bool] = True  # False: the number kept follows from the data; keep_ratio does not apply
     merges: ClassVar[bool] = False  # True: survivors get new values, so no strategy may follow at the same stage
     default_keep_ratio: ClassVar[float] = 0.5

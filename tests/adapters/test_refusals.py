@@ -19,6 +19,7 @@ from family_runs import (
     ANYRES_STAGES,
     BLIP2_STAGES,
     ENCODER_STRATEGIES,
+    STRATEGIES,
     batched,
     blip2,
     clip,
@@ -28,6 +29,7 @@ from family_runs import (
     prompts_of,
     siglip,
 )
+from internvl_chat import InternVLChatModel
 from models import tiny
 from promises import CASES
 from torch import nn
@@ -44,6 +46,7 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
     "siglip": cache(siglip),
     "llava_hf": lambda: tiny("llava_hf").model,
     "llava": lambda: tiny("llava").model,
+    "internvl_chat": cache(lambda: InternVLChatModel(model_of("internvl", "sdpa"))),
 }
 EVERY = [*FAMILIES, *OTHERS, "llava_anyres"]
 ADAPTER = {"smolvlm": "idefics3"}  # where it is not the family's own name
@@ -141,7 +144,6 @@ def test_an_attachment_that_fails_at_its_last_step(name: str, model: nn.Module, 
         ("FuyuForCausalLM", "Fuyu cannot be pruned: it has no vision tower"),
         ("ChameleonForConditionalGeneration", "Chameleon cannot be pruned: a picture is words of its vocabulary"),
         ("Florence2ForConditionalGeneration", "Florence-2 cannot be pruned: it is an encoder-decoder"),
-        ("InternVLChatModel", "InternVL with code of its own cannot be pruned: its `chat` hands embeddings to"),
     ],
 )
 @pytest.mark.parametrize("strategy", ["none", "stride", "fastv"])
@@ -149,7 +151,7 @@ def test_families_that_cannot_be_pruned(architecture: str, said: str, strategy: 
     """Of transformers' own class, which is never called."""
     import transformers
 
-    assert hasattr(transformers, architecture) or architecture == "InternVLChatModel"  # which a checkpoint brings along
+    assert hasattr(transformers, architecture)
     model = type(architecture, (nn.Module,), {})()
     with pytest.raises(PruningError, match=f"^{re.escape(said)}") as error:
         vtp.prune(model, strategy)
@@ -220,20 +222,22 @@ def promised(name: str) -> set[str]:
         return set(FAMILIES[name].stages)
     if name in ("llava", "llava_hf"):
         return {get_strategy(s)(**fields).stage.value for case in CASES.values() for s, fields in case}
-    stages = {"blip2": BLIP2_STAGES, "llava_anyres": ANYRES_STAGES}
+    stages = {"blip2": BLIP2_STAGES, "llava_anyres": ANYRES_STAGES, "internvl_chat": list(STRATEGIES)}
     encoders = [get_strategy(strategy)().stage.value for strategy in ENCODER_STRATEGIES]
     return set(stages.get(name, encoders))
 
 
 def test_the_matrix_is_what_works(name: str, model: nn.Module) -> None:
     """Every cell, with every registered strategy of its stage."""
-    rows = {row[0]: dict(zip(("family", "models", *Stage), row, strict=True)) for row in families().rows}
+    table = families()
+    rows = {row[0]: dict(zip(("family", "models", *Stage), row, strict=True)) for row in table.rows}
     row, able = rows[ADAPTER.get(name, name)], set()
     for stage in Stage:
         said = [refusal(model, s) for s, cls in plugins.strategies().items() if cls().stage is stage]
         able |= {stage.value} if "" in said else set()
         if row[stage] != "yes":
-            assert all(f" has no {stage.value} stage: {row[stage]}; possible here: " in message for message in said)
+            reason = table.notes[int(row[stage].removeprefix("no [").removesuffix("]")) - 1]
+            assert all(f" has no {stage.value} stage: {reason}; possible here: " in message for message in said)
     assert able == {stage.value for stage in Stage if row[stage] == "yes"} == promised(name)
 
 

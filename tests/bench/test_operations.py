@@ -17,6 +17,7 @@ PER_PICK = {  # operations for one more kept token, of methods whose picks depen
     "cdpruner": 19,
     "coreprune": 8,  # four at a time
     "divprune": 7,
+    "flashvid": 0.7,  # 70 % of them frame by frame, eight frames at a time
     "mmtok": 8,
     "scope": 9,
     "vtp": 7,

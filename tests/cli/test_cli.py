@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from commands import program, vtp
+from commands import ended, program, vtp
 from PIL import Image
 
 from vtp_plugin import plugins
@@ -46,7 +46,9 @@ def test_show_draws_every_panel(picture: Path, tmp_path: Path) -> None:
 
 def test_calibration_reaches_the_share_and_its_yaml_is_usable(picture: Path, tmp_path: Path) -> None:
     target = tmp_path / "vprune.yaml"
-    said = vtp("calibrate", "vprune", picture, "--target", 0.3, "--size", 168, "-o", target)
+    said = vtp(
+        "calibrate", "vprune", picture, "--target", 0.3, "--processor", "llava-1.5-hf", "--size", 168, "-o", target
+    )
     setting = yaml.safe_load(target.read_text())
     assert setting["strategy"] == "vprune"
     share = float(said.split("removes ")[1].split("%")[0])
@@ -67,12 +69,20 @@ def test_calibration_reaches_the_share_and_its_yaml_is_usable(picture: Path, tmp
         (["show", __file__, "--question", "x", "-o", "a.txt"], "its name must end in .png"),
         (["calibrate", "vprune", "nowhere", "--target", "0.2"], "not found: nowhere"),
         (["calibrate", "vprune", ".", "--target", "2"], "--target must be a share between 0 and 1"),
+        (["calibrate", "vprune", __file__, "--target", "0.2", "--processor", "lava-1.5"], "Did you mean 'llava-1.5'?"),
+        (
+            ["calibrate", "vprune", __file__, "--target", "0.2", "--processor", "qwen2.5-vl", "--size", "99"],
+            "one square",
+        ),
+        (["study", "hard-samples", "--limit", "many"], "Invalid value for '--limit': Input should be a valid integer"),
+        (["study", "hard-sample"], "Did you mean 'hard-samples'?"),
+        (["studies"], "No such command 'studies'"),
         (["demo", "--keep-ratio", "7"], "--keep-ratio must be in (0, 1], got 7"),
         (["demo", "--pruning", "fastvv"], "Did you mean 'fastv'?"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], sentence: str) -> None:
-    result = program(*arguments)
+    result = ended(*arguments)
     assert result.returncode == 2
     assert sentence in result.stderr
     assert result.stderr.count("\n") == 1
@@ -81,25 +91,36 @@ def test_bad_input_is_one_sentence(arguments: list[str], sentence: str) -> None:
 def test_an_empty_folder_and_an_unreachable_share_are_refused(tmp_path: Path, picture: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "no pictures" in program("calibrate", "vprune", empty, "--target", 0.2).stderr
-    assert "at most" in program("calibrate", "vprune", picture, "--target", 0.74).stderr
+    assert "no pictures" in ended("calibrate", "vprune", empty, "--target", 0.2).stderr
+    assert "at most" in ended("calibrate", "vprune", picture, "--target", 0.74).stderr
 
 
 def test_a_target_that_cannot_be_met_says_what_limits_it(picture: Path) -> None:
-    flat = program("calibrate", "vprune", picture, "--target", 0.02, "--size", 168)
+    crop = ("--processor", "llava-1.5-hf", "--size", 168)
+    flat = ended("calibrate", "vprune", picture, "--target", 0.02, *crop)
     assert flat.returncode == 2
     assert "vprune: at least " in flat.stderr
     assert "2.0% asked" in flat.stderr
     assert "no other number lets it" in flat.stderr
-    noisy = program("calibrate", "vprune", picture, "--target", 0.7, "--size", 168)
+    noisy = ended("calibrate", "vprune", picture, "--target", 0.7, *crop)
     assert noisy.returncode == 2
     assert "it is limited by chi2_threshold=5 (" in noisy.stderr
+
+
+def test_calibration_prepares_as_the_processor_that_is_named(picture: Path) -> None:
+    """The same share asks for the padding first where there is any; a wide picture has tiles, or its own size."""
+    shares = {}
+    for name in ("llava-1.5", "llava-1.5-hf", "llava-1.6", "qwen2.5-vl", "vtp-tiny"):
+        said = vtp("calibrate", "vprune", picture, "--target", 0.45, "--processor", name)
+        assert f"prepared as {name} (asked: 45.0%)" in said
+        shares[name] = float(said.split("removes ")[1].split("%")[0])
+    assert shares["llava-1.5-hf"] < 45 <= shares["llava-1.5"] + 0.5
 
 
 def test_text_is_printed_as_it_is() -> None:
     result = program("show", "[/red] :smile: \x1b[31m.png", "--question", "x")
     assert result.stderr == "vtp: error: picture not found: [/red] :smile: \\x1b[31m.png\n"
-    assert program("--version").stdout == f"vtp-plugin {__version__}\n"
+    assert ended("--version").stdout == f"vtp-plugin {__version__}\n"
 
 
 @pytest.mark.slow

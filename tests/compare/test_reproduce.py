@@ -145,6 +145,7 @@ def test_a_dry_run_prints_one_command_per_cell() -> None:
     asked = ("--pruning", "visionzip,fastv", "--tokens", "192,64", "--tasks", "pope,gqa", "--dry-run")
     lines = vtp("reproduce", "llava-1.5-7b", *asked).strip().splitlines()
     assert len(lines) == 5
+    assert all("--output_path out/reproduce-llava-1.5-7b/" in line and "--limit" not in line for line in lines)
     assert all("--tasks gqa,pope" in line and "liuhaotian/llava-v1.5-7b" in line for line in lines)
     assert "--pruning none" in lines[0]
     assert any("--pruning fastv --pruning_args layer=2,keep_tokens=166" in line for line in lines)

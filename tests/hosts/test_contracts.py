@@ -80,6 +80,7 @@ def test_touch_points_with_the_authors_package_hold():
 
     model = build_authors("sdpa").model
     assert [point.missing(model) for point in llava.ANYRES] == [""] * len(llava.ANYRES)
+    assert not list(contract.broken(llava.PICTURES))
 
 
 def test_every_family_of_the_package_has_touch_points():

@@ -124,6 +124,11 @@ def test_the_plan_counts_as_the_record_does(name: str, strategy: str) -> None:
     assert 2 * sum(planned.macs.values()) == pytest.approx(report["prefill_flops"]["after"], rel=0.01)
 
 
+def test_a_plan_is_made_of_pictures() -> None:
+    with pytest.raises(PruningError, match="evs: it compares the frames of a video, a plan is made of pictures"):
+        pruned(model("small-qwen"), [get_strategy("evs")()], 1, 75)
+
+
 # -- what must rise and fall ------------------------------------------------------------------------------------------
 
 

@@ -104,7 +104,7 @@ def test_signals_of_the_language_model(host: Any):
     assert (seen.cut, seen.entered, seen.layer) == ((0, 1), len(image), LAYER)
 
 
-@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "gemma3", "paligemma2"])
 @torch.no_grad()
 def test_outputs_where_heads_share_keys_and_layers_have_windows(name: str):
     """What the layer's output projection is given for the text behind the image."""

@@ -89,8 +89,8 @@ def test_every_right_asking_is_answered_or_refused_when_attached(family: str, st
                 assert len(value) == len(seen.tokens)
                 if declared.per_token:
                     assert value.shape[declared.axes.index("N")] == seen.tokens.shape[1]
-    assert all(re.search("class token|CLIP|one patch", reason) for reason in refused.values())
-    assert refused.keys() <= {"class_query", "class_key", "aligned", "text", "words", "units"}
+    assert all(re.search("class token|CLIP|one patch|frames of a video", reason) for reason in refused.values())
+    assert refused.keys() <= {"class_query", "class_key", "aligned", "text", "words", "units", "film", "frame", "cell"}
 
 
 def test_the_table_of_the_page_is_that_of_the_declarations():

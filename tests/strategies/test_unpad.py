@@ -65,6 +65,38 @@ def test_rounding_by_one_level_is_forgiven_and_no_more():
     assert len(kept(image)[0]) == 56
 
 
+def test_the_blurred_edge_of_a_picture_is_forgiven_on_its_side_only():
+    """Two rows of pixels beside the picture may be off by 20 levels; nowhere else, and not by 21."""
+    image = padded(24, 32, 32)
+    image[:, 2:4] += 20
+    image[:, 28:30] -= 20
+    assert len(kept(image)[0]) == 48
+    assert len(kept(image, blur=19)[0]) == len(kept(image, blur=0)[0]) == 64
+    image[1, 2, 9] += 1
+    assert len(kept(image)[0]) == 56
+    away = padded(24, 32, 32)
+    away[:, :2] += 20
+    assert len(kept(away)[0]) == 56
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (480, 640), (500, 375), (375, 500), (500, 333), (300, 300)])
+def test_a_photograph_that_llava_pads(width: int, height: int):
+    """As many rows of patches as lie wholly in the padding; of 640 x 480 a quarter of the patches."""
+    import numpy as np
+    from PIL import Image
+
+    from vtp_plugin.hosts.transformers.preparing import prepared
+
+    draw = np.random.default_rng(0)
+    noise = Image.fromarray(draw.integers(0, 256, (height // 5, width // 5, 3), dtype=np.uint8)).resize((width, height))
+    (seen,) = prepared("llava-1.5")(noise)
+    side, short = max(width, height), min(width, height)
+    above = (side - short) // 2  # pixels of the padded picture; what is odd goes below
+    rows = sum(24 * pixels // side for pixels in (above, side - short - above))
+    assert get_strategy("unpad")().decide(seen).counts == [24 * (24 - rows)]
+    assert rows == 6 or 640 not in (width, height)
+
+
 @pytest.mark.parametrize(("name", "color"), [("black", (0, 0, 0)), ("white", (255,) * 3), ("gray", (127,) * 3)])
 def test_other_colours(name: str, color: tuple[int, ...]):
     image = padded(24, 32, 32, color)

@@ -25,7 +25,7 @@ from vtp_plugin.cli.study import command
 from vtp_plugin.errors import PruningError
 from vtp_plugin.studies import poster_l2
 from vtp_plugin.studies.evaluated import interval
-from vtp_plugin.studies.study import CONFIGS, SCHEMA, conduct, settings_of, studies
+from vtp_plugin.studies.study import CONFIGS, SCHEMA, conduct, settings_of, some, studies
 
 SMALL = {
     "atp-efficiency": {
@@ -39,7 +39,10 @@ SMALL = {
         "group": [2],
         "chi2_threshold": [20],
         "cosine_threshold": [0.8],
-        "targets": {"POPE": {"20": 0.05}, "impossible": {"5": 0.74}},
+        "processors": ["vtp-tiny"],
+        "readings": {},
+        "targets": {"POPE": {"20": 0.05}, "impossible": {"20": 0.74}},
+        "photographic": ["POPE", "impossible"],
     },
     "hard-samples": {"tasks": "vtp_scenes_position,vtp_scenes_count", "pruning": ["random"]},
 }
@@ -84,7 +87,7 @@ def test_a_study_on_a_handful_of_samples(
         request.getfixturevalue("stand_in")
     said = {"limit": 3, **SMALL[name]}
     if name == "vprune-design":
-        said["images"] = str(some_pictures(tmp_path / "images", 16))
+        said["pictures"] = str(some_pictures(tmp_path / "images", 16))
     path = conduct(name, said, tmp_path / "study", console)
     record = read(path.parent)
     assert (record["schema"], record["study"]) == (SCHEMA, name)
@@ -147,9 +150,15 @@ def check_design(results: dict, table: str) -> None:
     assert removed > 0
     chance = next(cell for cell in results["random"] if cell["id"] != "none")
     assert 1 - chance["tokens"]["after"] / 144 == pytest.approx(removed, abs=1 / 144)
-    fitted, refused = results["calibration"]
+    fitted, beyond = results["calibration"]
     assert fitted["removed"]["20"] == pytest.approx(0.05, abs=0.02)
-    assert "at most" in refused["error"]
+    assert fitted["remark"] == ""
+    assert "at most" in beyond["remark"]
+    assert beyond["cosine_threshold"] == 0
+    assert "74.0% asked" in table
+    reading = results["photographs"]["processors"]["vtp-tiny"]["readings"]["ours"]["20"]
+    assert reading["all"]["mean"] == pytest.approx(reading["picture"]["mean"])  # the scenes are square
+    assert f"{100 * reading['all']['mean']:.1f}" in table
 
 
 def check_hard(results: dict, table: str) -> None:
@@ -207,9 +216,8 @@ def test_a_folder_of_pictures_with_class_names(tmp_path: Path, console: Console)
         folder = tmp_path / "images" / names[labels[number]]
         folder.mkdir(parents=True, exist_ok=True)
         pictures[number].save(folder / f"{number}.png")
-    record = read(
-        conduct("poster-l2", {**FAST, "images": str(tmp_path / "images")}, tmp_path / "study", console).parent
-    )
+    said = {**FAST, "images": str(tmp_path / "images"), "limit": -1}
+    record = read(conduct("poster-l2", said, tmp_path / "study", console).parent)
     assert record["results"]["pictures"] == 6
     assert record["results"]["class_names"] == sorted({names[label] for label in labels[:6]})
 
@@ -235,6 +243,56 @@ def test_bad_input_is_refused_before_the_work_starts(tmp_path: Path) -> None:
     refused("atp-robustness", {"perturbations": ["fog:1"]}, out, "unknown perturbation 'fog'")
     refused("atp-efficiency", {"keep": 2}, out, "keep_ratio must be in")
     refused("hard-samples", {"limit": 0}, out, "limit must be")
+
+
+NONSENSE = [
+    (0, "limit"),
+    (-2, "limit"),
+    (10**6, "limit"),
+    ("many", "limit must be a number"),
+    (True, "limit"),
+    (1.5, "limit"),
+]
+
+
+@pytest.mark.parametrize("name", sorted(studies()))
+@pytest.mark.parametrize(("limit", "sentence"), NONSENSE)
+def test_a_limit_that_means_nothing_is_refused(name: str, limit: object, sentence: str, tmp_path: Path) -> None:
+    if name == "l2-lora":
+        pytest.importorskip("peft")
+    refused(name, {"limit": limit}, tmp_path / "study", sentence)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "sentence"),
+    [
+        ("poster-l2", {"rounds": 0}, "rounds must be a whole number, at least 1"),
+        ("poster-l2", {"seeds": 0}, "seeds must be a whole number"),
+        ("poster-l2", {"keep": [1]}, "keep needs a ratio below 1"),
+        ("poster-l2", {"speed_keep": [0]}, r"speed_keep must be keep ratios in \(0, 1\]"),
+        ("poster-l2", {"keep": []}, "keep must be keep ratios"),
+        ("hard-samples", {"batch_size": 0}, "batch_size must be a whole number, at least 1"),
+        ("l2-lora", {"keep": 1}, "keep must be a ratio between 0 and 1"),
+        ("l2-lora", {"rate": 0}, "rate must be above 0"),
+        ("l2-lora", {"pruning": []}, "pruning names no method"),
+        ("l2-lora", {"pruning": ["l3"]}, "Did you mean 'l2'"),
+        ("l2-lora", {"epochs": 0.5}, "epochs must be a whole number"),
+    ],
+    ids=str,
+)
+def test_other_numbers_that_mean_nothing(name: str, said: dict, sentence: str, tmp_path: Path) -> None:
+    refused(name, said, tmp_path / "study", sentence)
+
+
+def test_jobs_are_counted_from_one(tmp_path: Path) -> None:
+    with pytest.raises(PruningError, match="jobs must be at least 1"):
+        conduct("hard-samples", {}, tmp_path / "study", Console(quiet=True), jobs=0)
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_limit_is_what_is_asked_and_spread_evenly() -> None:
+    assert some(range(300), 200, "limit")[:4] == [0, 1, 3, 4]
+    assert [len(some(range(300), n, "limit")) for n in (1, 8, 200, 299, 300, -1)] == [1, 8, 200, 299, 300, 300]
 
 
 def test_an_encoder_without_a_text_tower_is_refused(tmp_path: Path) -> None:
@@ -270,6 +328,15 @@ def test_settings_can_be_said_on_the_command_line() -> None:
     assert settings_of("hard-samples", {"keep": 0.5})["keep"] == 0.5
     with pytest.raises(PruningError, match="no setting 'ratio'"):
         settings_of("hard-samples", {"ratio": 0.5})
+
+
+def test_without_a_name_the_command_lists_the_studies() -> None:
+    import typer
+
+    app = typer.Typer()
+    app.command()(command)
+    said = CliRunner().invoke(app, [], env={"COLUMNS": "200"}).output
+    assert all(name in said for name in studies())
 
 
 def test_the_command_says_where_the_record_is(tmp_path: Path) -> None:

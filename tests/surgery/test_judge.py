@@ -21,7 +21,7 @@ import vtp_plugin as vtp
 from vtp_plugin import PruningStrategy, Selection, Stage, VisualTokens, get_strategy, list_strategies
 from vtp_plugin.errors import PruningError
 
-WHOLE = [name for name in FAMILIES if name.startswith("llava") or name == "paligemma"]  # a token is one patch
+WHOLE = [name for name in FAMILIES if name.startswith("llava") or name.startswith("paligemma")]  # a token is one patch
 MERGING = [name for name in FAMILIES if name not in WHOLE]
 JUDGING = [name for name in list_strategies() if "judge" in get_strategy(name).fields()]
 RANK = {"at": "projector", "keep_ratio": 0.4}  # l2 there
@@ -161,6 +161,7 @@ def test_every_method_that_compares_features_can_judge_before() -> None:
     """The others read the tower's attention and keys, which are from before the merger anyway, or nothing."""
     assert set(JUDGING) == {
         "l2", "divprune", "dart", "scope", "cdpruner", "prunesid", "holov", "vispruner", "mmtok", "vtp", "vscan",
+        "evs", "vidcom2", "flashvid",
     }  # fmt: skip
 
 
@@ -178,12 +179,13 @@ def test_judging_before_changes_what_is_kept(method: str) -> None:
     family, model, kept = FAMILIES["qwen2_vl"], model_of("qwen2_vl", "eager"), {}
     fields: dict[str, Any] = {"at": "projector"} if "at" in get_strategy(method).fields() else {}
     fields |= MORE.get(method, {})
-    prompt: Prompt = family.sample(0, 2)
+    prompt: Prompt = family.sample(0, 2) if get_strategy(method).pictures else family.video(3)
+    ratio = 0.3 if get_strategy(method).pictures else 0.6
     for judge in ("", "after", "before"):
         more = {"judge": judge} if judge else {}
         with (
             torch.no_grad(),
-            vtp.prune(model, method, processor=Processor(), keep_ratio=0.3, **fields, **more) as pruned,
+            vtp.prune(model, method, processor=Processor(), keep_ratio=ratio, **fields, **more) as pruned,
         ):
             model(**batched(family, (prompt,)))
             rows = [event.kept for event in pruned.events]

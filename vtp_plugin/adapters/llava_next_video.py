@@ -7,6 +7,7 @@ projected rows, the llm stage works, the pixels and vit stages are refused when 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class LlavaNextVideo(LlavaNext):
     )
     models = "LLaVA-NeXT-Video (transformers)"
     names = ("LlavaNextVideoForConditionalGeneration",)
+    videos = True
     facts = {**LlavaNext.facts, "spatial_pool_mode": "average"}
 
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
@@ -41,7 +43,8 @@ class LlavaNextVideo(LlavaNext):
 
     def _video(self, frames: int, device: torch.device) -> Image:
         (rows, columns), stride = self.tower.grid, self.model.config.spatial_pool_stride
-        total, patches = frames * (rows // stride) * (columns // stride), frames * rows * columns
+        film = frames, rows // stride, columns // stride
+        total, patches = prod(film), frames * rows * columns
         return Image(
             total=total,
             index=torch.arange(total, device=device),
@@ -50,6 +53,7 @@ class LlavaNextVideo(LlavaNext):
             tiles=frames,
             patches=patches,
             projectable=total,
+            film=film,
         )
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:

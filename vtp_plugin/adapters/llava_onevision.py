@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ class LlavaOnevision(RowsAdapter):
         "vision_feature_select_strategy": "full",
     }
     stages = dict.fromkeys(Stage, "")
+    videos = True
     tokenwise = True
     several_views = True
 
@@ -53,8 +56,9 @@ class LlavaOnevision(RowsAdapter):
             found += [replace(self._image("image", len(rows), n, rows.device), views=views) for n, rows, views in made]
         if inputs.get("pixel_values_videos") is not None:
             videos = inputs["pixel_values_videos"]
-            rows = -(-self.tower.grid[0] // 2) * -(-self.tower.grid[1] // 2) * videos.shape[1] + 1
-            found += [self._image("video", rows, videos.shape[1], videos.device) for _ in videos]
+            film = videos.shape[1], -(-self.tower.grid[0] // 2), -(-self.tower.grid[1] // 2)
+            one = partial(self._image, "video", prod(film) + 1, videos.shape[1], videos.device)
+            found += [replace(one(), film=film) for _ in videos]
         return found
 
     def _image(self, kind: str, total: int, tiles: int, device: torch.device) -> Image:

@@ -1,4 +1,5 @@
-"""PaliGemma: SigLIP tower, a linear projector, Gemma as a prefix language model: the whole prompt attends both ways.
+"""PaliGemma and PaliGemma 2: SigLIP tower, a linear projector, Gemma as a prefix language model, whose whole prompt
+attends both ways. The second has Gemma 2: every other layer has a window, and attention's logits are bounded.
 
 One image is one run of placeholders; a token is one patch. SigLIP has no class token: the attention that a patch
 receives, mean over queries, stands in for the class token's. What is left of the prompt still sees all of it. Positions
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vtp_plugin.adapters.rows import RowsAdapter, flat_tower, pooled_macs
+from vtp_plugin.contract import TouchPoint
+from vtp_plugin.hosts.compatibility import TRANSFORMERS
 from vtp_plugin.hosts.transformers import contract
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
@@ -51,3 +54,20 @@ class PaliGemma(RowsAdapter):
 
     def pooling_macs(self, tokens: int) -> int:
         return pooled_macs(self.core.vision_tower, tokens)
+
+
+class PaliGemma2(PaliGemma):
+    """transformers' PaliGemma 2."""
+
+    family = "paligemma2"
+    touches = (
+        *PaliGemma.touches,
+        TouchPoint(
+            TRANSFORMERS,
+            ".model.language_model.layers.0.self_attn",
+            "attention rows",
+            has=("attn_logit_softcapping", "sliding_window"),
+        ),
+    )
+    models = "PaliGemma 2"
+    facts = {**PaliGemma.facts, "text_config.model_type": "gemma2"}

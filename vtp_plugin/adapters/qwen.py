@@ -28,6 +28,7 @@ class QwenVL(RowsAdapter):
     """A Qwen-VL model; a family adds its name and its tower's own arguments."""
 
     stages = dict.fromkeys(Stage, "")
+    videos = True
     layout = PACKED
     default_positions = "original"
     carried = ("rope_deltas",)  # what the host keeps on its backbone between the passes over one prompt
@@ -52,6 +53,7 @@ class QwenVL(RowsAdapter):
     def _image(self, kind: str, frames: int, rows: int, columns: int, device: torch.device) -> Image:
         patches = frames * rows * columns
         total = patches // self.merge**2
+        film = frames, rows // self.merge, columns // self.merge
         return Image(
             total=total,
             index=torch.arange(total, device=device),
@@ -61,6 +63,7 @@ class QwenVL(RowsAdapter):
             patches=patches,
             projectable=total,
             grid=(frames * rows // self.merge, columns // self.merge),
+            film=film if kind == "video" else None,
         )
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:

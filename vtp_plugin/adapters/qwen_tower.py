@@ -213,15 +213,19 @@ class PackedEarly(Cutting):
 
     def _unit_pixels(self, levels: Tensor, where: Tensor, video: bool) -> Tensor:
         """Some units [K] as larger patches: levels [S, 3, t * p, p] -> [K, 3, b * p, b * p]; video frames stacked."""
-        size, b = self.tower.patch_size, self.tower.block
-        chosen = levels.unflatten(0, (-1, self._unit))[where]  # [K, b * b, 3, t * p, p]
-        split = chosen.unflatten(1, (b, b)).unflatten(4, (-1, size))  # [K, b, b, 3, t, p, p]
-        split = split if video else split[:, :, :, :, :1]
-        return split.permute(0, 3, 4, 1, 5, 2, 6).flatten(5, 6).flatten(2, 4)
+        chosen = levels.unflatten(0, (-1, self._unit))[where]
+        return squares(chosen, self.tower.block, self.tower.patch_size, video)
 
     @property
     def _unit(self) -> int:
         return self.tower.block**2
+
+
+def squares(levels: Tensor, block: int, size: int, video: bool) -> Tensor:
+    """Units as larger patches: [K, b * b, 3, t * p, p] -> [K, 3, b * p, b * p]; of a video its frames stacked."""
+    split = levels.unflatten(1, (block, block)).unflatten(4, (-1, size))  # [K, b, b, 3, t, p, p]
+    split = split if video else split[:, :, :, :, :1]
+    return split.permute(0, 3, 4, 1, 5, 2, 6).flatten(5, 6).flatten(2, 4)
 
 
 def _copied(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -267,10 +271,14 @@ def interpolated(visual: nn.Module, grid: Tensor, merge: int) -> dict[str, Tenso
 
 
 def packed_block(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockView:
-    """A block that makes q, k and v at once, called with normed hidden states [S, D]."""
+    """A block that makes q, k and v at once or one by one, called with normed hidden states [S, D]."""
     module = block.attention
     hidden = args[0] if args else kwargs["hidden_states"]
-    query, key, values = module.qkv(hidden).unflatten(-1, (3, module.num_heads, -1)).unbind(1)  # [S, H, d]
+    if hasattr(module, "qkv"):
+        query, key, values = module.qkv(hidden).unflatten(-1, (3, module.num_heads, -1)).unbind(1)  # [S, H, d]
+    else:
+        made = (getattr(module, name)(hidden) for name in ("q", "k", "v"))
+        query, key, values = (part.unflatten(-1, (module.num_heads, -1)) for part in made)
     turned = function_of(module, "apply_rotary_pos_emb_vision")(query, key, *kwargs["position_embeddings"])
     query, rotated, keys = (part.transpose(0, 1) for part in (*turned, key))  # [H, S, d]
     lengths, factor = _lengths(block.passing, kwargs["cu_seqlens"]), attention.scale(module)

@@ -9,10 +9,6 @@ CROSS = "its language model reads pictures through cross-attention, they are no 
 NO_TOWER = "it has no vision tower, patches of the picture are projected straight into the prompt"
 CODES = "a picture is words of its vocabulary to it (codes of a VQ-VAE), there are no features to judge"
 ENCODED = "it is an encoder-decoder, pictures and prompt enter its encoder together and the decoder reads all of it"
-CHAT = (
-    "its `chat` hands embeddings to the language model; load the same checkpoint converted for transformers (its name "
-    "ends in -hf) with --model internvl_hf"
-)
 
 
 class Refused(Adapter):
@@ -61,13 +57,3 @@ class Florence2(Refused):
     names = ("Florence2ForConditionalGeneration",)
     refused = ENCODED
     stages = dict.fromkeys(Stage, ENCODED)
-
-
-class InternVLChat(Refused):
-    """The code that comes with InternVL's first checkpoints."""
-
-    family = "internvl_chat"
-    models = "InternVL with code of its own"
-    names = ("InternVLChatModel",)
-    refused = CHAT
-    stages = dict.fromkeys(Stage, CHAT)

@@ -12,11 +12,11 @@ from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from vtp_plugin.errors import Interrupted, PruningError, sentence
+from vtp_plugin.errors import Interrupted, PruningError, one_line, sentence
 from vtp_plugin.hookspecs import hookimpl
 from vtp_plugin.reporting.terminal import console
 from vtp_plugin.version import __version__
@@ -32,6 +32,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},  # --model_args as the host spells
 )
 
 
@@ -91,14 +92,24 @@ def run(arguments: Sequence[str]) -> int:
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
     try:
         _refuse_twice(arguments)
-        _commands()(args=[*arguments], prog_name="vtp")
-    except SystemExit as ended:
-        if ended.code == STOPPED:  # typer's own way with Ctrl-C, without a word
-            return _failed(Interrupted("stopped"))
-        return ended.code if isinstance(ended.code, int) else FAILED
+        ended = _commands()(args=[*arguments], prog_name="vtp", standalone_mode=False)
+    except SystemExit as error:
+        ended = error.code if isinstance(error.code, int) else FAILED
     except (Exception, KeyboardInterrupt) as error:
-        return _failed(error)
-    return 0
+        return _misused(error) if hasattr(error, "format_message") else _failed(error)
+    if ended == STOPPED:  # typer's own way with Ctrl-C, without a word
+        return _failed(Interrupted("stopped"))
+    return ended if isinstance(ended, int) else 0
+
+
+def _misused(error: Any) -> int:
+    """What the parser says of an option or an argument, as one sentence; the help where there was none at all."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        said = one_line(error.format_message()).rstrip(".")
+        console(stderr=True).print(f"vtp: error: {said}")
+    return error.exit_code
 
 
 def _commands() -> typer.Typer:

@@ -1,11 +1,15 @@
-"""Free numbers from pictures: V-PRUNE's threshold for a share of the patches, FitPrune's schedule for a model."""
+"""Free numbers from pictures: V-PRUNE's threshold for a share of the patches, FitPrune's schedule for a model.
+
+V-PRUNE's pictures are prepared as a model's own image processor prepares them (`--processor`): padded, cropped, cut
+into tiles, or in their own size.
+"""
 
 from __future__ import annotations
 
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import yaml
@@ -15,8 +19,6 @@ from vtp_plugin import files
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting.pictures import SUFFIXES, open_picture
 from vtp_plugin.reporting.terminal import console
-
-LARGEST = 4096  # pixels of a side
 
 
 class Method(str, Enum):
@@ -33,8 +35,17 @@ def command(
         float | None, typer.Option(help="vprune, required: share of the patches to remove, e.g. 0.22.")
     ] = None,
     pruning_args: Annotated[str, typer.Option(help="Other parameters, e.g. chi2_threshold=10,color_space=hsv.")] = "",
-    size: Annotated[int, typer.Option(help="Side of the picture after resizing, in pixels.")] = 336,
-    patch: Annotated[int, typer.Option(help="Side of a patch, in pixels.")] = 14,
+    processor: Annotated[
+        str,
+        typer.Option(
+            help="vprune: who prepares the pictures: llava-1.5 (pads), llava-1.5-hf (crops), clip-224, llava-1.6, "
+            "llava-onevision, qwen2.5-vl, qwen3-vl, vtp-tiny, or a checkpoint's folder."
+        ),
+    ] = "llava-1.5",
+    size: Annotated[
+        int | None, typer.Option(help="Side of the prepared picture in pixels, where the processor makes one square.")
+    ] = None,
+    patch: Annotated[int | None, typer.Option(help="Side of a patch in pixels, likewise.")] = None,
     model: Annotated[str, typer.Option(help="fitprune: a LLaVA in transformers' format.")] = "vtp-tiny",
     question: Annotated[str, typer.Option(help="fitprune: what to ask about each picture.")] = "Describe the image.",
     output: Annotated[
@@ -50,18 +61,10 @@ def command(
     elif target is None:
         raise PruningError("vprune needs --target, the share of the patches to remove")
     else:
-        _check(target, size, patch)
-        text = _threshold(method.value, _pictures(images), target, pruning_args, size, patch)
+        text = _threshold(method.value, images, target, pruning_args, processor, size, patch)
     if output is not None:
         files.write(output, text)
     console().print(text, end="")
-
-
-def _check(target: float, size: int, patch: int) -> None:
-    if not 0 < target < 1:
-        raise PruningError(f"--target must be a share between 0 and 1, got {target}")
-    if not 1 <= patch <= size <= LARGEST:
-        raise PruningError(f"--patch must be at least 1, --size from --patch to {LARGEST}, got {patch} and {size}")
 
 
 def _schedules(paths: list[Path], model_name: str, question: str) -> str:
@@ -83,19 +86,24 @@ def _schedules(paths: list[Path], model_name: str, question: str) -> str:
     return json.dumps(settings) + "\n"
 
 
-def _threshold(method: str, paths: list[Path], target: float, pruning_args: str, size: int, patch: int) -> str:
+def _threshold(
+    method: str, images: Path, target: float, pruning_args: str, processor: str, size: int | None, patch: int | None
+) -> str:
     """V-PRUNE's setting with the threshold found."""
+    if not 0 < target < 1:
+        raise PruningError(f"--target must be a share between 0 and 1, got {target}")
     from vtp_plugin.compare.calibration import calibrate
     from vtp_plugin.config import parse_pairs
-    from vtp_plugin.surgery.pixels import patches
+    from vtp_plugin.hosts.transformers.preparing import prepared
 
-    fields = parse_pairs(pruning_args)
-    tiles = [patches(_loaded(path, size), patch) for path in track(paths, "reading", transient=True)]
-    found = calibrate(method, "cosine_threshold", fields, tiles, size // patch, target)
+    fields, paths, prepare = parse_pairs(pruning_args), _pictures(images), prepared(processor, size, patch)
+    seen = [prepare(path) for path in track(paths, "reading", transient=True)]
+    found = calibrate(method, "cosine_threshold", fields, seen, target)
     if found.remark:
         console(stderr=True).print(found.remark)
     setting = yaml.safe_dump({"strategy": method, **found.strategy.config()}, sort_keys=False)
-    return f"# removes {found.share:.1%} of the patches of {len(paths)} pictures (asked: {target:.1%})\n" + setting
+    said = f"removes {found.share:.1%} of the patches of {len(paths)} pictures, prepared as {processor}"
+    return f"# {said} (asked: {target:.1%})\n" + setting
 
 
 def _pictures(path: Path) -> list[Path]:
@@ -105,13 +113,3 @@ def _pictures(path: Path) -> list[Path]:
     if not found:
         raise PruningError(f"no pictures ({', '.join(sorted(SUFFIXES))}) in {path}")
     return found
-
-
-def _loaded(path: Path, size: int) -> Any:
-    """[1, 3, size, size] uint8, resized by the shorter side and cropped in the middle, as CLIP's processor does."""
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps
-
-    fitted = ImageOps.fit(open_picture(path), (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None]

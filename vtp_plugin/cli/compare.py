@@ -17,7 +17,7 @@ def command(
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder; one that exists is resumed.")] = ...,
     model: Annotated[str | None, typer.Option(help="lmms-eval's model, e.g. llava.")] = None,
-    model_args: Annotated[str | None, typer.Option("--model_args", "--model-args", help="Its arguments.")] = None,
+    model_args: Annotated[str | None, typer.Option("--model-args", help="Its arguments.")] = None,
     tasks: Annotated[str | None, typer.Option(help="lmms-eval's tasks, separated by commas.")] = None,
     pruning: Annotated[str | None, typer.Option(help="Strategies, separated by commas; a+b composes.")] = None,
     keep: Annotated[str | None, typer.Option(help="Keep ratios, separated by commas, for all with a budget.")] = None,
@@ -27,7 +27,7 @@ def command(
         typer.Option(help="Of kept tokens, in all cells: original, compact, own (each method's), shared (default)."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Questions per task; all if not given.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch_size", "--batch-size", help="lmms-eval's.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="lmms-eval's.")] = None,
     launch: Annotated[
         str | None, typer.Option(help='What starts lmms-eval, e.g. "accelerate launch --num_processes 4".')
     ] = None,

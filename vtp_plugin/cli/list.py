@@ -44,11 +44,15 @@ def catalogue() -> Table:
 
 
 def families() -> Table:
-    """Model family x stage; an empty cell says why."""
+    """Model family x stage; a note says why there is no such stage."""
     table = Table(["family", "models", *(stage.value for stage in Stage)])
     for cls in plugins.adapters():
-        table.add(cls.family, cls.models, *(cls.stages[stage] or "yes" for stage in Stage))
+        table.add(cls.family, cls.models, *(_cell(table, cls.stages[stage]) for stage in Stage))
     return table
+
+
+def _cell(table: Table, reason: str) -> str:
+    return table.noted("no", reason) if reason else "yes"
 
 
 def _shown(cls: type[PruningStrategy], out: Console) -> None:

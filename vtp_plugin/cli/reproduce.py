@@ -22,9 +22,9 @@ def command(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Run folder; one that exists is resumed.")
     ] = None,
-    model_args: Annotated[str, typer.Option("--model_args", "--model-args", help="Other arguments of the model.")] = "",
+    model_args: Annotated[str, typer.Option("--model-args", help="Other arguments of the model.")] = "",
     limit: Annotated[int, typer.Option(help="Questions per task; -1 for all, as the papers.")] = -1,
-    batch_size: Annotated[int | None, typer.Option("--batch_size", "--batch-size", help="lmms-eval's.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="lmms-eval's.")] = None,
     launch: Annotated[str, typer.Option(help='What starts lmms-eval, e.g. "accelerate launch".')] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and run nothing.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="What is published, and nothing more.")] = False,
@@ -40,13 +40,13 @@ def command(
     specs = reproduce.cells(tables, rows)
     host = {"model": tables.host.model, "model_args": model_args or tables.host.model_args, "limit": limit}
     host |= {"tasks": reproduce.hosted(tables, names), "options": {"batch_size": batch_size} if batch_size else {}}
+    folder = output or Path("out") / f"reproduce-{Path(model).name.removesuffix('.yaml')}"
     if dry_run:
-        for line in reproduce.commands(specs, host, launch):
+        for line in reproduce.commands(specs, host, folder, launch):
             console().print(shlex.join(line))
         return
     if len(specs) < 2:
         raise PruningError(f"nothing to run: {tables.why_not(rows[0])}")
-    folder = output or Path("out") / f"reproduce-{Path(model).stem}"
     reproduce.check(folder)
     run = sweep.run(folder, specs, **host, launch=launch, console=console())
     made = reproduce.table(tables, rows, names, run)

@@ -1,4 +1,4 @@
-"""Re-run a published claim: poster-l2, atp-efficiency, atp-robustness, vprune-main, vprune-design, hard-samples."""
+"""Re-run a published claim; without a name, say which studies there are."""
 
 from __future__ import annotations
 
@@ -12,22 +12,31 @@ from vtp_plugin.reporting.terminal import console
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="The study.")],
+    name: Annotated[str | None, typer.Argument(help="The study; `vtp study` lists them.")] = None,
     model: Annotated[str, typer.Option(help="lmms-eval's model, or a CLIP checkpoint for poster-l2.")] = "",
-    model_args: Annotated[str, typer.Option("--model_args", "--model-args", help="lmms-eval's model_args.")] = "",
+    model_args: Annotated[str, typer.Option("--model-args", help="lmms-eval's model_args.")] = "",
     tasks: Annotated[str, typer.Option(help="lmms-eval's tasks, separated by commas.")] = "",
-    limit: Annotated[int, typer.Option(help="Samples per task; -1 for all, 0 for the study's own number.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option(help="Samples per task; -1 for all. If not given, the study's own number.")
+    ] = None,
     images: Annotated[str, typer.Option(help="poster-l2: a folder with one folder of pictures per class.")] = "",
+    pictures: Annotated[
+        str, typer.Option(help="vprune-design: a folder of photographs; scikit-image's if not given.")
+    ] = "",
     classes: Annotated[str, typer.Option(help="poster-l2: class names, or a file of 'FOLDER NAME' lines.")] = "",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other setting of the YAML, key=value.")] = None,
     jobs: Annotated[int, typer.Option(help="lmms-eval processes side by side.")] = 1,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder; studies/NAME by default.")] = None,
 ) -> None:
     from vtp_plugin.errors import PruningError
-    from vtp_plugin.studies.study import conduct
+    from vtp_plugin.studies.study import conduct, listed
 
+    if name is None:
+        listed().show(console())
+        return
     said = {"model": model, "model_args": model_args, "tasks": tasks, "images": images, "classes": classes}
-    said = {key: value for key, value in said.items() if value} | ({"limit": limit} if limit else {})
+    said = {key: value for key, value in (said | {"pictures": pictures}).items() if value}
+    said |= {} if limit is None else {"limit": limit}
     for pair in set_ or []:
         key, equals, value = pair.partition("=")
         if not equals:

@@ -18,9 +18,7 @@ def command(
     tasks: Annotated[str, typer.Option(help="lmms-eval's tasks, separated by commas.")] = ...,
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder; one that exists is resumed.")] = ...,
     model: Annotated[str, typer.Option(help="lmms-eval's model, e.g. llava.")] = "llava",
-    model_args: Annotated[
-        str, typer.Option("--model_args", "--model-args", help="Its arguments.")
-    ] = "pretrained=vtp-tiny",
+    model_args: Annotated[str, typer.Option("--model-args", help="Its arguments.")] = "pretrained=vtp-tiny",
     step: Annotated[float, typer.Option(help="Distance of the keep ratios that are tried.")] = 0.05,
     limit: Annotated[int, typer.Option(help="Questions per task; -1 for all.")] = -1,
     launch: Annotated[str, typer.Option(help='What starts lmms-eval, e.g. "accelerate launch".')] = "",

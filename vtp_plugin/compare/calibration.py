@@ -54,14 +54,35 @@ def recorded(
     return samples
 
 
-def removed_share(strategy: PruningStrategy, images: Sequence[Tensor], side: int) -> float:
-    """Mean share of the patches that a pixels-stage strategy removes from images [1, side * side, 3, p, p] uint8."""
-    shares = []
-    for pixels in images:
-        index = torch.arange(pixels.shape[1])[None]
-        visual = VisualTokens(tokens=pixels.flatten(2), grid=(side, side), index=index, pixels=pixels)
-        shares.append(1 - strategy.decide(visual).keep.float().mean().item())
+Views = Sequence[VisualTokens]  # what strategies of the pixels stage see of one picture: all of it, or its tiles
+
+
+def removed_share(strategies: PruningStrategy | Sequence[PruningStrategy], pictures: Sequence[Views]) -> float:
+    """Mean over pictures of the share of the patches that strategies of the pixels stage remove together."""
+    shares = [1 - left(strategies, views) / total(views) for views in pictures]
     return sum(shares) / len(shares)
+
+
+def total(views: Views) -> int:
+    """Patches of a picture."""
+    return sum(view.index.shape[1] for view in views)
+
+
+def left(strategies: PruningStrategy | Sequence[PruningStrategy], views: Views) -> int:
+    """How many patches of a picture strategies of the pixels stage leave."""
+    return sum(len(index) for index in kept(strategies, views))
+
+
+def kept(strategies: PruningStrategy | Sequence[PruningStrategy], views: Views) -> list[Tensor]:
+    """The raster positions [K] that strategies leave of every view, each seeing what the one before left."""
+    chain, found = [strategies] if isinstance(strategies, PruningStrategy) else list(strategies), []
+    for view in views:
+        for strategy in chain:
+            columns = strategy.decide(view).sources[0]
+            pixels, index = view.pixels[:, columns], view.index[:, columns]
+            view = VisualTokens(pixels.flatten(2), view.grid, index, pixels=pixels)
+        found.append(view.index[0])
+    return found
 
 
 @dataclass(frozen=True)
@@ -73,38 +94,46 @@ class Calibrated:
     remark: str = ""  # "" where the target is met
 
 
-def calibrate(
-    name: str, field: str, fixed: Mapping[str, Any], images: Sequence[Tensor], side: int, target: float
-) -> Calibrated:
+def nearest(name: str, field: str, fixed: Mapping[str, Any], pictures: Sequence[Views], target: float) -> Calibrated:
     """The strategy whose `field` in [0, 1] removes the share nearest to the target; a higher value removes less.
 
-    PruningError, with the parameter that limits it, if that share is more than FAR from the target.
+    The remark says, where the share is more than NEAR from the target, why no value comes nearer.
     """
     if field in fixed:
         raise PruningError(f"{field} is what is looked for; it cannot be given")
 
     def at(value: float) -> tuple[float, PruningStrategy]:
         strategy = build(name, {**fixed, field: value})
-        return removed_share(strategy, images, side), strategy
+        return removed_share(strategy, pictures), strategy
 
-    (most, _), (least, _) = at(0.0), at(1.0)
-    low, high = bisected(lambda value: at(value)[0] >= target)
-    share, chosen = min((at(round(value, 6)) for value in (low, high)), key=lambda found: abs(found[0] - target))
-    if abs(share - target) <= NEAR:
-        return Calibrated(chosen, share)
-    bound = f"at most {most:.1%}" if most < target else f"at least {least:.1%}" if least > target else ""
-    remark = (
-        f"{name}: {bound} can be removed here whatever {field} is, {target:.1%} asked"
-        if bound
-        else (f"{name}: {field} goes from {at(low)[0]:.1%} to {at(high)[0]:.1%} in one step here, {target:.1%} asked")
-    )
-    remark += "; " + limits(name, field, fixed, images, side, target)
-    if abs(share - target) > FAR:
+    ends = {"at most": at(0.0), "at least": at(1.0)}
+    beyond = [ends["at most"][0] < target, ends["at least"][0] > target]
+    if any(beyond):
+        bound, (share, chosen) = next(pair for pair, is_it in zip(ends.items(), beyond, strict=True) if is_it)
+        said = f"{name}: {bound} {share:.1%} can be removed here whatever {field} is, {target:.1%} asked"
+    else:
+        tried = [at(round(value, 6)) for value in bisected(lambda value: at(value)[0] >= target)]
+        share, chosen = min(tried, key=lambda found: abs(found[0] - target))
+        step = " to ".join(f"{found[0]:.1%}" for found in tried)
+        said = f"{name}: {field} goes from {step} in one step here, {target:.1%} asked"
+    return Calibrated(chosen, share, "" if abs(share - target) <= NEAR else said)
+
+
+def calibrate(name: str, field: str, fixed: Mapping[str, Any], pictures: Sequence[Views], target: float) -> Calibrated:
+    """The nearest strategy; where it is off, its remark also says which other parameter limits it.
+
+    PruningError, with that remark, if its share is more than FAR from the target.
+    """
+    found = nearest(name, field, fixed, pictures, target)
+    if not found.remark:
+        return found
+    remark = f"{found.remark}; {limits(name, field, fixed, pictures, target)}"
+    if abs(found.share - target) > FAR:
         raise PruningError(remark)
-    return Calibrated(chosen, share, remark)
+    return Calibrated(found.strategy, found.share, remark)
 
 
-def limits(name: str, field: str, fixed: Mapping[str, Any], images: Sequence[Tensor], side: int, target: float) -> str:
+def limits(name: str, field: str, fixed: Mapping[str, Any], pictures: Sequence[Views], target: float) -> str:
     """Which other parameters, changed one by one, let the target be met: `it is limited by chi2_threshold=5 (...)`."""
     config = build(name, dict(fixed)).config()
     found = []
@@ -113,7 +142,7 @@ def limits(name: str, field: str, fixed: Mapping[str, Any], images: Sequence[Ten
             continue
         for factor in FACTORS:
             tried = {**fixed, other: type(value)(value * factor)}
-            if tried[other] != value and _reaches(name, field, tried, images, side, target):
+            if tried[other] != value and _reaches(name, field, tried, pictures, target):
                 found.append(f"{other}={value:g} ({tried[other]:g} lets it)")
                 break
     if found:
@@ -121,16 +150,14 @@ def limits(name: str, field: str, fixed: Mapping[str, Any], images: Sequence[Ten
     return "no other number lets it: the pictures' patches are equal, or too few; take more pictures"
 
 
-def _reaches(
-    name: str, field: str, fixed: Mapping[str, Any], images: Sequence[Tensor], side: int, target: float
-) -> bool:
+def _reaches(name: str, field: str, fixed: Mapping[str, Any], pictures: Sequence[Views], target: float) -> bool:
     """Whether some value of the field comes near the target."""
     try:
-        shares = [removed_share(build(name, {**fixed, field: value}), images, side) for value in (0.0, 1.0)]
+        shares = [removed_share(build(name, {**fixed, field: value}), pictures) for value in (0.0, 1.0)]
         if not shares[0] + NEAR >= target >= shares[1] - NEAR:
             return False
-        ends = bisected(lambda v: removed_share(build(name, {**fixed, field: v}), images, side) >= target)
-        return any(abs(removed_share(build(name, {**fixed, field: v}), images, side) - target) <= NEAR for v in ends)
+        ends = bisected(lambda v: removed_share(build(name, {**fixed, field: v}), pictures) >= target)
+        return any(abs(removed_share(build(name, {**fixed, field: v}), pictures) - target) <= NEAR for v in ends)
     except PruningError:  # a value that this parameter cannot have
         return False
 

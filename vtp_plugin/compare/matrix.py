@@ -12,7 +12,7 @@ from vtp_plugin import config
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.lmms_eval.building import VLLM
 from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
-from vtp_plugin.plugins import list_strategies
+from vtp_plugin.plugins import strategies as catalogue
 from vtp_plugin.reporting import schema
 from vtp_plugin.reporting.runs import BASELINE, Spec
 
@@ -26,15 +26,16 @@ SEEDS = 1000  # at most
 def cells(pruning: Sequence[str], keep: Sequence[float] = (), seeds: int = 1) -> list[Spec]:
     """The unpruned model, then every specification at every keep ratio, those with a random seed `seeds` times.
 
-    `all` stands for every strategy of the catalogue. A specification without a budget (V-PRUNE) and one with settings
-    of its own (a file) stands once, as it is.
+    `all` stands for every strategy of the catalogue that is for pictures. A specification without a budget (V-PRUNE)
+    and one with settings of its own (a file) stands once, as it is.
     """
     if seeds < 1:
         raise PruningError(f"seeds must be at least 1, got {seeds}")
     if seeds > SEEDS:
         raise PruningError(f"seeds must be at most {SEEDS}, got {seeds}")
     made = [UNPRUNED]
-    for spec in (name for given in pruning for name in (list_strategies() if given == ALL else [given])):
+    everything = [name for name, cls in catalogue().items() if cls.pictures]
+    for spec in (name for given in pruning for name in (everything if given == ALL else [given])):
         strategies = config.resolve(spec)
         if spec == BASELINE:
             continue

@@ -58,11 +58,11 @@ def hosted(tables: Published, names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(tables.tasks[name].task for name in names))
 
 
-def commands(specs: Sequence[Spec], host: dict[str, Any], launch: str = "") -> list[list[str]]:
-    """What is run, one command line per cell."""
-    said = {**host, "tasks": ",".join(host["tasks"])}
+def commands(specs: Sequence[Spec], host: dict[str, Any], folder: Path, launch: str = "") -> list[list[str]]:
+    """What is run, one command line per cell; the host answers all questions if it is told no limit."""
+    said = {**host, "tasks": ",".join(host["tasks"]), "limit": host["limit"] if host["limit"] > 0 else None}
     entry = {key: said[key] for key in ("model", "model_args", "limit", "tasks")} | dict(host.get("options") or {})
-    return [command_alone(entry, cell, launch.split()) for cell in specs]
+    return [command_alone(entry, cell, launch.split(), folder) for cell in specs]
 
 
 def table(tables: Published, rows: Sequence[Row], names: Sequence[str], run: Run) -> Table:

@@ -30,6 +30,7 @@ from vtp_plugin.hosts import compatibility
 from vtp_plugin.hosts.lmms_eval import plugin as lmms_eval
 from vtp_plugin.hosts.lmms_eval.building import TINY_LAYOUTS
 from vtp_plugin.hosts.lmms_eval.process import Host, Listener
+from vtp_plugin.hosts.lmms_eval.proof import IDLE
 from vtp_plugin.reporting import runs
 from vtp_plugin.reporting.runs import Cell, Run, Spec
 from vtp_plugin.tiny import checkpoint
@@ -56,6 +57,7 @@ def run(
     jobs: int = 1,
     environment: Mapping[str, str] | None = None,
     gallery: bool = False,
+    idle: bool = False,
     console: Console | None = None,
 ) -> Run:
     """Evaluate every cell that the folder does not hold yet; the folder as it is afterwards, failed cells included.
@@ -63,11 +65,13 @@ def run(
     `limit`: questions per task, -1 for all. `options`: further options of the host (batch_size, gen_kwargs, ...).
     `launch`: what to start the host with, such as `accelerate launch --num_processes 4`. `jobs`: processes that share
     the cells; the machine's threads are divided among them. `environment`: variables of these processes. `gallery`:
-    keep pictures of the first questions (VTP_GALLERY). PruningError: bad settings, or a folder of other settings.
+    keep pictures of the first questions (VTP_GALLERY). `idle`: thresholds that drop nothing of any picture are a
+    result, not a failure. PruningError: bad settings, or a folder of other settings.
     """
     folder, named = Path(folder), tasks.split(",") if isinstance(tasks, str) else list(tasks)
     settings = {"model": model, "model_args": model_args, "tasks": [task.strip() for task in named], "limit": limit}
-    settings |= {"options": dict(options or {}), "launch": launch, "jobs": jobs, "environment": dict(environment or {})}
+    settings |= {"options": dict(options or {}), "launch": launch, "jobs": jobs}
+    settings |= {"environment": dict(environment or {}) | ({IDLE: "1"} if idle else {})}
     settings |= {"gallery": gallery, "positions": OWN, "cells": [asdict(cell) for cell in unique(cells)]}
     _check(settings)
     settings = _joined(files.check_folder(folder), settings)
@@ -97,8 +101,7 @@ def finished(folder: Path, id: str) -> bool:
 
 def _check(settings: Mapping[str, Any]) -> None:
     """Refuse what can be refused without the host."""
-    if settings["limit"] == 0 or settings["limit"] < -1:
-        raise PruningError(f"limit must be a number of questions per task, or -1 for all, got {settings['limit']}")
+    check_limit(settings["limit"], settings["tasks"])
     if settings["jobs"] < 1:
         raise PruningError(f"jobs must be at least 1, got {settings['jobs']}")
     if "pruning=" in settings["model_args"]:
@@ -112,6 +115,16 @@ def _check(settings: Mapping[str, Any]) -> None:
         raise PruningError("a comparison needs tasks")
     for entry in settings["cells"]:
         resolve(entry["pruning"], entry["pruning_args"])
+
+
+def check_limit(limit: Any, tasks: Sequence[str]) -> None:
+    """Refuse a number of questions that means nothing, or that no task has, where that is known without the host."""
+    whole = isinstance(limit, int) and not isinstance(limit, bool)
+    if not whole or limit == 0 or limit < -1:
+        raise PruningError(f"limit must be a number of questions per task, or -1 for all, got {limit}")
+    known = [lmms_eval.documents(task) for task in tasks] if limit > 0 else []
+    if known and None not in known and limit > max(known):
+        raise PruningError(f"limit must be at most the {max(known)} questions there are per task, or -1, got {limit}")
 
 
 def check_host(model: str, tasks: Sequence[str]) -> None:

@@ -145,4 +145,5 @@ def _query_width(attention: nn.Module) -> int:
     """Width of the queries of all heads, projected by themselves, with keys and values, or with a gate."""
     if hasattr(attention, "o_proj"):
         return attention.o_proj.in_features
-    return attention.q_proj.out_features if hasattr(attention, "q_proj") else attention.qkv.out_features // 3
+    one = getattr(attention, "q_proj", getattr(attention, "q", None))
+    return attention.qkv.out_features // 3 if one is None else one.out_features

@@ -29,6 +29,8 @@ class Family:
 
     several_views: ClassVar[bool] = False  # whether it says how sub-images lie, `Image.views`, behind such a tile 0
 
+    videos: ClassVar[bool] = False  # whether a video is one image of several frames, `Image.film`
+
     tiled: ClassVar[bool] = False  # whether an image is several tiles for the tower, each with a class token of its own
     tokenwise: bool = False  # where the host rearranges what the tower makes: the projector works token by token
 
@@ -77,8 +79,12 @@ class Family:
     @cached_property
     def costs(self) -> Costs:
         """What the parts cost per token."""
-        head = self.model.get_output_embeddings() if self.decoder_layers else None
-        return Costs.of(self.tower, self.projectors, self.decoder_layers, head)
+        return Costs.of(self.tower, self.projectors, self.decoder_layers, self.head if self.decoder_layers else None)
+
+    @property
+    def head(self) -> nn.Module | None:
+        """What makes logits of hidden states."""
+        return self.model.get_output_embeddings()
 
     @property
     def projectors(self) -> Sequence[nn.Module]:

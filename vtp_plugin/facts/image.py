@@ -25,6 +25,7 @@ class Image:
     grid: tuple[int, int] | None = None  # rows and columns of its tokens, where they are not the tower's
     projectable: int = 0  # tokens that the projector sees, where `patches` is given
     entered: int | None = None  # tokens that entered the prompt, where events do not tell
+    film: tuple[int, int, int] | None = None  # of a video: frames, and rows and columns of the tokens of each
     views: tuple[int, int] | None = None  # rows and columns of its sub-images, where a picture of the whole is first
     source: Tensor | None = None  # [k] long: which of the host's rows are left, where a family has to remember it
     judged: Tensor | None = None  # [k] bool: which of those a strategy may drop

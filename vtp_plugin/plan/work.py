@@ -166,6 +166,8 @@ def _left(model: Model, share: float) -> int:
 
 
 def _share(strategy: PruningStrategy, n: int, kept: float) -> float:
+    if not strategy.pictures:
+        raise strategy.error("it compares the frames of a video, a plan is made of pictures")
     if strategy.budgeted:
         return strategy.count(n) / n
     if not 0 < kept <= 1:

@@ -37,9 +37,19 @@ class Table:
     caption: str = ""  # what the columns mean, for files
     findings: Sequence[str] = ()  # short lines for a terminal; files have them in the caption
     keys: int = 1  # columns that name a row
+    notes: list[str] = field(default_factory=list)  # long texts that several cells share, numbered from 1
 
     def add(self, *cells: object) -> None:
         self.rows.append(tuple(str(cell) for cell in cells))
+
+    def noted(self, short: str, note: str) -> str:
+        """A cell that says something short and the number of a note below the table."""
+        if note not in self.notes:
+            self.notes.append(note)
+        return f"{short} [{self.notes.index(note) + 1}]"
+
+    def _footnotes(self) -> list[str]:
+        return [f"[{number}] {note}" for number, note in enumerate(self.notes, 1)]
 
     def rich(self, columns: Sequence[int] | None = None, width: int | None = None) -> rich_table.Table:
         """For a terminal: all columns, or those of these numbers; as wide as their text, or at most `width`."""
@@ -72,6 +82,8 @@ class Table:
             if number:
                 console.print()
             console.print(self.rich(columns, console.width), soft_wrap=False)
+        for line in self._footnotes():
+            console.print(Text(line), soft_wrap=False)
 
     def fitted(self, width: int) -> list[list[int]]:
         """The numbers of the columns of one table or more that are no wider; each begins with the key columns."""
@@ -100,7 +112,8 @@ class Table:
         rule = ["---:" if self._numeric(number) else "---" for number in range(len(self.columns))]
         lines = [list(self.columns), rule, *self.rows]
         body = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-        return "\n\n".join(filter(None, [self.title and f"**{self.title}**", body, self.caption]))
+        notes = "  \n".join(self._footnotes())
+        return "\n\n".join(filter(None, [self.title and f"**{self.title}**", body, notes, self.caption]))
 
     def csv(self) -> str:
         """For a spreadsheet."""
@@ -114,7 +127,7 @@ class Table:
         head, *body = (" & ".join(map(latex_escaped, line)) + r" \\" for line in [self.columns, *self.rows])
         inner = [r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
         tabular = [rf"\begin{{tabular}}{{{columns}}}", *inner, r"\end{tabular}"]
-        said = latex_escaped(". ".join(filter(None, [self.title, self.caption])))
+        said = latex_escaped(". ".join(filter(None, [self.title, self.caption, *self._footnotes()])))
         caption = [rf"\caption{{{said}}}"] if said else []
         lines = [r"\begin{table}", r"\centering", *caption, *tabular, r"\end{table}"]
         return "% needs \\usepackage{booktabs}\n" + "\n".join(lines) + "\n"

@@ -2,12 +2,13 @@
 
 `declaration` is the decorator `signal` and the questions that the machinery asks about what was declared, `views` is
 what a reader of a signal gets to see, `synthetic` makes samples without a model, `table` the documentation. The
-other modules declare the built-in signals. A new file here is found by itself; a package of yours needs `signal` only.
+other modules declare the built-in signals and are imported below; a package of yours needs `signal` only.
 """
 
 from vtp_plugin.signals.declaration import (
     Signal,
     Tap,
+    everything,
     found_in,
     given,
     names,
@@ -19,7 +20,7 @@ from vtp_plugin.signals.declaration import (
 )
 from vtp_plugin.signals.views import BlockView, EmbeddingView, LayerView, MergingView, PatchesView, RowsView, View
 
-from vtp_plugin.signals import early, language, late  # isort: skip  # the built-in declarations
+from vtp_plugin.signals import early, film, language, late  # isort: skip  # the built-in declarations
 
 __all__ = [
     "BlockView",
@@ -32,6 +33,8 @@ __all__ = [
     "Tap",
     "View",
     "early",
+    "everything",
+    "film",
     "found_in",
     "given",
     "language",

@@ -101,6 +101,23 @@ def view_numbers(draw: Draw, shape: tuple[int, ...]) -> Tensor:
     return (torch.arange(shape[1]) * 5 // shape[1]).expand(shape)
 
 
+def film_of(draw: Draw, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Up to eight frames of one row each."""
+    frames = next(f for f in (8, 7, 6, 5, 4, 3, 2, 1) if draw.n % f == 0)
+    return frames, 1, draw.n // frames
+
+
+def frame_numbers(draw: Draw, shape: tuple[int, ...]) -> Tensor:
+    """One frame after the other."""
+    return (torch.arange(shape[1]) // film_of(draw, shape)[2]).expand(shape)
+
+
+def cells(draw: Draw, shape: tuple[int, ...]) -> Tensor:
+    """In each of them, from left to right."""
+    across = torch.arange(shape[1]) % film_of(draw, shape)[2]
+    return torch.stack([torch.zeros_like(across), across], dim=-1).expand(shape)
+
+
 def head_count(draw: Draw, shape: tuple[int, ...]) -> int:
     """Heads of a tower."""
     return HEADS

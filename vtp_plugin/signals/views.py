@@ -153,6 +153,21 @@ class RowsView(View, ABC):
         raise PruningError("nothing is merged into these tokens")
 
     @property
+    def film(self) -> tuple[int, int, int]:
+        """Frames, and rows and columns of the tokens of each; a picture is one frame. Where a family takes videos."""
+        raise PruningError("this model takes no videos")
+
+    @property
+    def frame(self) -> Tensor:
+        """[B, N] long"""
+        raise PruningError("this model takes no videos")
+
+    @property
+    def cell(self) -> Tensor:
+        """[B, N, 2] long: row and column in the frame."""
+        raise PruningError("this model takes no videos")
+
+    @property
     def view(self) -> Tensor | None:
         """[B, N] long, of images with several views."""
         return None

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from vtp_plugin.selectors import cosines
+from vtp_plugin.selectors import apportioned, cosines
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import ComparingStrategy
 from vtp_plugin.tokens import Selection, VisualTokens, best, true_columns
@@ -95,12 +95,4 @@ def _quotas(worth: Tensor, stretch: Tensor, k: int) -> Tensor:
     worth, room = worth.double(), one_hot(stretch, worth.shape[1]).sum(0)
     total = worth.sum(1, keepdim=True)
     shares = torch.where(total > 0, worth / total, 1 / worth.shape[1])
-    given = (k * shares).long().minimum(room)
-    rounds = torch.arange(len(stretch) + 1, device=worth.device)[:, None]
-    after = (given[:, None] + rounds).minimum(room)  # [B, rounds, S]
-    done = ((after.sum(2) <= k).sum(1) - 1).clamp(min=0)
-    given = after[torch.arange(len(worth), device=worth.device), done]
-    order = best(worth, worth.shape[1])
-    open_ = (given < room).gather(1, order)
-    more = open_ & (open_.cumsum(1) <= k - given.sum(1, keepdim=True))
-    return given.scatter_add(1, order, more.long())
+    return apportioned(k * shares, room, k, first=worth)

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtp_plugin.selectors import mean_by_owner
+from vtp_plugin.selectors import density_peaks, mean_by_owner
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy, layer_numbers
 from vtp_plugin.tokens import Selection, VisualTokens, best, top_k, true_columns
@@ -170,14 +170,7 @@ def recycled(x: Tensor, keep: Tensor, score: Tensor, dropped: int) -> tuple[Tens
 def clusters(x: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """DPC-kNN of tokens [N, D]: the cluster of every token [N], and the centres [number]."""
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
-    near = distance.sort(dim=-1).values[:, :number]
-    density = (-near.square().mean(-1)).exp()
-    order = torch.arange(len(x), device=x.device)
-    earlier = (density[None] == density[:, None]) & (order[None] < order[:, None])
-    denser = (density[None] > density[:, None]) | earlier  # [i, j]: j is denser than i
-    separation = distance.masked_fill(~denser, float("inf")).amin(-1)
-    separation = torch.where(denser.any(-1), separation, distance.max())
-    centres = (density * separation).sort(descending=True, stable=True).indices[:number]
+    centres = best(density_peaks(distance, number), number)
     owner = distance[:, centres].argmin(-1)
     owner[centres] = torch.arange(len(centres), device=x.device)
     return owner, centres

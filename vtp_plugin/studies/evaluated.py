@@ -20,11 +20,14 @@ class Evaluated(Study):
     """A study of answers. `cells` says which configurations; every question is answered by each."""
 
     def check(self) -> None:
+        from vtp_plugin.compare import sweep
+
         for spec, fields in self.planned().values():
             config.resolve(spec, {key: value for key, value in fields.items() if key != "perturb"})
-        limit = self.settings["limit"]
-        if not isinstance(limit, int) or (limit < 1 and limit != -1):
-            raise PruningError(f"{self.name}: limit must be a number of samples per task, or -1 for all, got {limit!r}")
+        self.check_counts("batch_size")
+        if self.jobs < 1:
+            raise PruningError(f"{self.name}: jobs must be at least 1, got {self.jobs}")
+        sweep.check_limit(self.settings["limit"], self.settings["tasks"].split(","))
 
     def planned(self) -> Cells:
         """The cells that are known before anything has been measured."""
@@ -44,6 +47,7 @@ class Evaluated(Study):
             limit=said["limit"],
             options={"batch_size": said["batch_size"]},
             jobs=self.jobs,
+            idle=True,
             console=self.console,
         )
         if run.failed:

@@ -6,6 +6,7 @@ picture, so a method shows its worth on the others; and small objects, counting 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -78,10 +79,15 @@ class HardSamples(Evaluated):
         figure = Figure(figsize=(6, 0.3 * len(ids) + 1.2), layout="constrained")
         axis = figure.subplots()
         for group, mark in {"easy": "o", "hard": "s"}.items():
-            axis.plot([100 * groups[group][id]["accuracy"] for id in ids], ids, mark, label=group)
+            axis.plot([percent(groups[group][id]["accuracy"]) for id in ids], ids, mark, label=group)
         axis.set_xlabel("accuracy, %")
         axis.legend()
         return {"hard": figure}
+
+
+def percent(accuracy: float | None) -> float:
+    """For a figure: a group without a question has no place in it."""
+    return math.nan if accuracy is None else 100 * accuracy
 
 
 @cache

@@ -15,7 +15,7 @@ from vtp_plugin import config
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting.tables import Table
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.studies.study import Study
+from vtp_plugin.studies.study import Study, some
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,11 +44,15 @@ class PosterL2(Study):
         from vtp_plugin.hosts.transformers.shapes import shape_of
         from vtp_plugin.hosts.transformers.zero_shot import ZeroShot
 
+        self.check_counts("batch", "rounds", "seeds")
+        self.check_ratios("keep", "speed_keep")
+        if min(self.settings["keep"]) == 1:
+            raise PruningError(f"{self.name}: keep needs a ratio below 1")
         for shape in self.settings["shapes"]:
             if shape_of(shape).decodes:
                 raise PruningError(f"{self.name}: {shape} is no encoder")
-        self.classes = self._classes()
-        self.encoder = ZeroShot(self._checkpoint())
+        self.classes = classes_of(self.settings)
+        self.encoder = ZeroShot(checkpoint_of(self.settings["model"]))
 
     def measure(self) -> dict[str, Any]:
         return {
@@ -64,48 +68,24 @@ class PosterL2(Study):
 
     def _speed(self, shape: str) -> Callable[[], list[dict[str, Any]]]:
         """How to time one shape, once."""
-        return lambda: speed(shape, self.settings["speed_keep"], self.settings["batch"], self.settings["rounds"])
+        said = self.settings
+        batch = said["batch"] if said["limit"] < 0 else min(said["batch"], said["limit"])
+        return lambda: speed(shape, said["speed_keep"], batch, said["rounds"])
 
     # -- (b) what it decides --------------------------------------------------------------------------------------
 
-    def _checkpoint(self) -> str:
-        from vtp_plugin.tiny.checkpoint import NAME, resolve
-
-        return str(resolve(NAME, "clip")) if self.settings["model"] == NAME else self.settings["model"]
-
-    def _classes(self) -> Classes:
-        from vtp_plugin.hosts.transformers.zero_shot import Classes, folder_of_classes
-
-        limit = self.settings["limit"] if self.settings["limit"] > 0 else None
-        if self.settings["images"]:
-            found = folder_of_classes(self.settings["images"], self.settings["classes"])
-        else:
-            found = Classes(*embedded())
-        step = -(-len(found.pictures) // limit) if limit else 1  # spread over the classes
-        return Classes(found.names, found.pictures[::step], found.labels[::step])
-
     def _decisions(self) -> list[dict[str, Any]]:
         texts = self.encoder.texts(self.classes.names, self.settings["template"])
-        whole = self.encoder.pictures(self.classes.pictures, [])
-        rows = [{"method": "unpruned", "keep": 1.0, "seed": None, **self._judged(whole, whole, texts)}]
+        whole, labels = self.encoder.pictures(self.classes.pictures, []), self.classes.labels
+        rows = [{"method": "unpruned", "keep": 1.0, "seed": None, **judged(whole, whole, texts, labels)}]
         for keep in (keep for keep in self.settings["keep"] if keep < 1):
             for method, seed in [*((m, None) for m in METHODS if m != "random"), *self._seeds()]:
                 pruned = self.encoder.pictures(self.classes.pictures, strategies(method, keep, seed))
-                rows.append({"method": method, "keep": keep, "seed": seed, **self._judged(pruned, whole, texts)})
+                rows.append({"method": method, "keep": keep, "seed": seed, **judged(pruned, whole, texts, labels)})
         return rows
 
     def _seeds(self) -> list[tuple[str, int]]:
         return [("random", seed) for seed in range(self.settings["seeds"])]
-
-    def _judged(self, features: Tensor, whole: Tensor, texts: Tensor) -> dict[str, float]:
-        """Against the unpruned model: same decisions, feature cosine; against the labels: accuracy."""
-        decided, before = (features @ texts.T).argmax(-1), (whole @ texts.T).argmax(-1)
-        right = [int(said == label) for said, label in zip(decided.tolist(), self.classes.labels, strict=True)]
-        return {
-            "same_decision": (decided == before).float().mean().item(),
-            "cosine": (features * whole).sum(-1).mean().item(),
-            "accuracy": mean(right),
-        }
 
     # -- what it looks like ---------------------------------------------------------------------------------------
 
@@ -150,6 +130,7 @@ def speed(shape: str, keeps: Sequence[float], batch: int, rounds: int) -> list[d
         {
             "shape": shape,
             "keep": timing.keep,
+            "batch": batch,
             "tokens": timing.tokens_after,
             "seconds": {side: median(seconds) for side, seconds in timing.seconds.items()},
             "images_per_second": timing.images_per_second,
@@ -164,6 +145,32 @@ def strategies(method: str, keep: float, seed: int | None) -> list[PruningStrate
     """A method or a control at a ratio, in front of the first block."""
     spec, fields = METHODS[method]
     return config.resolve(spec, {"keep_ratio": keep, **fields, **({} if method != "random" else {"seed": seed})})
+
+
+def checkpoint_of(model: str) -> str:
+    """Where a CLIP is: the embedded one's folder, or what was said."""
+    from vtp_plugin.tiny.checkpoint import NAME, resolve
+
+    return str(resolve(NAME, "clip")) if model == NAME else model
+
+
+def classes_of(said: Mapping[str, Any]) -> Classes:
+    """The pictures of the settings `images`, `classes` and `limit`: those of a folder, or the embedded test scenes."""
+    from vtp_plugin.hosts.transformers.zero_shot import Classes, folder_of_classes
+
+    found = folder_of_classes(said["images"], said["classes"]) if said["images"] else Classes(*embedded())
+    pairs = some([*zip(found.pictures, found.labels, strict=True)], said["limit"], "limit")
+    return Classes(found.names, [picture for picture, _ in pairs], [label for _, label in pairs])
+
+
+def judged(features: Tensor, whole: Tensor, texts: Tensor, labels: Sequence[int]) -> dict[str, float]:
+    """Against the unpruned encoder: same decisions, feature cosine; against the labels: accuracy."""
+    decided, before = (features @ texts.T).argmax(-1), (whole @ texts.T).argmax(-1)
+    return {
+        "same_decision": (decided == before).float().mean().item(),
+        "cosine": (features * whole).sum(-1).mean().item(),
+        "accuracy": mean(int(found == label) for found, label in zip(decided.tolist(), labels, strict=True)),
+    }
 
 
 def embedded() -> tuple[list[str], list[Any], list[int]]:

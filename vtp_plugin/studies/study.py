@@ -7,12 +7,12 @@ import shlex
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import yaml
 from rich.console import Console
@@ -25,6 +25,7 @@ from vtp_plugin.reporting.tables import Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+T = TypeVar("T")
 SCHEMA = 1
 CONFIGS = settings.CONFIGS / "studies"
 
@@ -56,6 +57,19 @@ class Study(ABC):
         """By file name without suffix."""
         return {}
 
+    def check_counts(self, *names: str) -> None:
+        """Refuse settings that are no whole number of at least 1."""
+        for name in names:
+            if not whole(self.settings[name]) or self.settings[name] < 1:
+                raise PruningError(f"{self.name}: {name} must be a whole number, at least 1: {self.settings[name]!r}")
+
+    def check_ratios(self, *names: str) -> None:
+        """Refuse lists that hold no keep ratio, or anything else."""
+        for name in names:
+            said = self.settings[name]
+            if not said or not all(_kind(value) == "a number" and 0 < value <= 1 for value in said):
+                raise PruningError(f"{self.name}: {name} must be keep ratios in (0, 1], got {said!r}")
+
     def once(self, key: str, work: Callable[[], Any]) -> Any:
         """What `work` returned the first time, also in an earlier, interrupted run of the same settings."""
         done = self.folder / "units" / f"{key}.json"
@@ -64,6 +78,18 @@ class Study(ABC):
             done.parent.mkdir(parents=True, exist_ok=True)
             files.write(done, json.dumps(value))
         return json.loads(done.read_text())
+
+
+def whole(value: Any) -> bool:
+    """Whether it is a whole number; true is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def some(found: Sequence[T], limit: Any, what: str) -> list[T]:
+    """So many of what there is, evenly spread; -1: all. PruningError for a number that means nothing here."""
+    if not whole(limit) or limit == 0 or limit < -1 or limit > len(found):
+        raise PruningError(f"{what} must be from 1 to the {len(found)} there are, or -1 for all, got {limit!r}")
+    return list(found) if limit < 0 else [found[number * len(found) // limit] for number in range(limit)]
 
 
 def studies() -> dict[str, type[Study]]:
@@ -76,6 +102,14 @@ def studies() -> dict[str, type[Study]]:
 
 def _is_study(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, Study) and hasattr(value, "name")
+
+
+def listed() -> Table:
+    """Every study, whose claim it is and what is claimed."""
+    table = Table(["study", "claim"])
+    for name, cls in studies().items():
+        table.add(name, cls.source)
+    return table
 
 
 def settings_of(name: str, said: Mapping[str, Any]) -> dict[str, Any]:

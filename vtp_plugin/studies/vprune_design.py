@@ -1,37 +1,43 @@
 """vprune-design: what the group, the two thresholds and the choice of the patch are worth.
 
 Source: V-PRUNE, Appl. Sci. 2025, 15(17), 9463, sections 4.2.5 and 5.3: groups of 2x2, 3x3 and 4x4, chi-square
-thresholds 5, 10 and 20, cosine thresholds and their interaction. `random` at equal removal shows what the choice of the
-patches is worth.
+thresholds 5, 10 and 20, cosine thresholds and their interaction. Two parts: `answers` asks a model, with `random` at
+equal removal, which shows what the choice of the patches is worth; `photographs` asks none and holds readings of the
+article against the shares that it prints (`studies.readings`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtp_plugin.config import build
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting.tables import Table
+from vtp_plugin.studies import readings
 from vtp_plugin.studies.evaluated import Cells, Evaluated, by_id, correct, interval, points, rows, unpruned
 from vtp_plugin.studies.vprune_main import removed_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch import Tensor
 
     from vtp_plugin.reporting.runs import Run
 
 
+ANSWERS, PHOTOGRAPHS = PARTS = ("answers", "photographs")
+
+
 class VPruneDesign(Evaluated):
-    """Accuracy and removed share over V-PRUNE's choices, and its calibration."""
+    """Accuracy and removed share over V-PRUNE's choices; what its readings remove of photographs."""
 
     name = "vprune-design"
     source = "V-PRUNE (Appl. Sci. 2025, 15(17), 9463), sections 4.2.5 and 5.3; removed share 13-37 %"
 
     def planned(self) -> Cells:
         said = self.settings
+        if ANSWERS not in said["parts"]:
+            return {}
         base = {"group": said["group"][0], "cosine_threshold": said["cosine_threshold"][0]}
         cells = {
             design_id(base["group"], chi2, cosine): design(base["group"], chi2, cosine)
@@ -43,10 +49,29 @@ class VPruneDesign(Evaluated):
         return unpruned() | cells
 
     def check(self) -> None:
+        from vtp_plugin.hosts.transformers.preparing import prepared
+
+        said = self.settings
+        if not said["parts"] or set(said["parts"]) - set(PARTS):
+            raise PruningError(f"{self.name}: parts must be some of {', '.join(PARTS)}, got {said['parts']}")
         super().check()
-        self._pictures()
+        if PHOTOGRAPHS in said["parts"]:
+            if taken := {readings.OURS, readings.CONTROL} & set(said["readings"]):
+                raise PruningError(f"{self.name}: a reading cannot be called '{taken.pop()}'")
+            for fields, chi2 in product(self._readings().values(), said["chi2_threshold"]):
+                build(LEADER, {**fields, **readings.at(chi2)})
+            for name in said["processors"]:
+                readings.unpad(prepared(name))
+            self.pictures = readings.photographs(said["pictures"], said["proportions"], said["most"])
 
     def measure(self) -> dict[str, Any]:
+        work = {ANSWERS: self._answers, PHOTOGRAPHS: self._photographs}
+        found = [work[part]() for part in PARTS if part in self.settings["parts"]]
+        return {key: value for each in found for key, value in each.items()}
+
+    # -- asking a model -------------------------------------------------------------------------------------------
+
+    def _answers(self) -> dict[str, Any]:
         run = self.evaluate(self.planned(), "designs")
         removed = {cell.id: self._removed(run, cell.id) for cell in run if cell.pruning != "none"}
         controls = unpruned() | {
@@ -60,7 +85,6 @@ class VPruneDesign(Evaluated):
             "removed_by_task": {id: self._removed_by_task(run, id) for id in removed},
             "random": rows(at_random),
             "over_random": {id: self._over_random(run, at_random, id) for id in removed},
-            "calibration": self.once("calibration", self._calibration),
         }
 
     @staticmethod
@@ -76,42 +100,31 @@ class VPruneDesign(Evaluated):
         control = at_random[f"random-{id}"]
         return interval([correct(run[id], task) - correct(control, task) for task in run.tasks])
 
-    # -- the thresholds that give the article's shares ------------------------------------------------------------
+    # -- asking none ----------------------------------------------------------------------------------------------
 
-    def _pictures(self) -> list[Any]:
-        from vtp_plugin.hosts.transformers.zero_shot import pictures_of
+    def _readings(self) -> dict[str, dict[str, Any]]:
+        return {readings.OURS: {}} | self.settings["readings"]
 
-        if self.settings["images"]:
-            found = pictures_of(Path(self.settings["images"]))
-            if not found:
-                raise PruningError(f"no pictures in {self.settings['images']}")
-            return found
-        from vtp_plugin.studies.poster_l2 import embedded
+    def _photographs(self) -> dict[str, Any]:
+        """Every reading as the first processor prepares the pictures, the defaults as the others do."""
+        said = self.settings
+        first, *others = said["processors"]
+        asked = {first: self._readings()} | {name: {readings.OURS: {}} for name in others}
+        found = readings.measure(self.pictures, asked, said["chi2_threshold"], self.once)
+        fitted = self.once("calibration", lambda: readings.calibrations(self.pictures, first, self._photographic()))
+        return {"photographs": found | {"photographic": self._photographic()}, "calibration": fitted}
 
-        return embedded()[1]
-
-    def _calibration(self) -> list[dict[str, Any]]:
-        """The cosine threshold that removes the first share, and what it removes at the other chi-square thresholds."""
-        from vtp_plugin.compare.calibration import calibrate, removed_share
-
-        side, found = self.settings["image_size"] // 14, []
-        tiles = [tile(picture, self.settings["image_size"]) for picture in self._pictures()]
-        for data, targets in self.settings["targets"].items():
-            thresholds = list(targets)
-            try:
-                first = calibrate(LEADER, "cosine_threshold", at(thresholds[0]), tiles, side, targets[thresholds[0]])
-            except PruningError as error:
-                found.append({"data": data, "error": str(error), "targets": targets})
-                continue
-            fields = {"cosine_threshold": first.strategy.cosine_threshold}
-            shares = {t: removed_share(build(LEADER, {**fields, **at(t)}), tiles, side) for t in thresholds}
-            found.append({"data": data, **fields, "targets": targets, "removed": shares})
-        return found
+    def _photographic(self) -> dict[str, dict[str, float]]:
+        """The article's data sets whose pictures are photographs."""
+        return {data: self.settings["targets"][data] for data in self.settings["photographic"]}
 
     # -- what it looks like ---------------------------------------------------------------------------------------
 
     def tables(self, results: Mapping[str, Any]) -> list[Table]:
-        return [self._designs(results), self._calibrated(results)]
+        found = [self._designs(results)] if "cells" in results else []
+        if "photographs" in results:
+            found += readings.tables(results["photographs"], results["photographs"]["photographic"])
+        return [*found, self._calibrated(results)] if "calibration" in results else found
 
     def _designs(self, results: Mapping[str, Any]) -> Table:
         columns = ["group", "chi2", "cosine", "removed", "accuracy", "- unpruned", "random", "- random"]
@@ -148,12 +161,22 @@ class VPruneDesign(Evaluated):
                 table.add(
                     entry["data"], chi2, f"{100 * target:.1f}", entry.get("cosine_threshold", "not reachable"), here
                 )
+        remarks = [entry["remark"] for entry in results["calibration"] if entry.get("remark")]
         table.caption = (
             "In %. The cosine threshold is fitted at the first chi-square threshold of each data set, on our pictures."
+            f"{''.join(f' {each[:1].upper()}{each[1:]}.' for each in remarks)}"
         )
         return table
 
     def figures(self, results: Mapping[str, Any]) -> dict[str, Figure]:
+        found = {"designs": self._designs_figure(results)} if "cells" in results else {}
+        if "photographs" in results:
+            shares = results["photographs"]
+            found[PHOTOGRAPHS] = readings.figure(shares, shares["photographic"])
+        return found
+
+    @staticmethod
+    def _designs_figure(results: Mapping[str, Any]) -> Figure:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(5.5, 3.6), layout="constrained")
@@ -165,7 +188,7 @@ class VPruneDesign(Evaluated):
         axis.set_xlabel("visual tokens removed, %")
         axis.set_ylabel("mean accuracy, %")
         axis.legend()
-        return {"designs": figure}
+        return figure
 
 
 LEADER = "vprune"
@@ -177,26 +200,3 @@ def design(group: int, chi2: float, cosine: float) -> tuple[str, dict[str, Any]]
 
 def design_id(group: int, chi2: float, cosine: float) -> str:
     return f"{LEADER}-group{group}-chi2_{chi2:g}-cosine_{cosine:g}"
-
-
-def at(chi2: str | float) -> dict[str, float]:
-    return {"chi2_threshold": float(chi2)}
-
-
-def build(name: str, fields: Mapping[str, Any]) -> Any:
-    from vtp_plugin.config import build
-
-    return build(name, fields)
-
-
-def tile(picture: Any, size: int) -> Tensor:
-    """The patches of a picture, resized by its shorter side and cropped in the middle, [1, N, 3, 14, 14] uint8."""
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps
-
-    from vtp_plugin.hosts.transformers.zero_shot import opened
-    from vtp_plugin.surgery.pixels import patches
-
-    fitted = ImageOps.fit(opened(picture), (size, size), Image.Resampling.BICUBIC)
-    return patches(torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None], 14)

@@ -23,6 +23,16 @@ def scale(module: nn.Module) -> float:
     return getattr(module, "scaling", getattr(module, "scale", module.head_dim**-0.5))
 
 
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Scaled logits as an attention module bends them in front of its softmax, below +- cap; None: as they are."""
+    return logits if cap is None else (logits / cap).tanh() * cap
+
+
+def cap(module: nn.Module) -> float | None:
+    """What the logits of an attention module stay below, as in Gemma 2; None: nothing."""
+    return getattr(module, "attn_logit_softcapping", None)
+
+
 def window(module: nn.Module) -> int | None:
     """How many columns back an attention module sees, itself included; None: all of them."""
     if hasattr(module, "sliding_window"):
@@ -32,31 +42,41 @@ def window(module: nn.Module) -> int | None:
 
 
 def row(
-    query: Tensor, keys: Tensor, factor: float, visible: Tensor | None = None, bias: Tensor | None = None
+    query: Tensor,
+    keys: Tensor,
+    factor: float,
+    visible: Tensor | None = None,
+    bias: Tensor | None = None,
+    limit: float | None = None,
 ) -> Tensor:
     """Softmax of one query row, mean over heads: [B, H, d], [B, Hkv, L, d], visible [B, L] bool -> [B, L] fp32.
 
-    `bias` [B, 1, L] is added to the logits.
+    `bias` [B, 1, L] is added to the logits, which stay below `limit`.
     """
-    return head_rows(query, keys, factor, visible, bias).mean(1)
+    return head_rows(query, keys, factor, visible, bias, limit).mean(1)
 
 
 def head_rows(
-    query: Tensor, keys: Tensor, factor: float, visible: Tensor | None = None, bias: Tensor | None = None
+    query: Tensor,
+    keys: Tensor,
+    factor: float,
+    visible: Tensor | None = None,
+    bias: Tensor | None = None,
+    limit: float | None = None,
 ) -> Tensor:
     """The same of every head, [B, H, L] fp32."""
     keys = keys.float().repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
-    logits = (keys @ query.float()[..., None]).squeeze(-1) * factor  # [B, H, L]
+    logits = capped((keys @ query.float()[..., None]).squeeze(-1) * factor, limit)  # [B, H, L]
     logits = logits if bias is None else logits + bias
     if visible is not None:
         logits = logits.masked_fill(~visible[:, None], float("-inf"))
     return logits.softmax(-1)
 
 
-def rows(queries: Tensor, keys: Tensor, factor: float, visible: Tensor) -> Tensor:
+def rows(queries: Tensor, keys: Tensor, factor: float, visible: Tensor, limit: float | None = None) -> Tensor:
     """Softmax of several query rows, [H, T, d], [Hkv, L, d], visible [T, L] bool -> [H, T, L] fp32."""
     keys = keys.float().repeat_interleave(len(queries) // len(keys), dim=0)
-    logits = (queries.float() @ keys.mT) * factor
+    logits = capped((queries.float() @ keys.mT) * factor, limit)
     return logits.masked_fill(~visible, float("-inf")).softmax(-1)
 
 

@@ -62,7 +62,7 @@ class Reading:
         else:
             rows = self.mask[:, 0].expand(len(self.hidden), -1, -1)
             visible = self.valid & self._shown(rows.gather(1, last[..., None].expand(-1, -1, rows.shape[2]))[:, 0])
-        return attention.row(query[:, :, 0], self.keys, attention.scale(self.module), visible)
+        return attention.row(query[:, :, 0], self.keys, attention.scale(self.module), visible, limit=self._limit)
 
     def rows(self, sample: int, columns: Tensor) -> Tensor:
         """Attention of some columns [T] of one sample, mean over heads, [T, L] fp32.
@@ -73,13 +73,14 @@ class Reading:
         shared = len(queries) // len(keys)
         heads = max(1, self.hidden.shape[-1] // max(1, len(columns)) // shared)  # of keys
         pairs = zip(queries.split(heads * shared), keys.split(heads), strict=True)
-        total = sum(attention.rows(q, k, attention.scale(self.module), visible).sum(0) for q, k in pairs)
+        factor = attention.scale(self.module)
+        total = sum(attention.rows(q, k, factor, visible, self._limit).sum(0) for q, k in pairs)
         return total / len(queries)
 
     def head_rows(self, sample: int, columns: Tensor) -> Tensor:
         """Attention of some columns [T] of one sample, [H, T, L] fp32."""
         queries, keys, visible = self._of(sample, columns)
-        return attention.rows(queries, keys, attention.scale(self.module), visible)
+        return attention.rows(queries, keys, attention.scale(self.module), visible, self._limit)
 
     def _of(self, sample: int, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [H, T, d] of some columns [T] of one sample, keys [Hkv, L, d], and what they attend to [T, L]."""
@@ -100,8 +101,8 @@ class Reading:
         hidden = ~self._visible(sample, columns)
         strongest = queries.new_zeros(hidden.shape)
         for query, key in zip(queries, keys.repeat_interleave(len(queries) // len(keys), dim=0), strict=True):
-            logits = (query @ key.T * attention.scale(self.module)).masked_fill(hidden, float("-inf"))
-            torch.maximum(strongest, logits.softmax(-1), out=strongest)
+            logits = attention.capped(query @ key.T * attention.scale(self.module), self._limit)
+            torch.maximum(strongest, logits.masked_fill(hidden, float("-inf")).softmax(-1), out=strongest)
         return strongest
 
     def norms(self, sample: int) -> Tensor:
@@ -119,6 +120,11 @@ class Reading:
     def outputs(self, sample: int, columns: Tensor) -> Tensor:
         """What attention makes of the values for some columns [T] of one sample, [H, T, d] fp32."""
         return self.head_rows(sample, columns) @ self.values(sample)
+
+    @property
+    def _limit(self) -> float | None:
+        """What the layer's logits stay below."""
+        return attention.cap(self.module)
 
     def _visible(self, sample: int, columns: Tensor) -> Tensor:
         """What some columns [T] of one sample attend to, [T, L] bool."""

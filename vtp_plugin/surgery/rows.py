@@ -168,6 +168,22 @@ class GroupRows(RowsView):
         return torch.cat(pieces)[None]
 
     @property
+    def film(self) -> tuple[int, int, int]:
+        if len(self.group) > 1:
+            raise self.strategy.error(f"frames are those of one video, budget={self.strategy.budget} is of several")
+        return self.images[0].film or (1, *self.grid)
+
+    @property
+    def frame(self) -> Tensor:
+        _, rows, columns = self.film
+        return (self.source // (rows * columns))[None]
+
+    @property
+    def cell(self) -> Tensor:
+        _, rows, columns = self.film
+        return torch.stack([self.source // columns % rows, self.source % columns], dim=-1)[None]
+
+    @property
     def view(self) -> Tensor | None:
         if not self._several_views:
             return None

@@ -109,6 +109,19 @@ def test_one_that_keeps_everything_beside_one_that_cuts_is_allowed() -> None:
     assert results["pruning"]["samples"]["pruned"] == 1
 
 
+def test_thresholds_may_find_nothing_where_that_is_a_result(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from vtp_plugin import get_strategy
+
+    whole = [{"task": "a", "doc_id": 0, "images": [{"before": 144, "after": 144}]}]
+    with pytest.raises(PruningError, match="vprune: 1 images went in and not one token was cut"):
+        proof.check([get_strategy("vprune")()], whole, [proof.Seen(whole, 1)], cached=False)
+    monkeypatch.setenv(proof.IDLE, "1")
+    proof.check([get_strategy("vprune")()], whole, [proof.Seen(whole, 1)], cached=False)
+    assert [line.strip() for line in said] == ["vtp-plugin: vprune kept everything: it found nothing to drop"]
+    with pytest.raises(PruningError, match="fastv: 1 images went in"):  # a budget is one all the same
+        proof.check([get_strategy("fastv")(keep_ratio=0.5)], whole, [proof.Seen(whole, 1)], cached=False)
+
+
 SEEN = [{"task": "a", "doc_id": 0, "images": [{"before": 9, "after": 3}]}, {"task": "b", "doc_id": 0, "images": []}]
 
 

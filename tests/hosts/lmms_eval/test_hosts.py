@@ -260,6 +260,27 @@ def test_videos(key: str, work: Work) -> None:
         assert all(before > FIRST for before in images(line, "before"))
 
 
+@pytest.mark.parametrize(
+    ("key", "method"), [("qwen2_5_vl", "evs"), ("qwen3_vl", "flashvid"), ("llava_hf-onevision", "vidcom2")]
+)
+def test_methods_for_videos(key: str, method: str, work: Work) -> None:
+    """One budget for every clip, decoded and prepared by the host."""
+    more = f"pruning={method},pruning.keep_ratio=0.6"
+    results = work.evaluate(key, more=more, tasks="clips", batch_size=1, limit=None, force_simple=True)
+    assert results["pruning"]["samples"] == {"total": 2, "with_images": 2, "pruned": 2}
+    for line in lines(results, "clips"):
+        (before,), (after,) = images(line, "before"), images(line, "after")
+        assert after - VIDEOS[key] == int(0.6 * (before - VIDEOS[key]) + 1e-9)
+
+
+def test_frames_are_compared_where_there_are_any(work: Work) -> None:
+    """Of pictures EVS drops nothing, which is no run; other families refuse it before anything runs."""
+    with pytest.raises(PruningError, match=r"^evs: 4 images went in and not one token was cut"):
+        work.evaluate("qwen2_5_vl", more="pruning=evs")
+    with pytest.raises(PruningError, match=r"^evs: it compares the frames of a video, Gemma 3 is shown pictures only"):
+        work.evaluate("gemma3", more="pruning=evs", tasks="clips", batch_size=1, limit=None, force_simple=True)
+
+
 def test_a_batch_that_the_host_takes_apart_keeps_its_documents(work: Work) -> None:
     """Mistral 3's class fetches a whole batch and calls the model once for every document of it."""
     host: Host = HOSTS["mistral3_vl"]

@@ -33,7 +33,7 @@ LOOSE = {  # what has no budget
 
 
 DEPTH = {"hiprune": {"shallow": 2}, "vscan": {"shallow": 2}}  # the embedded tower has six blocks
-ELSEWHERE = {"mmtok"}  # refused: it reads the language model's embeddings (test_refusals)
+ELSEWHERE = {"mmtok", "evs", "vidcom2", "flashvid"}  # refused: embeddings of words, frames (test_refusals)
 
 
 def settings_of(name: str, keep: float) -> dict[str, Any]:

@@ -40,7 +40,7 @@ OWN = {
     "qwen2_5_vl": {"window_size": 2 * UNIT, "fullatt_block_indexes": [1]},
     "qwen3_vl": {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
 }
-ABSENT = {"text", "aligned", "class_query"}  # signals that only towers of CLIP have
+ABSENT = {"text", "aligned", "class_query", "film"}  # signals that only towers of CLIP have, and those of videos
 FRAMES = {"fps": 2.0, "duration": 1.0, "total_num_frames": 2, "frames_indices": [0, 1], "video_backend": "opencv"}
 VIDEO_FRAMES = [(np.zeros((2, 16, 16, 3), np.uint8), FRAMES)]
 CLOSE = 2e-4  # log-probabilities, fp32 kernels of two hosts

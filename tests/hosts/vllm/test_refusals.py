@@ -33,6 +33,7 @@ SENTENCES = [
     ({"strategy": "l2", "positions": "original"}, "l2: vLLM counts positions by columns of the prompt"),
     ({"strategy": "cdpruner", "text_encoder": "llm"}, "cdpruner: text_encoder=llm is not possible inside vLLM"),
     ({"strategy": "mmtok"}, "mmtok: the language model's embeddings of a question are not possible inside vLLM"),
+    ({"strategy": "evs"}, "evs: the frames of a video are not shown inside vLLM, where only pictures are pruned"),
     ({"keep_ratio": 0.5}, "expected {'strategy': NAME, ...}"),
 ]
 

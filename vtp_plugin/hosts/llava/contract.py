@@ -19,6 +19,7 @@ MODEL = (
     _At(".get_vision_tower()", "the vision tower", has=("vision_tower", "select_layer", "hidden_size", "config")),
     _At(".config", "the CLIP that the tower comes from", has=("mm_vision_tower", "hidden_size")),
 )
+PICTURES = (_At("llava.mm_utils:process_images", "pictures as the model prepares them", takes=("images", "model_cfg")),)
 ANYRES = (
     *MODEL,
     _At("llava.mm_utils:get_anyres_image_grid_shape", "how tiles lie", takes=("image_size", "grid_pinpoints")),

@@ -149,10 +149,12 @@ class Host:
         return f"the lmms-eval process {died} without results; its last line: {said}"
 
 
-def command_alone(entry: Mapping[str, Any], cell: Spec, launch: Sequence[str] = ()) -> list[str]:
-    """The command line that runs this cell by itself."""
+def command_alone(
+    entry: Mapping[str, Any], cell: Spec, launch: Sequence[str] = (), into: Path | None = None
+) -> list[str]:
+    """The command line that runs this cell by itself, from the folder that it writes below, or `into` it."""
     pairs = ",".join(f"{key}={yaml_scalar(value)}" for key, value in cell.pruning_args.items())
-    said = {**entry, "pruning": cell.pruning, "pruning_args": pairs, "output_path": cell.id}
+    said = {**entry, "pruning": cell.pruning, "pruning_args": pairs, "output_path": str((into or Path()) / cell.id)}
     options = [part for key, value in said.items() if value not in ("", None) for part in (f"--{key}", str(value))]
     return [*(launch or ["python"]), "-m", "lmms_eval", *options, "--log_samples"]
 

@@ -35,10 +35,11 @@ def decoder(path: str, normed: bool = False, window: bool = False, numbered: boo
     )
 
 
-def prompt(core: str = ".model") -> tuple[TouchPoint, ...]:
-    """A model whose prompt is shortened and whose features are served."""
+def prompt(core: str = ".model", every_logit: bool = False) -> tuple[TouchPoint, ...]:
+    """A model whose prompt is shortened and whose features are served; `every_logit`: it keeps them of all columns."""
+    keeping = () if every_logit else ("logits_to_keep",)
     return (
-        _At(".", "calls of the model", takes=("input_ids", "attention_mask", "labels", "logits_to_keep", CACHE)),
+        _At(".", "calls of the model", takes=("input_ids", "attention_mask", "labels", *keeping, CACHE)),
         _At(".generate", "calls of the model", takes=("inputs", "generation_config")),
         _At(".prepare_inputs_for_generation", "one forward pass of a generation"),
         _At(".", "losses and configuration", has=("loss_function", "config", "generation_config")),
@@ -62,23 +63,25 @@ def clip(path: str) -> tuple[TouchPoint, ...]:
     )
 
 
-def packed(*functions: str) -> tuple[TouchPoint, ...]:
-    """A Qwen-VL's tower and positions; `functions` of its file that compute something per patch."""
+COUNTED = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+
+
+def packed(*functions: str, counted: tuple[str, ...] = COUNTED) -> tuple[TouchPoint, ...]:
+    """A Qwen-VL's tower and positions; `functions` of its file that compute something per patch.
+
+    `counted`: what its positions follow from.
+    """
     path = ".model.visual"
     parts = ("patch_embed", "blocks", "merger", "spatial_merge_size")
     return (
         _At(path, "the vision tower", takes=("hidden_states", "grid_thw"), has=parts),
         _At(f"{path}.patch_embed", "patches", has=("patch_size",)),
         _At(f"{path}.blocks.0", "cuts and signals of the tower", takes=("cu_seqlens",), has=("attn",)),
-        _At(f"{path}.blocks.0.attn", "attention rows", has=("qkv", "num_heads", "scaling")),
+        _At(f"{path}.blocks.0.attn", "attention rows", has=("qkv|q", "num_heads", "scaling")),
         _At(f"{path}@apply_rotary_pos_emb_vision", "attention rows", takes=("q", "k", "cos", "sin")),
         _At(f"{path}@get_vision_position_ids", "positions of kept patches"),
         *(_At(f"{path}@{name}", "what the tower computes per patch") for name in functions),
-        _At(
-            ".model.get_rope_index",
-            "positions on three axes",
-            takes=("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask"),
-        ),
+        _At(".model.get_rope_index", "positions on three axes", takes=counted),
         _At(".model.get_image_features", "features of the images", takes=("image_grid_thw",)),
         _At(".model.get_video_features", "features of the videos", takes=("video_grid_thw",)),
     )

@@ -99,10 +99,17 @@ class ZeroShot:
 
     def features(self, pictures: Sequence[Any]) -> Tensor:
         """Unit features of one batch, [P, D]."""
-        inputs = self.processor(images=[opened(picture) for picture in pictures], return_tensors="pt")
         with torch.no_grad():
-            features = self.model.get_image_features(inputs["pixel_values"].to(self.model.device)).pooler_output
-        return normalize(features, dim=-1)
+            return self.embedded(self.values(pictures))
+
+    def values(self, pictures: Sequence[Any]) -> Tensor:
+        """What the encoder is given of one batch, [P, 3, H, W]."""
+        inputs = self.processor(images=[opened(picture) for picture in pictures], return_tensors="pt")
+        return inputs["pixel_values"].to(self.model.device)
+
+    def embedded(self, values: Tensor) -> Tensor:
+        """Unit features of pixel values [P, 3, H, W], with gradients where they are asked for, [P, D]."""
+        return normalize(self.model.get_image_features(values).pooler_output, dim=-1)
 
     def seen(self, picture: Any) -> Tensor:
         """A picture as it leaves the image processor, without normalisation, [3, H, W] uint8."""

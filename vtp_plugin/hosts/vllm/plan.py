@@ -118,6 +118,8 @@ class Plan:
             )
         if reason := signals.wrong(strategy, inside=bool(strategy.cut_blocks(self.blocks))):
             raise strategy.error(reason)
+        if not strategy.pictures:
+            raise strategy.error("the frames of a video are not shown inside vLLM, where only pictures are pruned")
         if strategy.stage is not Stage.PIXELS and not strategy.budgeted:
             raise strategy.error(
                 "vLLM reserves the prompt's columns before the vision tower runs, so the number must not depend on "

@@ -1,0 +1,68 @@
+"""Qwen2.5-Omni's thinker: the packed tower of Qwen2.5-VL with windows, 2x2 merger, audio in the same prompt.
+
+Pictures and videos are pruned, audio is not: its tokens stay where they are, between the frames of a video, too.
+Original positions are kept. The whole model generates with its thinker, the one that is pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vtp_plugin.adapters.qwen2_5_vl import Qwen25VL
+from vtp_plugin.adapters.refused import Refused
+from vtp_plugin.contract import TouchPoint
+from vtp_plugin.hosts.compatibility import TRANSFORMERS
+from vtp_plugin.hosts.transformers import contract
+from vtp_plugin.stages import Stage
+
+PARTS = "it is several models, of which the thinker sees pictures: prune its `thinker`, and let it generate with that"
+COUNTED = ("input_ids", "image_grid_thw", "video_grid_thw", "attention_mask", "use_audio_in_video", "audio_seqlens")
+
+
+class Qwen25Omni(Qwen25VL):
+    """The thinker of transformers' Qwen2.5-Omni."""
+
+    family = "qwen2_5_omni"
+    touches = (
+        *contract.SHARED,
+        *contract.prompt(every_logit=True),
+        *contract.decoder(contract.LANGUAGE),
+        *contract.repeated(),
+        *contract.packed("get_vision_window_index", counted=(*COUNTED, "second_per_grids")),
+        TouchPoint(
+            TRANSFORMERS,
+            ".model.visual",
+            "windows of the tower",
+            has=("window_size", "patch_size", "fullatt_block_indexes"),
+        ),
+    )
+    models = "Qwen2.5-Omni (thinker)"
+    names = ("Qwen2_5OmniThinkerForConditionalGeneration",)
+    every_logit = True
+
+    def axes(self, inputs: Mapping[str, Any], ids: Tensor, real: Tensor) -> Tensor:
+        """Positions [3, B, L] of the whole prompt, audio and seconds per frame counted in."""
+        heard = inputs.get("feature_attention_mask")
+        positions, self.core.rope_deltas = self.core.get_rope_index(
+            input_ids=ids,
+            image_grid_thw=inputs.get("image_grid_thw"),
+            video_grid_thw=inputs.get("video_grid_thw"),
+            attention_mask=real.long(),
+            use_audio_in_video=bool(inputs.get("use_audio_in_video")),
+            audio_seqlens=inputs.get("audio_feature_lengths") if heard is None else heard.sum(-1),
+            second_per_grids=inputs.get("video_second_per_grid"),
+        )
+        return positions
+
+
+class Qwen25OmniWhole(Refused):
+    """transformers' Qwen2.5-Omni with everything that speaks."""
+
+    family = "qwen2_5_omni_whole"
+    models = "Qwen2.5-Omni"
+    names = ("Qwen2_5OmniForConditionalGeneration",)
+    refused = PARTS
+    stages = dict.fromkeys(Stage, PARTS)
