@@ -61,6 +61,12 @@ def test_calibration_reaches_the_share_and_its_yaml_is_usable(picture: Path, tmp
         (["show", "nowhere.png", "--question", "x"], "picture not found: nowhere.png"),
         (["show", __file__, "--question", "x"], "not a picture that can be read"),
         (["show", "nowhere.png", "--question", "x", "--pruning", "visonzip"], "Did you mean 'visionzip'?"),
+        (
+            ["show", "nowhere.png", "--question", "x", "--pruning", "l2", "--pruning=atp"],
+            "--pruning is given twice with",
+        ),
+        (["show", "nowhere.png", "--question", "x", "-o", "a.png", "--output=b.png"], "values: a.png and b.png"),
+        (["show", __file__, "--question", "x", "-o", "a.txt"], "its name must end in .png"),
         (["calibrate", "vprune", "nowhere", "--target", "0.2"], "not found: nowhere"),
         (["calibrate", "vprune", ".", "--target", "2"], "--target must be a share between 0 and 1"),
         (["calibrate", "vprune", __file__, "--target", "0.2", "--processor", "lava-1.5"], "Did you mean 'llava-1.5'?"),

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Annotated, Any, get_type_hints
@@ -90,6 +91,7 @@ def run(arguments: Sequence[str]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
     try:
+        _refuse_twice(arguments)
         ended = _commands()(args=[*arguments], prog_name="vtp", standalone_mode=False)
     except SystemExit as error:
         ended = error.code if isinstance(error.code, int) else FAILED
@@ -118,6 +120,24 @@ def _commands() -> typer.Typer:
         pm.register(this, name=__name__)
         plugins.each("vtp_register_commands", cli=app)
     return app
+
+
+def _refuse_twice(arguments: Sequence[str]) -> None:
+    """PruningError for an option that is given twice with different values, of which the last would win."""
+    command = getattr(typer.main.get_command(_commands()), "commands", {}).get(next(iter(arguments), ""))
+    for option in getattr(command, "params", ()):
+        if option.param_type_name != "option" or option.multiple or option.is_flag:
+            continue
+        given = _given(arguments[1:], option.opts)
+        if len(set(given)) > 1:
+            name = max(option.opts, key=len)
+            raise PruningError(f"{name} is given twice with different values: {given[0]} and {given[-1]}")
+
+
+def _given(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The values of an option, as often as it stands there."""
+    pairs = [(part.partition("="), behind) for part, behind in pairwise([*arguments, ""])]
+    return [value if equals else behind for (name, equals, value), behind in pairs if name in names]
 
 
 def _failed(error: BaseException) -> int:

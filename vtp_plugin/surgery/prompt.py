@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.stages import Stage
-from vtp_plugin.surgery import answers, asking, cache, losses, masks, turns
+from vtp_plugin.surgery import answers, asking, cache, losses, masks, spoken, turns
 from vtp_plugin.surgery.binding import bound
 from vtp_plugin.surgery.call import Call
 from vtp_plugin.surgery.columns import Columns
@@ -70,7 +70,7 @@ class PlaceholderCalls:
         ids, images = inputs.get("input_ids"), self.family.has_images(inputs)
         filled = turns.recall(inputs)
         asking.check(self.pruned, inputs, images and filled is None, generating=True)
-        with self.pruned.calling() as call, torch.no_grad(), turns.generating(), masks.translated(self.model, call):
+        with self.pruned.calling() as call, torch.no_grad(), spoken.generating(), masks.translated(self.model, call):
             call.rows = 1 if ids is None else len(ids)
             if not images or filled is not None:
                 return self.generate(**inputs)
@@ -164,7 +164,7 @@ class PlaceholderCalls:
             inputs["logits_to_keep"] = wanted.window(left)
         translate = _labelled(call, left, wanted)
         with (
-            turns.inside(),
+            spoken.inside(),
             losses.translated(self.model, labelled, translate),
         ):
             output = self.forward(**inputs, return_dict=True)
@@ -234,7 +234,7 @@ class PlaceholderCalls:
             inputs["position_ids"] = self.family.following(real.long().cumsum(1) - 1)
         if inputs.get("position_ids") is not None:
             inputs["position_ids"] = turn.moved(inputs["position_ids"][..., -queries:])
-        with turns.inside():
+        with spoken.inside():
             output = self.forward(**inputs, return_dict=True)
         answers.put_back(output, call, left, queries)
         return self._answered(output, named)

@@ -6,10 +6,7 @@ on speaking of the whole prompt, in masks, positions and lengths.
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,16 +14,16 @@ import torch
 from torch import Tensor
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.surgery import cache
+from vtp_plugin.surgery import cache, spoken
 from vtp_plugin.surgery.call import Call
 from vtp_plugin.surgery.columns import Columns
 from vtp_plugin.surgery.positions import lookup
+from vtp_plugin.surgery.spoken import OfCache, Spoken
 
 MARK = "_vtp_turn"
 REGROUPING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")  # of a cache: they move its rows
 REFUSED_POSITIONS = "pruning cannot shorten a prompt that comes with its own position_ids"
 OTHERWISE = "the cache was filled while the model was pruned otherwise: begin with the prompt again"
-_inside = threading.local()
 
 
 @dataclass(eq=False)
@@ -205,36 +202,6 @@ def _same(given: Tensor, expected: Tensor, real: Tensor) -> Tensor:
 # -- on the cache -----------------------------------------------------------------------------------------------------
 
 
-class OfCache:
-    """A method of one cache that a pruned prompt is in, in the place of its class's own.
-
-    The cache holds it, so it does not hold the cache: keys and values end with the last name for them, and not when
-    the garbage collector finds a circle. Copied and pickled with its cache, it belongs to the copy.
-    """
-
-    def __init__(self, stored: Any, said: Any) -> None:
-        self.stored, self.said = weakref.ref(stored), said
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OfCache:
-        stored = self.stored()
-        return type(self)(memo.get(id(stored), stored), self.said)
-
-    def __getstate__(self) -> tuple[Any, Any]:
-        return self.stored(), self.said
-
-    def __setstate__(self, state: tuple[Any, Any]) -> None:
-        self.__init__(*state)
-
-
-class Spoken(OfCache):
-    """`get_seq_length`: the caller's columns (so many more are `said`) outside of the model, what is stored inside."""
-
-    def __call__(self, layer_idx: int = 0) -> int:
-        stored = self.stored()
-        length = type(stored).get_seq_length(stored, layer_idx)
-        return length if getattr(_inside, "depth", 0) or not length else length + self.said
-
-
 class Regrouped(OfCache):
     """The method `said`, which takes rows of a cache or repeats them: its prompt has the same rows afterwards.
 
@@ -245,7 +212,7 @@ class Regrouped(OfCache):
         stored = self.stored()
         turn, rows, given = getattr(stored, MARK), _rows(stored), next(iter((*args, *kwargs.values())))
         answer = getattr(type(stored), self.said)(stored, *args, **kwargs)
-        if not getattr(_inside, "generating", 0):
+        if not spoken.in_generate():
             every = torch.arange(rows)
             chosen = given if isinstance(given, Tensor) else every.repeat_interleave(given)
             remember(stored, turn.of_rows(every[chosen.cpu()], rows))
@@ -255,26 +222,6 @@ class Regrouped(OfCache):
 def _rows(stored: Any) -> int:
     """How many sequences a cache holds."""
     return next(len(layer.keys) for layer in stored.layers if isinstance(getattr(layer, "keys", None), Tensor))
-
-
-@contextmanager
-def inside() -> Iterator[None]:
-    """While open, this thread is inside a pass of the model."""
-    _inside.depth = getattr(_inside, "depth", 0) + 1
-    try:
-        yield
-    finally:
-        _inside.depth -= 1
-
-
-@contextmanager
-def generating() -> Iterator[None]:
-    """While open, this thread is inside of the host's `generate`."""
-    _inside.generating = getattr(_inside, "generating", 0) + 1
-    try:
-        yield
-    finally:
-        _inside.generating -= 1
 
 
 def stored_length(stored: Any) -> int:

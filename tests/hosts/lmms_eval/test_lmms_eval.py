@@ -537,6 +537,26 @@ def refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
     return said
 
 
+TYPED = {  # beside a good --pruning stride
+    "another value": (["--pruning", "l2"], "--pruning is given twice with different values: stride and l2"),
+    "other arguments": (
+        ["--pruning_args", "keep_ratio=0.5", "--pruning-args", "keep_ratio=0.2"],
+        "--pruning-args is given twice with different values: keep_ratio=0.5 and keep_ratio=0.2",
+    ),
+    "below a file": (["--output_path", "broken.yaml/out"], "cannot write into 'broken.yaml/out'"),
+    "a comma": (["--output_path", "a,b"], "--output_path a,b: the host cannot read a path with a comma"),
+}
+
+
+@pytest.mark.parametrize("case", TYPED)
+def test_options_that_contradict_and_outputs_that_nobody_can_write_are_refused_first(
+    case: str, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more, sentence = TYPED[case]
+    good = ["--model", "llava_hf", "--model_args", TINY, "--tasks", lmms.SCENES, "--pruning", "stride"]
+    assert sentence in refused([*good, *more], monkeypatch, capsys)
+
+
 @pytest.mark.parametrize("case", WRITTEN)
 def test_mistakes_in_a_config_file_are_one_sentence(
     case: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

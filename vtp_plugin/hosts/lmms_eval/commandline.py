@@ -126,11 +126,12 @@ class Parser(argparse.ArgumentParser):
         """Checks what the user said before anything is loaded."""
         if f"--{settings.KEY}" not in self._option_string_actions:
             _add_options(self)
-        found, rest = super().parse_known_args(args, namespace)
         try:
+            found, rest = super().parse_known_args(args, namespace)
             plugins.join(settings.modules(vars(found), found.config))
             for said in settings.every(vars(found), found.config):
                 if settings.strategies_in(said) is not None:
+                    settings.refuse_output(found.output_path or said.get("output_path"))
                     compatibility.refuse_broken(said.get("model", found.model))
                     contract.check(COMMAND_LINE)
         except PruningError as error:
@@ -138,7 +139,17 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
 
-class Names(argparse.Action):
+class Once(argparse.Action):
+    """An option that is given once, or twice alike."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest, None)
+        if before not in (None, values):
+            raise PruningError(f"{option_string} is given twice with different values: {before} and {values}")
+        setattr(namespace, self.dest, values)
+
+
+class Names(Once):
     """`--pruning`; the catalogue, which other packages fill, is only looked at when its help is shown."""
 
     @property
@@ -149,9 +160,6 @@ class Names(argparse.Action):
     def help(self, value: Any) -> None:
         """Set by argparse."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, values)
-
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("visual token pruning (vtp-plugin)")
@@ -159,6 +167,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         f"--{settings.ARGS}",
         f"--{settings.ARGS.replace('_', '-')}",
+        action=Once,
         type=str,
         default=None,
         metavar="KEY=VALUE,...",

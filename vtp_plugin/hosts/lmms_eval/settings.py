@@ -79,6 +79,15 @@ def refuse_empty(said: Mapping[str, Any], where: str = "", *, written: bool = Fa
             raise PruningError(f"{where}{name} is empty: say {example}")
 
 
+def refuse_output(path: Any) -> None:
+    """Where the host could write nothing it says so after the work, and ends well; commas end its own options."""
+    if not path:
+        return
+    if "," in str(path):
+        raise PruningError(f"--output_path {path}: the host cannot read a path with a comma")
+    files.check_folder(str(path))
+
+
 # -- model_args, the one carrier --------------------------------------------------------------------------------------
 
 
