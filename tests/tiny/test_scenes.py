@@ -139,7 +139,7 @@ def test_the_shipped_test_set_is_the_generator_s():
     shipped = datasets.Dataset.from_parquet(str(PARQUET))
     chosen = select()
     assert shipped["scene"][:] == [seed for seed, _ in chosen]
-    assert len(chosen) >= 260
+    assert len(chosen) == 1000
     assert Counter(shipped["presence_answer"]) == {"yes": len(chosen) // 2, "no": len(chosen) // 2}
     assert set(Counter(shipped["count_answer"]).values()) == {len(chosen) // len(NUMBERS)}
     for index, (seed, scene) in enumerate(chosen):

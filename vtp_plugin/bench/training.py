@@ -30,7 +30,7 @@ def smoke(folder: Path, device: str, seconds: float) -> dict[str, Any]:
     run = Run(folder, device)
     start_from_package(run)
     draw_pool(folder, "train", PICTURES)
-    shop, plan = Workshop(run, "caption"), PLANS[STAGE]  # as they were behind the stage
+    shop, plan = Workshop(run), PLANS[STAGE]
     learned = nn.ModuleDict({name: shop.networks[name] for name in TRAINS[STAGE]}).requires_grad_(True)
     optimizer = torch.optim.AdamW(parameter_groups(learned, plan.decay), plan.rate / 10)
     losses: list[float] = []

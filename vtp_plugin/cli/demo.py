@@ -11,7 +11,6 @@ from vtp_plugin import files
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting.terminal import console
 
-SPENT_BY_FASTV = 0.5  # of the embedded model's layers, two of four, see all tokens: random has to be held against that
 STRATEGIES = "atp,vprune,l2,fastv,visionzip,random"
 
 
@@ -26,8 +25,11 @@ def command(
     if not 0 < keep_ratio <= 1:
         raise PruningError(f"--keep-ratio must be in (0, 1], got {keep_ratio}")
     from vtp_plugin.compare import matrix, sweep
+    from vtp_plugin.plugins import get_strategy
     from vtp_plugin.reporting import comparison
     from vtp_plugin.reporting.figures import drawn
+    from vtp_plugin.tiny.checkpoint import load_weights
+    from vtp_plugin.tiny.modeling import depth
 
     out = console()
     comparison.check(files.check_folder(output))
@@ -36,7 +38,8 @@ def command(
     asked = [spec.strip() for spec in pruning.split(",")]
     specs = matrix.cells(asked, [keep_ratio])
     if "fastv" in asked and "random" in asked:
-        specs.append(matrix.cell("random", SPENT_BY_FASTV + (1 - SPENT_BY_FASTV) * keep_ratio))
+        spent = get_strategy("fastv")().layer / depth(load_weights("llama"))  # these layers see all tokens
+        specs.append(matrix.cell("random", spent + (1 - spent) * keep_ratio))  # which random has to be held against
     specs = matrix.numbered(matrix.unique(specs), matrix.SHARED)
     host = {"model": "llava", "model_args": "pretrained=vtp-tiny", "tasks": "vtp_scenes"}
     run = sweep.run(output, specs, **host, limit=limit, console=out)

@@ -12,15 +12,14 @@ from vtp_plugin import files
 from vtp_plugin.reporting import statistics, summary
 from vtp_plugin.reporting.tables import Table
 
-PAGES = (Path("README.md"), Path("docs/studies.md"))
+PAGES = (Path("README.md"), Path("docs/studies.md"), Path("docs/embedded-model.md"))
 SCALE = Path("docs/scale.md")
 RESULTS = Path("docs/results")
 STUDIES = RESULTS / "studies"
 LEADERBOARD = RESULTS / "leaderboard.html"
 DEMO, BENCH = RESULTS / "demo" / "summary.json", RESULTS / "bench_cpu.json"
-GPU = RESULTS / "gpu"
+GPU, TRAINING = RESULTS / "gpu", RESULTS / "tiny" / "log.json"
 HEADLINE = "fastv-0.25"
-SPENT = "random-0.625"  # as many tokens x layers as the headline's configuration
 SALIENT, CONTROL, COUNT = ("atp-0.25", "visionzip-0.25", "l2-0.25"), "random-0.25", "vtp_scenes_count"
 
 
@@ -28,6 +27,7 @@ def parts() -> dict[str, Callable[[], str]]:
     """The generated blocks by name."""
     from vtp_plugin.bench import gpu_page
     from vtp_plugin.cli.list import families
+    from vtp_plugin.tiny import page
 
     return {
         "headline": headline,
@@ -38,6 +38,8 @@ def parts() -> dict[str, Callable[[], str]]:
         "demo": lambda: demo().markdown(),
         "bench": lambda: bench().markdown(),
         "gpu": lambda: gpu_page.short(GPU),
+        "tiny stages": lambda: page.stages(TRAINING).markdown(),
+        "tiny accuracy": lambda: page.accuracy(TRAINING).markdown(),
         **{f"study {path.parent.name}": path.read_text for path in sorted(STUDIES.glob("*/table.md"))},
     }
 
@@ -48,7 +50,7 @@ def parts() -> dict[str, Callable[[], str]]:
 def headline() -> str:
     """One configuration of the demo in a sentence."""
     rows = files.read_json(DEMO)["rows"]
-    row, unpruned, random, spent = rows[HEADLINE], rows["none"], rows[CONTROL], rows[SPENT]
+    row, unpruned, random, spent = rows[HEADLINE], rows["none"], rows[CONTROL], rows[_spent(rows)]
     kept, of = row["tokens"]["after"], row["tokens"]["before"]
     return (
         f"**{_percent(row['mean'])} of {_questions(row)} questions right with {kept:.0f} of {of:.0f} visual tokens** "
@@ -93,14 +95,19 @@ def demo() -> Table:
             else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * over[k] for k in ("value", "low", "high"))),
         )
     table.caption = (
-        f"{_questions(rows['none'])} questions of five kinds. Accuracy: % right, mean over the kinds. Against random: "
-        "points above random with as many tokens x layers or the next fewer, paired by question; an interval that "
-        f"holds 0 does not show a difference{_beaten(rows)}. Tokens: in the last decoder layer; fastv's first two of "
-        "four layers see all of them, so it is held against random-0.625. Positions of kept tokens: those of the "
-        "whole prompt, for all. FLOPs: whole prefill, vision tower included. TTFT: median time to first token. Both: "
-        "relative to the unpruned model."
+        f"{_questions(rows['none'])} questions of {len(rows['none']['tasks'])} kinds. Accuracy: % right, mean over the "
+        "kinds. Against random: points above random with as many tokens x layers or the next fewer, paired by "
+        f"question; an interval that holds 0 does not show a difference{_beaten(rows)}. Tokens: in the last decoder "
+        f"layer; fastv's first two layers see all of them, so it is held against {_spent(rows)}. Positions of kept "
+        "tokens: those of the whole prompt, for all. FLOPs: whole prefill, vision tower included. TTFT: median time to "
+        "first token. Both: relative to the unpruned model."
     )
     return table
+
+
+def _spent(rows: Mapping[str, Any]) -> str:
+    """The control that has as many tokens x layers as the headline's configuration."""
+    return next(id for id in rows if id.startswith("random-") and id != CONTROL)
 
 
 def _beaten(rows: Mapping[str, Any]) -> str:

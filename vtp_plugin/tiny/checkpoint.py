@@ -134,14 +134,14 @@ def write_clip(folder: Path) -> None:
 def write_hf(folder: Path) -> None:
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-    from .modeling import SELECT_LAYER, clip_config, llama_config
+    from .modeling import SELECT_LAYER, clip_config, depth, llama_config
     from .prompts import CHAT_TEMPLATE, IMAGE, load_llama_tokenizer
     from .scenes import GRID, PATCH
 
     tokenizer, text = load_llama_tokenizer(WEIGHTS), load_weights("llama")
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**clip_config(8).vision_config.to_dict()),
-        text_config=llama_config(len(tokenizer)),
+        text_config=llama_config(len(tokenizer), depth(text)),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         projector_hidden_act="gelu",
         vision_feature_select_strategy="default",
@@ -173,7 +173,7 @@ def write_llava(folder: Path) -> None:
     """The authors' class is not needed to write its format; the vision tower is the CLIP folder."""
     from safetensors.torch import save_file
 
-    from .modeling import llama_config
+    from .modeling import depth, llama_config
 
     weights, pieces = load_weights("llama"), piece_count()
     for table in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -183,7 +183,7 @@ def write_llava(folder: Path) -> None:
         for kind in ("weight", "bias"):
             weights[f"model.mm_projector.{index}.{kind}"] = projector[f"{layer}.{kind}"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = llama_config(pieces).to_dict() | llava_facts(str(resolve(NAME, "clip")))
+    config = llama_config(pieces, depth(weights)).to_dict() | llava_facts(str(resolve(NAME, "clip")))
     write_json(folder / "config.json", config)
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     write_json(folder / "generation_config.json", tokens)

@@ -92,8 +92,10 @@ def fit(run: Run, stage: str, modules: nn.ModuleDict, plan: Plan, step_of: Step)
 
 
 def summary(recent: list[Metrics]) -> str:
-    """Means over the last steps."""
-    return "  ".join(f"{name} {sum(row[name] for row in recent) / len(recent):.3f}" for name in recent[-1])
+    """Means over the last steps; not every step tells everything."""
+    names = dict.fromkeys(name for row in recent for name in row)
+    told = {name: [row[name] for row in recent if name in row] for name in names}
+    return "  ".join(f"{name} {sum(values) / len(values):.3f}" for name, values in told.items())
 
 
 def parameter_groups(modules: nn.ModuleDict, decay: float) -> list[dict]:

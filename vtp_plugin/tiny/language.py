@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from .missing import Sight
 from .modeling import LLAMA_WIDTH
 from .prompts import EOS, Layout
 from .questions import CHOICES, Question
@@ -74,13 +75,13 @@ def write_row(layout: Layout, asked: Sequence[Question]) -> tuple[list[int], ...
         answer = layout.tokenizer.encode(question.answer, add_special_tokens=False)
         if len(answer) != 1 and question.task in CHOICES:
             raise ValueError(f"answer {question.answer!r} has {len(answer)} tokens, not one")
-        silent, single = len(prompt) - 2, len(answer) == 1
+        silent, keyed = len(prompt) - 2, question.task != "caption"
         new = (
             [*prompt, *answer],
             [number] * (len(prompt) + len(answer)),
             range(len(prompt) + len(answer)),
-            [-100] * silent + (answer if single else [-100]) + [*answer, EOS],
-            [0] * silent + [KEY if single else 0, ANSWER] + [END] * len(answer),
+            [-100] * silent + [answer[0] if keyed else -100] + [*answer, EOS],
+            [0] * silent + [KEY if keyed else 0, ANSWER] + [END] * len(answer),
         )
         for column, values in zip(columns, new, strict=True):
             column.extend(values)
@@ -95,46 +96,60 @@ def attention_mask(lesson: Lesson, before: int) -> Tensor:  # bool [B, 1, T, T],
     return (same & torch.ones_like(same[0]).tril())[:, None]
 
 
-def read(llama: LlamaForCausalLM, visual: Tensor, lesson: Lesson) -> Tensor:  # -> [B, L, D]
+def read(llama: LlamaForCausalLM, sight: Sight, lesson: Lesson) -> Tensor:  # -> [B, L, D]
     """Hidden states behind the image."""
     embed = llama.get_input_embeddings()
+    visual, start = sight.tokens, len(lesson.prefix)
     prefix = embed(lesson.prefix).expand(len(visual), -1, -1)
-    before = prefix.shape[1] + visual.shape[1]
-    position = torch.arange(before, device=visual.device).expand(len(visual), -1)
+    before = start + visual.shape[1]
+    position = torch.arange(start, device=visual.device).expand(len(visual), -1)
     hidden = llama.model(
         inputs_embeds=torch.cat([prefix, visual, embed(lesson.ids)], 1),
         attention_mask=attention_mask(lesson, before),
-        position_ids=torch.cat([position, before + lesson.position], 1),
+        position_ids=torch.cat([position, start + sight.place, start + sight.length + lesson.position], 1),
         use_cache=False,
     ).last_hidden_state
     return hidden[:, before:]
 
 
-def answer_loss(llama: LlamaForCausalLM, visual: Tensor, lesson: Lesson) -> tuple[Tensor, Metrics]:
-    """Cross-entropy where something is asked; the accuracy of the answers at the prompt's end."""
-    hidden = read(llama, visual, lesson)
+def answer_loss(
+    llama: LlamaForCausalLM, sight: Sight, lesson: Lesson, weights: Mapping[str, float] | None = None
+) -> tuple[Tensor, Metrics]:
+    """Cross-entropy where something is asked, weighted by task; the accuracy of the answers at the prompt's end."""
+    hidden = read(llama, sight, lesson)
     asked = lesson.kind > 0
     logits, target, kind = llama.lm_head(hidden[asked]), lesson.target[asked], lesson.kind[asked]
     hits = (logits.argmax(-1) == target).float()
-    return F.cross_entropy(logits, target), {"key": hits[kind == KEY].mean().item(), **by_task(hits, kind, lesson)}
+    of_question = logits.new_tensor([(weights or {}).get(task, 1.0) for row in lesson.tasks for task in row])
+    weight = of_question[questions(lesson, asked)]
+    loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+    return loss, {"key": hits[kind == KEY].mean().item(), **by_task(hits, asked, lesson)}
 
 
-def by_task(hits: Tensor, kind: Tensor, lesson: Lesson) -> Metrics:
-    """Accuracy per task, from the hits at all asked positions."""
-    of_task = defaultdict(list)
+def questions(lesson: Lesson, asked: Tensor) -> Tensor:  # [A]
+    """Which of all B x Q questions every asked position belongs to."""
+    row, column = asked.nonzero(as_tuple=True)
+    return row * len(lesson.tasks[0]) + lesson.segment[row, column] - 1
+
+
+def by_task(hits: Tensor, asked: Tensor, lesson: Lesson) -> Metrics:
+    """Accuracy per task, from the hits at all asked positions: the share of whole answers, `</s>` with them."""
     names = [task for row in lesson.tasks for task in row]
-    for name, hit in zip(names, hits[kind == ANSWER].tolist(), strict=True):
+    final = lesson.kind[asked] > KEY
+    whole = hits.new_ones(len(names)).scatter_reduce(0, questions(lesson, asked)[final], hits[final], "amin")
+    of_task = defaultdict(list)
+    for name, hit in zip(names, whole.tolist(), strict=True):
         of_task[name].append(hit)
     return {name: sum(values) / len(values) for name, values in of_task.items()}
 
 
 @torch.no_grad()
-def examine(llama: LlamaForCausalLM, visual_of: Callable[[slice], Tensor], lessons: Sequence[Lesson]) -> Metrics:
-    """Accuracy per task over all lessons; `visual_of` gives the visual tokens of a slice of the pool."""
+def examine(llama: LlamaForCausalLM, sight_of: Callable[[slice], Sight], lessons: Sequence[Lesson]) -> Metrics:
+    """Accuracy per task over all lessons; `sight_of` gives the visual tokens of a slice of the pool."""
     total, start = defaultdict(list), 0
     for lesson in lessons:
         part = slice(start, start + len(lesson.ids))
         start = part.stop
-        for name, value in answer_loss(llama, visual_of(part), lesson)[1].items():
+        for name, value in answer_loss(llama, sight_of(part), lesson)[1].items():
             total[name].append(value * len(lesson.ids))
     return {name: sum(values) / start for name, values in total.items() if name != "key"}

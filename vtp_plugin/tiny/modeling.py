@@ -8,7 +8,7 @@ from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
 from .scenes import PATCH, SIZE
 
-VISION_WIDTH, LLAMA_WIDTH = 128, 192
+VISION_WIDTH, LLAMA_WIDTH, LLAMA_LAYERS = 128, 192, 8
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SELECT_LAYER = -2
 
@@ -38,12 +38,12 @@ def clip_config(vocab_size: int) -> CLIPConfig:
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=128)
 
 
-def llama_config(vocab_size: int) -> LlamaConfig:
+def llama_config(vocab_size: int, layers: int = LLAMA_LAYERS) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=LLAMA_WIDTH,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=6,
         num_key_value_heads=6,
         max_position_embeddings=2048,
@@ -79,3 +79,31 @@ def build(clip_vocab: int, llama_vocab: int, seed: int = 0) -> dict[str, nn.Modu
         "projector": Projector(),
         "llama": LlamaForCausalLM(llama_config(llama_vocab)),
     }
+
+
+def deepen(weights: dict[str, Tensor], layers: int = LLAMA_LAYERS) -> dict[str, Tensor]:
+    """A LLaMA's weights for a deeper one that computes the same.
+
+    Behind every layer stand copies of it whose outputs, `o_proj` and `down_proj`, are zero. ValueError if `layers` is
+    not a multiple of the weights' own.
+    """
+    shallow = depth(weights)
+    if layers % shallow:
+        raise ValueError(f"{shallow} layers cannot become {layers}: not a multiple")
+    times, grown = layers // shallow, {}
+    for name, value in weights.items():
+        if not name.startswith("model.layers."):
+            grown[name] = value
+            continue
+        index, rest = name.removeprefix("model.layers.").split(".", 1)
+        for copy in range(times):
+            silent = copy > 0 and rest in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+            grown[f"model.layers.{int(index) * times + copy}.{rest}"] = (
+                value.new_zeros(value.shape) if silent else value
+            )
+    return grown
+
+
+def depth(weights: dict[str, Tensor]) -> int:
+    """How many layers a LLaMA with these weights has."""
+    return 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers."))

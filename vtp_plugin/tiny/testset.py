@@ -13,7 +13,7 @@ from .questions import Question, ask_all, ask_caption, ask_presence
 from .scenes import NUMBERS, Scene, sample_scene
 
 PARQUET = Path(__file__).parents[1] / "hosts" / "lmms_eval" / "tasks" / "vtp_scenes" / "scenes.parquet"
-SCENES = 300
+SCENES = 1000
 
 
 def select(scenes: int = SCENES) -> list[tuple[int, Scene]]:

@@ -1,14 +1,20 @@
-"""Train the embedded default from nothing: `python -m vtp_plugin.tiny.train --out DIR`.
+"""Train the embedded default: `python -m vtp_plugin.tiny.train --out DIR`, from nothing or from the package's weights.
 
 `draw` makes the scenes. Then every stage trains what TRAINS names and keeps its own checkpoint: `vision` the CLIP, from
-patch labels and captions; `symbols` the LLaMA, from symbolic scenes; `sharpen` the CLIP once more; `fit` the projector,
-from the CLIP's features to the symbols; `join` projector and LLaMA, from pictures; `caption` the same, captions among
-the questions. `test` answers the questions, `export` puts the weights into the package, `testset` its test scenes.
+patch labels and captions; `symbols` the LLaMA, from symbolic scenes; `sharpen` the CLIP once more, with patches missing
+in some steps and pictures of other sizes in others; `features` writes down what the CLIP makes of all scenes; `fit` the
+projector, from these features to the symbols; `join` projector and LLaMA, from pictures, with visual tokens missing in
+many steps; `polish` does the same once more, from a higher rate. `test` answers the questions, `export` puts the
+weights into the package, `testset` its test scenes.
+
+`--shipped` starts from the package's weights, made deeper if they have fewer layers; then `fit` leads to what projector
+and CLIP said before `sharpen`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,33 +27,36 @@ from torch import Tensor, nn
 
 from . import testset
 from .checkpoint import WEIGHTS, export, load_weights
+from .examining import score, table
 from .fitting import Metrics, Plan, Run, fit, progress
-from .language import Lesson, Symbols, answer_loss, examine, write_lesson
-from .modeling import build, normalize
-from .pool import draw, draw_pool, open_pool
-from .prompts import Layout, layouts, load_llama_tokenizer
-from .questions import CHOICES, Question, ask_caption, ask_eight
-from .scenes import Scene, sample_scene
+from .language import Lesson, Symbols, answer_loss, write_lesson
+from .missing import renumber, some_missing, whole
+from .modeling import Projector, build, deepen, normalize
+from .pool import draw, draw_pool, open_features, open_pool, open_scenes, write_features
+from .prompts import layouts, load_llama_tokenizer
+from .questions import CHOICES, Question, ask_all, ask_caption
+from .scenes import Scene
 from .tokenizers import corpus, load_clip_tokenizer, train_clip_tokenizer, train_llama_tokenizer
-from .vision import Captions, DenseHeads, look, vision_loss, write_captions
+from .vision import Captions, DenseHeads, look, show, vision_loss, write_captions
 
-POOL = {"validation": 1000, "train": 16000}
+POOL = {"validation": 500, "train": 5000}
 TRAINS = {
     "vision": ("clip", "heads"),
     "symbols": ("symbols", "llama"),
     "sharpen": ("clip", "heads"),
     "fit": ("projector",),
     "join": ("projector", "llama"),
-    "caption": ("projector", "llama"),
 }
 PLANS = {
     "vision": Plan(steps=1500, rate=1e-3, batch=32),
     "symbols": Plan(steps=1400, rate=1.5e-3, batch=16),
     "sharpen": Plan(steps=850, rate=1e-3, batch=32),
     "fit": Plan(steps=250, rate=3e-3, batch=32, warmup=10),
-    "join": Plan(steps=1200, rate=1e-3, batch=16, warmup=40),
-    "caption": Plan(steps=800, rate=6e-4, batch=16, warmup=40),
+    "join": Plan(steps=700, rate=4e-4, batch=10, warmup=30),
 }
+BLIND, RESIZED = 0.2, 0.2  # shares of the steps of `sharpen` with missing patches and with pictures of other sizes
+HARD = {"count": 4.0}  # weight of a task where all of the picture is there to see: counting is learned last
+VARIED, CAPTIONED = 0.1, 0.25  # shares of the steps of `join` that show either, and that ask for captions
 SHIPPED = ("clip", "projector", "llama")
 
 
@@ -60,23 +69,29 @@ class Workshop:
         self.llama_tokenizer = load_llama_tokenizer(run.path)
         self.layouts = layouts(self.llama_tokenizer)
         self.images, self.labels = open_pool(run.path, "train")
+        self.scenes = open_scenes(run.path, "train")
+        self.features = open_features(run.path)
         networks = build(len(self.clip_tokenizer), len(self.llama_tokenizer))
         self.networks = nn.ModuleDict(networks | {"heads": DenseHeads(), "symbols": Symbols()}).to(self.device)
+        if begun := run.load("shipped"):
+            self.networks.update({"former_clip": copy.deepcopy(networks["clip"]), "former_projector": Projector()})
+            self.adopt(begun["modules"], SHIPPED)
+            self.adopt(begun["modules"], ("clip", "projector"), "former_")
         for stage in list(TRAINS)[: list(TRAINS).index(until) if until else None]:
-            self.adopt(stage)
-        self.networks.eval().requires_grad_(False)
+            if state := run.load(stage):
+                self.adopt(state["modules"], TRAINS[stage])
+        self.networks.to(self.device).eval().requires_grad_(False)
 
-    def adopt(self, stage: str) -> None:
-        """Take over what a stage trained, if it has run."""
-        state = self.run.load(stage)
-        for name in TRAINS[stage] if state else ():
-            prefix, modules = f"{name}.", state["modules"]
+    def adopt(self, modules: dict[str, Tensor], names: tuple[str, ...], into: str = "") -> None:
+        """Take over what was trained."""
+        for name in names:
+            prefix = f"{name}."
             own = {key.removeprefix(prefix): value for key, value in modules.items() if key.startswith(prefix)}
-            self.networks[name].load_state_dict(own)
+            self.networks[into + name].load_state_dict(own)
 
     def batch(self, stage: str, size: int, step: int) -> Batch:
-        rng = np.random.default_rng([10 + list(TRAINS).index(stage), step])
-        return Batch(self, np.sort(rng.choice(len(self.images), size, replace=False)), rng, stage == "caption")
+        rng = np.random.default_rng([20 + list(TRAINS).index(stage), step])
+        return Batch(self, np.sort(rng.choice(len(self.images), size, replace=False)), rng)
 
 
 @dataclass
@@ -86,65 +101,102 @@ class Batch:
     shop: Workshop
     chosen: np.ndarray  # [B] seeds
     rng: np.random.Generator
-    captioned: bool = False
+
+    def tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values[self.chosen]).to(self.shop.device)
 
     @cached_property
     def scenes(self) -> list[Scene]:
-        return [sample_scene("train", int(seed)) for seed in self.chosen]
+        return [self.shop.scenes[seed] for seed in self.chosen]
 
     @cached_property
     def pixels(self) -> Tensor:  # [B, 3, H, W]
-        return normalize(torch.from_numpy(self.shop.images[self.chosen]).to(self.shop.device))
+        return normalize(self.tensor(self.shop.images))
 
     @cached_property
     def labels(self) -> Tensor:  # [B, 4, N]
-        return torch.from_numpy(self.shop.labels[self.chosen]).long().to(self.shop.device)
+        return self.tensor(self.shop.labels).long()
 
     @cached_property
     def captions(self) -> Captions:
         return write_captions(self.scenes, self.shop.clip_tokenizer, self.rng).to(self.shop.device)
 
     @cached_property
-    def lesson(self) -> Lesson:
-        """Eight questions about each scene, in one of the hosts' layouts."""
-        prompts = list(self.shop.layouts.values())
-        layout = prompts[self.rng.integers(len(prompts))]
-        return write_lesson(layout, [self.ask(scene) for scene in self.scenes]).to(self.shop.device)
+    def view(self) -> tuple[Tensor, Tensor]:
+        """Features [B, N, D] and attention of CLS [B, N], written down or made now."""
+        if self.shop.features is None:
+            view = look(self.shop.networks["clip"], self.pixels)
+            return view.patches, view.attention
+        features, attention = (self.tensor(values).float() for values in self.shop.features)
+        return features, attention
 
-    def ask(self, scene: Scene) -> list[Question]:
-        return ask_eight(scene, self.rng) + [ask_caption(scene)] * self.captioned
+    @cached_property
+    def lesson(self) -> Lesson:
+        """A question of every task about each scene, sometimes a caption, in one of the hosts' layouts."""
+        prompts = list(self.shop.layouts.values())
+        layout, captioned = prompts[self.rng.integers(len(prompts))], self.rng.random() < CAPTIONED
+        return write_lesson(layout, [self.ask(scene, captioned) for scene in self.scenes]).to(self.shop.device)
+
+    def ask(self, scene: Scene, captioned: bool) -> list[Question]:
+        return [*ask_all(scene, self.rng).values()] + [ask_caption(scene)] * captioned
 
 
 # -- what each stage minimises -----------------------------------------------------------------------------------------
 
 
-def loss_vision(nets: nn.ModuleDict, batch: Batch) -> tuple[Tensor, Metrics]:
-    return vision_loss(nets["clip"], nets["heads"], look(nets["clip"], batch.pixels), batch.labels, batch.captions)
+def loss_vision(nets: nn.ModuleDict, batch: Batch, blind: float = 0.0, resized: float = 0.0) -> tuple[Tensor, Metrics]:
+    """In some steps the tower sees a random part of the patches, or pictures of another size."""
+    shown = show(batch.pixels, batch.rng, blind, resized)
+    labels = batch.labels.gather(2, shown.place[:, None].expand(-1, batch.labels.shape[1], -1))
+    view = look(nets["clip"], shown.pixels, shown.seen)
+    loss, log = vision_loss(nets["clip"], nets["heads"], view, labels, shown.place, batch.captions)
+    return loss, log if shown.place.shape[1] == batch.labels.shape[2] else {"varied": log["dense"]}
 
 
 def loss_symbols(nets: nn.ModuleDict, batch: Batch) -> tuple[Tensor, Metrics]:
-    return answer_loss(nets["llama"], nets["symbols"](batch.labels), batch.lesson)
+    return answer_loss(nets["llama"], whole(nets["symbols"](batch.labels)), batch.lesson)
 
 
 def loss_fit(nets: nn.ModuleDict, batch: Batch) -> tuple[Tensor, Metrics]:
-    """The unexplained share of the symbols' variance; patches with something on them count four times."""
-    wanted = nets["symbols"](batch.labels)
-    error = (nets["projector"](look(nets["clip"], batch.pixels).patches) - wanted).pow(2).mean(-1)  # [B, N]
+    """The unexplained share of the variance of what is wanted; patches with something on them count four times."""
+    with torch.no_grad():
+        wanted = former(nets, batch.pixels) if "former_clip" in nets else nets["symbols"](batch.labels)
+    error = (nets["projector"](batch.view[0]) - wanted).pow(2).mean(-1)  # [B, N]
     weight = 1.0 + 3.0 * (batch.labels[:, 0] > 0)
     return (error * weight).sum() / weight.sum() / wanted.var(), {}
 
 
+def former(nets: nn.ModuleDict, pixels: Tensor) -> Tensor:  # [B, N, D]
+    """What the language model was shown before the tower went on."""
+    return nets["former_projector"](look(nets["former_clip"], pixels).patches)
+
+
 def loss_join(nets: nn.ModuleDict, batch: Batch) -> tuple[Tensor, Metrics]:
-    return answer_loss(nets["llama"], nets["projector"](look(nets["clip"], batch.pixels).patches), batch.lesson)
+    """Answers to all there is to see, to what is left of it, or to another size of it."""
+    if batch.rng.random() < VARIED:
+        shown = show(batch.pixels, batch.rng, blind=0.4, resized=0.6)
+        with torch.no_grad():
+            features = look(nets["clip"], shown.pixels, shown.seen).patches
+        tokens, count = nets["projector"](features), batch.labels.shape[2]
+        sight = renumber(tokens, shown.place, count, original=tokens.shape[1] < count and batch.rng.random() < 0.5)
+        loss, _ = answer_loss(nets["llama"], sight, batch.lesson)
+        return loss, {"varied": loss.item()}
+    features, attention = batch.view
+    things = (batch.labels[:, 0] > 0).float()
+    sight = some_missing(nets["projector"](features), attention, things, batch.rng)
+    if sight.tokens.shape[1] < features.shape[1]:
+        loss, _ = answer_loss(nets["llama"], sight, batch.lesson)
+        return loss, {"missing": loss.item()}
+    loss, log = answer_loss(nets["llama"], sight, batch.lesson, HARD)
+    return loss, {"whole": loss.item(), **log}
 
 
-LOSSES = {
+LOSSES: dict[str, Callable[[nn.ModuleDict, Batch], tuple[Tensor, Metrics]]] = {
     "vision": loss_vision,
     "symbols": loss_symbols,
-    "sharpen": loss_vision,
+    "sharpen": partial(loss_vision, blind=BLIND, resized=RESIZED),
     "fit": loss_fit,
     "join": loss_join,
-    "caption": loss_join,
 }
 
 
@@ -172,13 +224,30 @@ def train(stage: str, run: Run, steps: int | None = None) -> None:
     fit(run, stage, learned, plan, lambda step: LOSSES[stage](shop.networks, shop.batch(stage, plan.batch, step)))
 
 
+def note_features(run: Run) -> None:
+    """What the tower makes of every scene of the pool; the stages after it read that."""
+    shop = Workshop(run, "fit")
+    with progress(run.console) as bar:
+        task = bar.add_task("features", total=len(shop.images))
+        write_features(run.path, shop.images, partial(glimpse, shop.networks["clip"]), partial(bar.advance, task))
+
+
+@torch.no_grad()
+def glimpse(clip: nn.Module, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features [B, N, D] and attention of CLS [B, N] of images [B, H, W, 3], in half precision."""
+    view = look(clip, normalize(torch.from_numpy(images).to(clip.device)))
+    return view.patches.half().cpu().numpy(), view.attention.half().cpu().numpy()
+
+
 def start_from_package(run: Run) -> None:
-    """Checkpoints and tokenizers of the shipped model, as if `sharpen` and `join` had just ended."""
+    """Tokenizers and weights of the shipped model; a run that has begun with one goes on with that."""
+    if run.load("shipped"):
+        return
     shutil.copytree(WEIGHTS, run.path, dirs_exist_ok=True)
-    for stage, names in {"sharpen": ("clip",), "join": ("projector", "llama")}.items():
-        modules = {name: value.float() for name, value in load_weights(*names, prefixed=True).items()}
-        heads = {f"heads.{name}": value for name, value in DenseHeads().state_dict().items()}
-        run.save(stage, {"modules": modules | (heads if stage == "sharpen" else {})})
+    weights = {name: value.float() for name, value in load_weights("clip", "projector", prefixed=True).items()}
+    llama = {name: value.float() for name, value in load_weights("llama").items()}
+    weights |= {f"llama.{name}": value for name, value in deepen(llama).items()}
+    run.save("shipped", {"modules": weights})
 
 
 def trained(run: Run) -> nn.ModuleDict:
@@ -194,14 +263,16 @@ def export_weights(run: Run) -> None:
 
 
 def test_answers(run: Run) -> None:
-    """Answer validation and test scenes, also with another scene's picture: what the questions alone give away."""
+    """Answer validation and test scenes, with fewer tokens too, and with another scene's picture."""
     networks, layout = trained(run), layouts(load_llama_tokenizer(run.path))["llava"]
-    numbered = [(seed, sample_scene("validation", seed)) for seed in range(POOL["validation"])]
-    scores = {"validation": score(run, networks, layout, open_pool(run.path, "validation")[0], numbered)}
+    numbered = list(enumerate(open_scenes(run.path, "validation")))
+    scores = {"validation": score(networks, layout, open_pool(run.path, "validation")[0], numbered, device=run.device)}
     numbered = testset.select()
     images = np.stack([draw(scene) for _, scene in numbered])
-    scores["test"] = score(run, networks, layout, images, numbered)
-    scores["another picture"] = score(run, networks, layout, np.roll(images, 1, 0), numbered)
+    scores["test"] = score(networks, layout, images, numbered, device=run.device)
+    for keep in (0.5, 0.25, 0.11):
+        scores[f"test, random {keep}"] = score(networks, layout, images, numbered, keep, run.device)
+    scores["another picture"] = score(networks, layout, np.roll(images, 1, 0), numbered, device=run.device)
     scores["chance"] = {task: 1 / len(choices) for task, choices in CHOICES.items()}
     sizes = {name: sum(weight.numel() for weight in networks[name].parameters()) for name in SHIPPED}
     run.record("parameters", sizes)
@@ -209,34 +280,14 @@ def test_answers(run: Run) -> None:
     run.say(table(scores))
 
 
-def score(
-    run: Run, nets: nn.ModuleDict, layout: Layout, images: np.ndarray, scenes: list[tuple[int, Scene]]
-) -> Metrics:
-    """Accuracy per task and over all."""
-    asked = [list(testset.ask(index, seed, scene).values()) for index, (seed, scene) in enumerate(scenes)]
-    lessons = [write_lesson(layout, asked[start : start + 25]).to(run.device) for start in range(0, len(asked), 25)]
-
-    def see(part: slice) -> Tensor:
-        pixels = normalize(torch.from_numpy(np.array(images[part])).to(run.device))
-        return nets["projector"](look(nets["clip"], pixels).patches)
-
-    accuracy = examine(nets["llama"], see, lessons)
-    return accuracy | {"all": sum(accuracy.values()) / len(accuracy)}
-
-
-def table(scores: dict[str, Metrics]) -> str:
-    """Rows of percentages, for log.txt."""
-    columns = [*CHOICES, "all"]
-    lines = [f"{'accuracy, %':<16}" + "".join(f"{name:>11}" for name in columns)]
-    for name, row in scores.items():
-        values = (f"{100 * row[task]:11.1f}" if task in row else f"{'':>11}" for task in columns)
-        lines.append(f"{name:<16}" + "".join(values))
-    return "\n".join(lines)
-
-
 STAGES: dict[str, Callable[..., None]] = {
     "draw": draw_pools,
-    **{stage: partial(train, stage) for stage in TRAINS},
+    "vision": partial(train, "vision"),
+    "symbols": partial(train, "symbols"),
+    "sharpen": partial(train, "sharpen"),
+    "features": note_features,
+    "fit": partial(train, "fit"),
+    "join": partial(train, "join"),
     "test": test_answers,
     "export": export_weights,
     "testset": lambda run: testset.write(),
