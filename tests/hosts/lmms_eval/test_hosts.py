@@ -7,6 +7,7 @@ What needs no process of its own (the host that nobody wrapped, pixels, videos) 
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ pytestmark = pytest.mark.slow
 
 FIRST, LAST = 6, 3  # tokens that are left of an image behind the tower, and between the decoder layers
 CUT = 3  # the decoder layer that sees fewer
-DEPTH = {"gemma3": 8, "qwen3_vl": 12, "qwen3_vl-A3B": 12}  # decoder layers, where they are not four
 NO_LLM = {"qwen3_5"}  # hosts whose models are cut behind the tower only
 LATE = {
     "pruning": "atp+fastv",
@@ -74,6 +74,11 @@ class Work:
 
     def checkpoint(self, key: str) -> Path:
         return self.folder / f"llava-{key}"  # the authors' package wants its own name in the path
+
+    def depth(self, key: str) -> int:
+        """Decoder layers of a checkpoint."""
+        config = json.loads((self.checkpoint(key) / "config.json").read_text())
+        return config.get("text_config", config)["num_hidden_layers"]
 
     def arguments(self, key: str) -> str:
         return f"pretrained={self.checkpoint(key)},{HOSTS[key].arguments}"
@@ -169,7 +174,7 @@ def test_records_of_the_command_line(key: str, work: Work, process: Any) -> None
         assert images(line, "after") == [last + rows for rows in fixed]
         if fixed:
             dropped = sum(count - FIRST - rows for count, rows in zip(images(line, "before"), fixed, strict=True))
-            prompt, depth = line["pruning"]["prompt_tokens"], DEPTH.get(key, 4)
+            prompt, depth = line["pruning"]["prompt_tokens"], work.depth(key)
             assert prompt["before"] - prompt["after"] == dropped
             assert prompt["after"] - prompt["mean_over_layers"] == len(fixed) * (FIRST - last) * (1 - CUT / depth)
     for when in ("before", "after"):

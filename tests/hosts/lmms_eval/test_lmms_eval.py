@@ -579,7 +579,7 @@ def test_a_config_file_that_asks_for_nothing_of_ours_is_the_hosts_alone(tmp_path
 @pytest.mark.parametrize(
     ("pruning", "said"),
     [
-        ("pruning=fastv,pruning.layer=99", "fastv: layer must be in 1 ... 3 for this model, got 99"),
+        ("pruning=fastv,pruning.layer=99", "fastv: layer must be in 1 ... 7 for this model, got 99"),
         ("pruning=atp,pruning.layer=50", "atp: layer must be in -6 ... 5 for this model, got 50"),
         ("pruning=stride,pruning.keep_tokens=145", "stride: keep_tokens must be at most 144, the tokens of an image"),
     ],
