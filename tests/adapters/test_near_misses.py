@@ -6,6 +6,7 @@ from typing import Any
 
 import families
 import pytest
+from internvl_chat import InternVLChatModel
 from models import build_authors, build_hf
 from torch import nn
 
@@ -19,6 +20,8 @@ OTHER = {"vision_feature_layer": [-2, -1], "vision_feature_select_strategy": "cl
 
 
 def built(family: str) -> nn.Module:
+    if family == "internvl_chat":
+        return InternVLChatModel(families.FAMILIES["internvl"].build("sdpa"))
     return build_hf("sdpa").model if family == "llava_hf" else families.FAMILIES[family].build("sdpa")
 
 

@@ -22,7 +22,7 @@ from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.llava import contract, frozen
 from vtp_plugin.signals import reads_question
 from vtp_plugin.stages import Stage
-from vtp_plugin.surgery import answers, asking, cache, lengths, losses, masks, turns
+from vtp_plugin.surgery import answers, asking, cache, lengths, losses, masks, spoken, turns
 from vtp_plugin.surgery.binding import bound
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.columns import Columns
@@ -97,7 +97,7 @@ class Llava(Adapter):
         asking.check(self.pruned, kwargs | {"input_ids": ids}, images is not None, generating=True)
         with self.pruned.calling() as call, self._left_padding(), masks.translated(self.model, call):
             call.rows, self.by_column = 1 if ids is None else len(ids), False
-            with lengths.of_the_whole_prompt(self.model, call):
+            with lengths.of_the_whole_prompt(self.model, call), spoken.generating():
                 return self.generate(*args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
