@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,7 @@ class Draw:
 
     b: int
     n: int
-    kind: str = "random"  # or equal, zero, repeated, large
+    kind: str = "random"  # or equal, zero, repeated, large; of pixels: framed, black above and blurred into the rest
     widths: Widths = Widths()
     seed: int = 0
     generator: torch.Generator = field(init=False)
@@ -135,4 +136,7 @@ def raw_patches(draw: Draw, shape: tuple[int, ...]) -> Tensor:
     spread = torch.tensor([0, 1, 3, 12, 60])[torch.randint(0, 5, one, generator=draw.generator)]
     noise = (torch.rand(b, n, *shape[2:], generator=draw.generator) * spread).long()
     pixels = (levels + noise).clamp(0, 255).to(torch.uint8)
+    if draw.kind == "framed":
+        above = pixels[:, : math.isqrt(pixels.shape[1])].zero_()
+        above[..., -2:, :] = 10
     return pixels[:, :1].expand_as(pixels).clone() if draw.kind == "equal" else pixels * (draw.kind != "zero")
