@@ -230,7 +230,7 @@ def _behaviour(strategy: PruningStrategy) -> Any:
     where += (strategy.clip_checkpoint, strategy.proportional, strategy.segments)
     kept = [
         ([own.tolist() for own in s.sources], [round(float(v.float().sum()), 3) for v in s.tokens or ()])
-        for kind in ("random", "repeated", *["zero", "framed"] * (strategy.stage is Stage.PIXELS))  # black: whole, or at the edge
+        for kind in ("random", "repeated", *["zero", "framed"] * (strategy.stage is Stage.PIXELS))  # black ones, too
         for s in run(strategy, sample(strategy, 64, kind=kind, b=1))
     ]
     return where, strategy.text_encoder, strategy.positions, cuts_of(strategy), kept
