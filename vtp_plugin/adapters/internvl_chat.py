@@ -28,10 +28,10 @@ from vtp_plugin.surgery.call import Call
 from vtp_plugin.surgery.columns import Rows
 from vtp_plugin.surgery.layout import Block, Layout, class_token_view
 from vtp_plugin.surgery.placeholders import Prompt, padding
-from vtp_plugin.surgery.positions import lookup
 from vtp_plugin.surgery.rows import RowsLate
 from vtp_plugin.surgery.session import Session
 from vtp_plugin.surgery.tiles import TiledEarly
+from vtp_plugin.surgery.turns import Turn
 from vtp_plugin.surgery.undo import Undo
 
 IMAGENET = SimpleNamespace(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225), do_normalize=True)
@@ -133,11 +133,8 @@ class InternVLChat(InternVL):
         columns, features = self.prompt.shortened(call, inputs)
         if columns is None:
             return {"visual_features": features}
-        call.dropped = columns.length - columns.short
-        if self.pruned.positions.prompt == "original":
-            places = columns.columns if columns.origin is None else columns.origin
-            ranks = (real.cumsum(1) - 1).gather(1, places.clamp(min=0))
-            call.positions = lookup(ranks, columns.valid, real.sum(1))
+        turn = Turn(self.pruned.number, ids, real, columns, self.pruned.positions.prompt, by_column=False)
+        call.positions, call.dropped = turn.table(), columns.length - columns.short
         ids = columns.take(ids, padding(self.model.language_model))
         return {"input_ids": ids, "attention_mask": columns.valid.long(), "visual_features": features}
 
