@@ -158,7 +158,9 @@ def classes_of(said: Mapping[str, Any]) -> Classes:
     """The pictures of the settings `images`, `classes` and `limit`: those of a folder, or the embedded test scenes."""
     from vtp_plugin.hosts.transformers.zero_shot import Classes, folder_of_classes
 
-    found = folder_of_classes(said["images"], said["classes"]) if said["images"] else Classes(*embedded())
+    if not said["images"]:
+        return Classes(*embedded(said["limit"]))
+    found = folder_of_classes(said["images"], said["classes"])
     pairs = some([*zip(found.pictures, found.labels, strict=True)], said["limit"], "limit")
     return Classes(found.names, [picture for picture, _ in pairs], [label for _, label in pairs])
 
@@ -173,12 +175,17 @@ def judged(features: Tensor, whole: Tensor, texts: Tensor, labels: Sequence[int]
     }
 
 
-def embedded() -> tuple[list[str], list[Any], list[int]]:
-    """Names, pictures and labels of the embedded test scenes, classed by the shape that is asked to be counted."""
-    from vtp_plugin.tiny.scenes import SHAPES
-    from vtp_plugin.tiny.testset import select
+def embedded(limit: Any = -1) -> tuple[list[str], list[Any], list[int]]:
+    """Names, pictures and labels of the embedded test scenes, classed by the shape that is asked to be counted.
 
-    scenes = [scene for _, scene in select()]
+    `limit`: so many of them, spread; only these are drawn. PruningError for a number that means nothing.
+    """
+    from vtp_plugin.tiny.scenes import SHAPES
+    from vtp_plugin.tiny.testset import SCENES, select
+
+    chosen = some(range(SCENES), limit, "limit")
+    drawn = select()
+    scenes = [drawn[number][1] for number in chosen]
     return list(SHAPES), [scene.render() for scene in scenes], [SHAPES.index(scene.counted) for scene in scenes]
 
 
