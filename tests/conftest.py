@@ -8,6 +8,7 @@ from collections import Counter
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # bf16 layers crash where AMX is promised and missing
 
+import matrix
 import pytest
 import torch
 
@@ -28,7 +29,9 @@ def anyres(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
     return anyres_model(str(tmp_path_factory.mktemp("clip")))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that run whole programs come first: at the end a worker would wait for the other's longest file."""
+@pytest.hookimpl(trylast=True)  # behind -k and -m: what they leave is covered
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of products a covering part; files that run whole programs come first, or a worker would end with the longest."""
+    matrix.select(config, items)
     programs = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -programs[item.path])

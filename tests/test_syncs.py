@@ -7,12 +7,12 @@ families, and one prompt, too.
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 
 import pytest
 import syncs
 from family_runs import by_kind
+from matrix import dear
 from pretend_hosts import LAYOUTS, STAGES, host
 
 WAITS, COPIES = 4, 6  # more than the unpruned host, per call
@@ -37,7 +37,7 @@ PEAKS = {  # of bytes over the unpruned host's
 def test_waits_copies_and_what_is_left(name: str) -> None:
     if name == "llava":
         pytest.importorskip("llava")
-    layouts = LAYOUTS if os.environ.get("VTP_FULL_MATRIX") else ("batch",)
+    layouts = tuple(dear(LAYOUTS, ["batch"]))
     found = list(syncs.rows(name, layouts, Counter()))
     unpruned = {row["layout"]: row for row in found if row["strategy"] is None}
     pruned = [row for row in found if row["strategy"]]

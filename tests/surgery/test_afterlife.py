@@ -24,8 +24,7 @@ NAMES = ("stride", "visionzip", "vtp", "fastv", "sparsevlm", "dart")
 def new_tensors() -> Iterator[list[Tensor]]:
     """Those that were made inside and are alive at its end; what was there before is frozen, out of sight."""
     found: list[Tensor] = []
-    gc.collect()
-    gc.freeze()
+    gc.freeze()  # with the garbage in it: to collect that first would take most of the time
     try:
         yield found
         gc.collect()

@@ -38,6 +38,7 @@ def grown(mask: Tensor) -> Tensor:
     return torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
 
 
+@pytest.mark.covering("name case")
 @pytest.mark.parametrize(("name", "case", "positions"), cases())
 @torch.no_grad()
 def test_a_loop_of_ones_own_and_a_second_turn(name: str, case: str, positions: str) -> None:
@@ -70,6 +71,7 @@ def bounded(model: nn.Module, logits: Tensor) -> Tensor:
     return logits if bound is None else (logits / bound).tanh() * bound
 
 
+@pytest.mark.covering("case positions")
 @pytest.mark.parametrize(("name", "case", "positions"), cases())
 @torch.no_grad()
 def test_outputs_and_losses(name: str, case: str, positions: str) -> None:
@@ -93,6 +95,7 @@ def test_outputs_and_losses(name: str, case: str, positions: str) -> None:
             torch.testing.assert_close(model(**first, logits_to_keep=keep).logits, wanted, **CLOSE)
 
 
+@pytest.mark.covering("case positions")
 @pytest.mark.parametrize(("name", "case", "positions"), cases())
 @torch.no_grad()
 def test_padding_on_the_right_and_rows_in_another_order(name: str, case: str, positions: str) -> None:
