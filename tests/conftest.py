@@ -29,6 +29,18 @@ def anyres(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
     return anyres_model(str(tmp_path_factory.mktemp("clip")))
 
 
+@pytest.fixture
+def waiting_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps of this test start lmms-eval in the process that waits with it: see tests/warm.py."""
+    pytest.importorskip("lmms_eval")
+    import warm
+
+    from vtp_plugin.compare import sweep
+
+    run, launch = sweep.run, " ".join(warm.python())
+    monkeypatch.setattr(sweep, "run", lambda *given, **named: run(*given, **named | {"launch": launch}))
+
+
 @pytest.hookimpl(trylast=True)  # behind -k and -m: what they leave is covered
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of products a covering part; files that run whole programs come first, or a worker would end with the longest."""

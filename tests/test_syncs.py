@@ -1,7 +1,7 @@
 """What a pruned call may ask of a device beyond the unpruned one, and that it leaves nothing there.
 
-A family of every kind with every strategy, two prompts of unequal length with three pictures. VTP_FULL_MATRIX=1: all
-families, and one prompt, too.
+Some families with every strategy and one of every other kind with every fourth, in turn; two prompts of unequal length
+with three pictures. The full matrix: all families with all strategies, and one prompt, too.
 """
 
 from __future__ import annotations
@@ -27,21 +27,20 @@ CONSTANTS = 24  # bytes of an image processor's mean and standard deviation, and
 FILMED = (("evs", {"keep_tokens": 9}), ("vidcom2", {"keep_tokens": 5}))
 FILMED += (("flashvid", {"keep_tokens": 5, "segments": 1, "scene": -1.0, "join": 0.1}),)
 
-PEAKS = {  # of bytes over the unpruned host's
-    **dict.fromkeys(("pixelprune", "unpad", "vprune"), 1.001),  # random pictures: nothing is dropped, places are kept
-    "coreprune": 1.13,  # compares the values of all heads in fp64
-}
+WHOLE = dear(STAGES, ["llava", "llava_next", "qwen2_5_vl"])  # families that are asked for every strategy
+APART = 4  # the others: for every fourth
 
 
 @pytest.mark.parametrize("name", by_kind(STAGES))
 def test_waits_copies_and_what_is_left(name: str) -> None:
     if name == "llava":
         pytest.importorskip("llava")
-    layouts = tuple(dear(LAYOUTS, ["batch"]))
-    found = list(syncs.rows(name, layouts, Counter()))
+    layouts, turn = dear(LAYOUTS, ["batch"]), list(STAGES).index(name)
+    part = slice(None) if name in WHOLE else slice(turn % APART, None, APART)
+    found = list(syncs.rows(name, layouts, Counter(), part))
     unpruned = {row["layout"]: row for row in found if row["strategy"] is None}
     pruned = [row for row in found if row["strategy"]]
-    assert len(pruned) >= 20 * len(layouts)
+    assert len(pruned) >= 20 * len(layouts) // (part.step or 1)
     bad, patches = [], host(name).grid
     for row in pruned:
         before, case = unpruned[row["layout"]], (row["strategy"], row["layout"])
@@ -71,11 +70,3 @@ def test_methods_for_videos(name: str) -> None:
         assert there.logits.equal(here.logits), strategy
         assert syncs.waits(counts) - syncs.waits(unpruned) <= WAITS, strategy
         assert counts.copies - unpruned.copies <= COPIES, strategy
-
-
-def test_no_peak_is_above_the_unpruned_one() -> None:
-    unpruned, *pruned = syncs.wide("llava")
-    assert unpruned["strategy"] is None
-    assert len(pruned) >= 30
-    share = {row["strategy"]: row["peak_bytes"] / unpruned["peak_bytes"] for row in pruned}
-    assert {name: most for name, most in share.items() if most > PEAKS.get(name, 1.0)} == {}

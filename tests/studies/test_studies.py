@@ -83,8 +83,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_study_on_a_handful_of_samples(
     name: str, tmp_path: Path, console: Console, request: pytest.FixtureRequest
 ) -> None:
-    if name not in REAL:
-        request.getfixturevalue("stand_in")
+    request.getfixturevalue("waiting_host" if name in REAL else "stand_in")
     said = {"limit": 3, **SMALL[name]}
     if name == "vprune-design":
         said["pictures"] = str(some_pictures(tmp_path / "images", 16))

@@ -120,7 +120,7 @@ def process(work: Work) -> Any:
     runs += [work.entry(key, "late", **late_of(key)) for key in HOSTS]
     runs.append(work.entry("internvl_hf", "trips", pruning="trips"))
     path = os.pathsep.join(filter(None, [str(work.folder), os.environ.get("PYTHONPATH")]))
-    return lmms.call_runs(work.folder, runs, PYTHONPATH=path)
+    return lmms.call_runs(work.folder, runs, lmms.COMMAND, PYTHONPATH=path)
 
 
 @pytest.fixture(autouse=True)
