@@ -85,6 +85,7 @@ def keep(line: socket.socket) -> None:
     while len(said) < size:
         said += line.recv(size - len(said))
     if not (runner := os.fork()):
+        line.close()
         return run(streams, **json.loads(said))
     while not (done := os.waitpid(runner, os.WNOHANG))[0]:
         if select.select([line], [], [], 0.05)[0]:
