@@ -27,7 +27,7 @@ CONSTANTS = 24  # bytes of an image processor's mean and standard deviation, and
 FILMED = (("evs", {"keep_tokens": 9}), ("vidcom2", {"keep_tokens": 5}))
 FILMED += (("flashvid", {"keep_tokens": 5, "segments": 1, "scene": -1.0, "join": 0.1}),)
 
-WHOLE = dear(STAGES, ["llava", "llava_next", "qwen2_5_vl"])  # families that are asked for every strategy
+WHOLE = dear(STAGES, ["llava", "llava_next"])  # families that are asked for every strategy
 APART = 4  # the others: for every fourth
 
 

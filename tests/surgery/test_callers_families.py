@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, Processor
-from family_runs import batched, generated, model_of, prompts_of
+from family_runs import batched, by_kind, generated, model_of, prompts_of
 from torch import Tensor, nn
 
 import vtp_plugin as vtp
@@ -138,7 +138,7 @@ def test_attentions_of_decoding_steps_are_at_the_callers_columns(name: str, case
         assert not maps[-1][..., :length].abs().sum((1, 2))[~there].any()
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", by_kind(FAMILIES))
 @torch.no_grad()
 def test_threads(name: str) -> None:
     family, model = FAMILIES[name], model_of(name, "sdpa")

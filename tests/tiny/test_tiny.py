@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import resolve_in
 from matrix import FULL
+from paths import resolve_in
 from PIL import Image
 
 import vtp_plugin
