@@ -43,7 +43,7 @@ def waiting_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.hookimpl(trylast=True)  # behind -k and -m: what they leave is covered
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of products a covering part; files that run whole programs come first, or a worker would end with the longest."""
+    """Of products a covering part; files that take long come first, or a worker would end with one of them."""
     matrix.select(config, items)
-    programs = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -programs[item.path])
+    early = Counter(i.path for i in items if i.get_closest_marker("slow") or i.get_closest_marker("long"))
+    items.sort(key=lambda item: -early[item.path])

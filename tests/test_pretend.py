@@ -20,6 +20,8 @@ from torch import Tensor, nn
 import vtp_plugin as vtp
 from vtp_plugin import Stage, plugins
 
+pytestmark = pytest.mark.long
+
 CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "pixels": [("vprune", {"chi2_threshold": 40.0, "cosine_threshold": 0.2}), ("downsample", {"keep_ratio": 0.5})],
     "vit": [("l2", {}), ("l2", {"center": True}), ("l2", {"positioned": True}), ("tome", {"keep_ratio": 0.6})],

@@ -15,6 +15,8 @@ from family_runs import by_kind
 from matrix import dear
 from pretend_hosts import LAYOUTS, STAGES, host
 
+pytestmark = pytest.mark.long
+
 WAITS, COPIES = 4, 6  # more than the unpruned host, per call
 OPEN = 2  # waits more for every cut of a picture whose number of tokens only the device knows
 ON_HOST = {  # what works on the host, picture by picture: waits and copies more for each

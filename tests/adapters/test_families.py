@@ -41,6 +41,8 @@ from torch import Tensor, nn
 import vtp_plugin as vtp
 from vtp_plugin.errors import PruningError
 
+pytestmark = pytest.mark.long
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 

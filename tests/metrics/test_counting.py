@@ -18,6 +18,8 @@ from vtp_plugin import prune
 from vtp_plugin.metrics import papers
 from vtp_plugin.reporting.record import samples_of
 
+pytestmark = pytest.mark.long
+
 SPECS = {  # strategies that read no signal, so that nothing but the model is counted
     "none": ("none", {}),
     "pixels": ("pixelprune", {"threshold": 0.1}),

@@ -19,6 +19,8 @@ from vtp_plugin.tiny import checkpoint
 from vtp_plugin.tiny.checkpoint import FOLDERS, WEIGHTS, resolve
 from vtp_plugin.tiny.modeling import LLAMA_LAYERS
 
+pytestmark = pytest.mark.long
+
 datasets = pytest.importorskip("datasets")
 TASKS = Path(vtp_plugin.__file__).parent / "hosts" / "lmms_eval" / "tasks" / "vtp_scenes"
 SYSTEM = (
