@@ -642,8 +642,9 @@ GEMMA4_GRIDS, GEMMA4_PATCHES = [(2, 3), (3, 2), (2, 2)], 63  # rows and columns 
 
 
 def _gemma4(attention: str) -> nn.Module:
-    """gemma-4-31B-it: full layers with fewer, wider heads whose keys are their values; images attend both ways in the
-    others; no inputs per layer, no shared caches."""
+    """Without experts, inputs per layer and shared caches, by transformers' configuration class (no published
+    configuration was at hand): five sliding layers and a full one, whose heads are wider and fewer and whose keys are
+    its values; images attend both ways in the sliding ones."""
     from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig, Gemma4VisionConfig
 
     config = Gemma4Config(
