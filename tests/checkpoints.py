@@ -130,7 +130,7 @@ def _paligemma() -> Any:
     from transformers import PaliGemmaProcessor, SiglipImageProcessor
 
     return PaliGemmaProcessor(
-        SiglipImageProcessor(size={"height": 24, "width": 24}, image_seq_length=36, **MEANS),
+        SiglipImageProcessor(size=SIDE, image_seq_length=16, **MEANS),
         tokenizer({IMAGE: "<image>"}, image_token="<image>"),
         chat_template=template("<image>"),
     )
@@ -141,7 +141,7 @@ def _aya_vision() -> Any:
 
     marks = {185: "<|START_OF_IMG|>", 186: "<|END_OF_IMG|>", IMAGE: "<|IMG_PATCH|>", 187: "<|IMG_LINE_BREAK|>"}
     return AyaVisionProcessor(
-        GotOcr2ImageProcessor(size={"height": 24, "width": 24}, crop_to_patches=False, **MEANS),
+        GotOcr2ImageProcessor(size={"height": 24, "width": 24}, max_patches=1, **MEANS),
         tokenizer(marks | {188: "<image>", 189: "TILE", 192: "TILE_GLOBAL"}),
         patch_size=4,
         img_size=24,
@@ -156,7 +156,7 @@ def _cohere2_vision() -> Any:
     marks = {"boi_token": "<|START_OF_IMG|>", "eoi_token": "<|END_OF_IMG|>", "image_token": "<|IMG_PATCH|>"}
     marks |= {"img_line_break_token": "<|IMG_LINE_BREAK|>"}
     return Cohere2VisionProcessor(
-        Cohere2VisionImageProcessor(size={"height": 24, "width": 24}, patch_size=4, crop_to_patches=False, **MEANS),
+        Cohere2VisionImageProcessor(size={"height": 24, "width": 24}, patch_size=3, max_patches=1, **MEANS),
         tokenizer(dict(zip((185, 186, IMAGE, 187), marks.values(), strict=True)), **marks),
         chat_template=template("<|IMG_PATCH|>"),
     )
