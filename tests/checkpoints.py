@@ -99,6 +99,59 @@ def _llava_next() -> Any:
     )
 
 
+def _next_video() -> Any:
+    from transformers import LlavaNextImageProcessor, LlavaNextVideoProcessor, LlavaNextVideoVideoProcessor
+
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": 16}, crop_size=SIDE, image_grid_pinpoints=PINPOINTS, **MEANS
+    )
+    return LlavaNextVideoProcessor(
+        LlavaNextVideoVideoProcessor(size={"shortest_edge": 16}, crop_size=SIDE, **MEANS),
+        images,
+        tokenizer({IMAGE: "<image>", VIDEO: "<video>"}),
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template("<image>", "<video>"),
+    )
+
+
+def _paligemma() -> Any:
+    from transformers import PaliGemmaProcessor, SiglipImageProcessor
+
+    return PaliGemmaProcessor(
+        SiglipImageProcessor(size=SIDE, image_seq_length=16, **MEANS),
+        tokenizer({IMAGE: "<image>"}, image_token="<image>"),
+        chat_template=template("<image>"),
+    )
+
+
+def _aya_vision() -> Any:
+    from transformers import AyaVisionProcessor, GotOcr2ImageProcessor
+
+    marks = {185: "<|START_OF_IMG|>", 186: "<|END_OF_IMG|>", IMAGE: "<|IMG_PATCH|>", 187: "<|IMG_LINE_BREAK|>"}
+    return AyaVisionProcessor(
+        GotOcr2ImageProcessor(size={"height": 24, "width": 24}, max_patches=1, **MEANS),
+        tokenizer(marks | {188: "<image>", 189: "TILE", 192: "TILE_GLOBAL"}),
+        patch_size=4,
+        img_size=24,
+        downsample_factor=2,
+        chat_template=template("<image>"),
+    )
+
+
+def _cohere2_vision() -> Any:
+    from transformers import Cohere2VisionImageProcessor, Cohere2VisionProcessor
+
+    marks = {"boi_token": "<|START_OF_IMG|>", "eoi_token": "<|END_OF_IMG|>", "image_token": "<|IMG_PATCH|>"}
+    marks |= {"img_line_break_token": "<|IMG_LINE_BREAK|>"}
+    return Cohere2VisionProcessor(
+        Cohere2VisionImageProcessor(size={"height": 24, "width": 24}, patch_size=3, max_patches=1, **MEANS),
+        tokenizer(dict(zip((185, 186, IMAGE, 187), marks.values(), strict=True)), **marks),
+        chat_template=template("<|IMG_PATCH|>"),
+    )
+
+
 def _llava_siglip() -> Any:
     from transformers import LlavaProcessor, SiglipImageProcessor
 
@@ -137,16 +190,16 @@ def qwen(names: str) -> Any:
     )
 
 
-def _glm4v() -> Any:
-    from transformers import Glm4vImageProcessor, Glm4vProcessor, Glm4vVideoProcessor
+def _glm(names: str) -> Any:
+    import transformers
 
     marks = {185: "<|begin_of_image|>", 186: "<|end_of_image|>", 187: "<|begin_of_video|>", 188: "<|end_of_video|>"}
     size = {"shortest_edge": 1024, "longest_edge": 8192}
     sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "size": size}
-    return Glm4vProcessor(
-        Glm4vImageProcessor(**sizes, **MEANS),
+    return getattr(transformers, f"{names}Processor")(
+        getattr(transformers, f"{names}ImageProcessor")(**sizes, **MEANS),
         tokenizer(marks | {IMAGE: "<|image|>", VIDEO: "<|video|>"}),
-        Glm4vVideoProcessor(**sizes, **MEANS),
+        getattr(transformers, f"{names}VideoProcessor")(**sizes, **MEANS),
         chat_template=template("<|begin_of_image|><|image|><|end_of_image|>", "<|video|>"),
     )
 
@@ -179,6 +232,23 @@ def _gemma3() -> Any:
         tokenizer(dict(zip((185, 186, IMAGE), marks.values(), strict=True)), **marks),
         image_seq_length=16,
         chat_template=template("<start_of_image>"),
+    )
+
+
+def _gemma4() -> Any:
+    from transformers import Gemma4ImageProcessor, Gemma4Processor, Gemma4VideoProcessor, SeamlessM4TFeatureExtractor
+
+    named = {"boi": "<|image>", "image": "<|image|>", "eoi": "<image|>"}
+    named |= {"boa": "<|audio>", "audio": "<|audio|>", "eoa": "<audio|>"}
+    marks = {f"{name}_token": mark for name, mark in named.items()}
+    return Gemma4Processor(
+        SeamlessM4TFeatureExtractor(),
+        Gemma4ImageProcessor(patch_size=4, max_soft_tokens=70),
+        tokenizer(
+            dict(zip((185, IMAGE, 186, 187, 192, 188), named.values(), strict=True)) | {VIDEO: "<|video|>"}, **marks
+        ),
+        Gemma4VideoProcessor(patch_size=4, max_soft_tokens=70),
+        chat_template=template("<|image|>"),
     )
 
 
@@ -217,6 +287,7 @@ def _llava_anyres(folder: Path) -> None:
 
 
 CPU = "device=cpu,device_map=cpu"
+ANY = "device=cpu"
 AUTHORS = "device=cpu,device_map=auto"
 PIXELS = "min_pixels=1024,max_pixels=4096"
 HOSTS = {
@@ -237,8 +308,22 @@ HOSTS = {
         "qwen3_vl", "qwen3_vl_moe", _saved("qwen3_vl_moe", partial(qwen, "Qwen3VL")), f"{CPU},{PIXELS}", 3
     ),
     "qwen3_5": Host("qwen3_5", "qwen3_5", _saved("qwen3_5", partial(qwen, "Qwen3VL")), f"{CPU},{PIXELS}", 3),
-    "glm4v-Flash": Host("glm4v", "glm4v", _saved("glm4v", _glm4v), CPU),  # the host asks the name for experts
+    "qwen3_5-A3B": Host(
+        "qwen3_5", "qwen3_5_moe", _saved("qwen3_5_moe", partial(qwen, "Qwen3VL")), f"{CPU},{PIXELS}", 3
+    ),
+    "glm4v-Flash": Host("glm4v", "glm4v", _saved("glm4v", partial(_glm, "Glm4v")), CPU),  # the host asks the name
+    "glm4v": Host("glm4v", "glm4v_moe", _saved("glm4v_moe", partial(_glm, "Glm4v")), CPU),  # whether there are experts
+    "hf-glm46v": Host("huggingface", "glm46v", _saved("glm46v", partial(_glm, "Glm46V")), ANY, text_only=False),
+    "hf-next_video": Host(
+        "huggingface", "llava_next_video", _saved("llava_next_video", _next_video), ANY, text_only=False
+    ),
+    "hf-paligemma": Host("huggingface", "paligemma", _saved("paligemma", _paligemma), ANY, text_only=False),
+    "hf-aya_vision": Host("huggingface", "aya_vision", _saved("aya_vision", _aya_vision), ANY, text_only=False),
+    "hf-cohere2_vision": Host(
+        "huggingface", "cohere2_vision", _saved("cohere2_vision", _cohere2_vision), ANY, text_only=False
+    ),
     "internvl_hf": Host("internvl_hf", "internvl", _saved("internvl", _internvl), f"{CPU},max_patches=3"),
     "gemma3": Host("gemma3", "gemma3", _saved("gemma3", _gemma3), CPU, 3),
+    "gemma4": Host("gemma4", "gemma4", _saved("gemma4", _gemma4), f"{CPU},max_soft_tokens=70", 3),
     "mistral3_vl": Host("mistral3_vl", "mistral3", _saved("mistral3", _mistral3), CPU, 3),
 }

@@ -638,6 +638,63 @@ def _gemma3_batch(prompts: list[Prompt]) -> dict[str, Any]:
     return inputs | {"token_type_ids": (inputs["input_ids"] == IMAGE).int()}
 
 
+GEMMA4_GRIDS, GEMMA4_PATCHES = [(2, 3), (3, 2), (2, 2)], 63  # rows and columns of tokens; the largest has 54 patches
+
+
+def _gemma4(attention: str) -> nn.Module:
+    """Without experts, inputs per layer and shared caches, by transformers' configuration class (no published
+    configuration was at hand): five sliding layers and a full one, whose heads are wider and fewer and whose keys are
+    its values; images attend both ways in the sliding ones."""
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig, Gemma4VisionConfig
+
+    config = Gemma4Config(
+        vision_config=Gemma4VisionConfig(
+            **VISION,
+            num_key_value_heads=4,
+            head_dim=8,
+            patch_size=4,
+            position_embedding_size=256,
+            standardize=True,
+        ),
+        text_config=Gemma4TextConfig(
+            **text(4, 2, num_hidden_layers=6, head_dim=8),
+            global_head_dim=16,
+            num_global_key_value_heads=1,
+            attention_k_eq_v=True,
+            sliding_window=24,
+            final_logit_softcapping=30.0,
+            use_bidirectional_attention="vision",
+            hidden_size_per_layer_input=0,
+        ),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=192,
+    )
+    model = _model(Gemma4ForConditionalGeneration, config, attention)
+    model.model.vision_tower.std_bias.zero_(), model.model.vision_tower.std_scale.fill_(1)
+    return model
+
+
+def _gemma4_sample(seed: int, images: int) -> Prompt:
+    values, places, totals = [], [], []
+    for n in range(images):
+        rows, columns = GEMMA4_GRIDS[(seed + n) % len(GEMMA4_GRIDS)]
+        image = pixels(3, 12 * rows, 12 * columns, seed=seed + n) * 0.25 + 0.5
+        patches = image.unfold(1, 4, 4).unfold(2, 4, 4).permute(1, 2, 3, 4, 0).flatten(2).flatten(0, 1)
+        where = torch.cartesian_prod(torch.arange(3 * rows), torch.arange(3 * columns)).flip(1)
+        filled = GEMMA4_PATCHES - len(patches)
+        values.append(nn.functional.pad(patches, (0, 0, 0, filled)))
+        places.append(nn.functional.pad(where, (0, 0, 0, filled), value=-1))
+        totals.append(rows * columns)
+    seen = {"pixel_values": torch.stack(values), "image_position_ids": torch.stack(places)}
+    return Prompt(_text([[IMAGE] * total for total in totals], seed), seen, totals)
+
+
+def _gemma4_batch(prompts: list[Prompt]) -> dict[str, Any]:
+    inputs = stacked(prompts)
+    return inputs | {"mm_token_type_ids": (inputs["input_ids"] == IMAGE).int()}
+
+
 MISTRAL_SIZES = [(16, 24), (24, 16), (16, 16)]
 BREAK = 192
 
@@ -836,6 +893,7 @@ FAMILIES = {
         ),
         Family("internvl", _internvl, _internvl_sample, stacked),
         Family("gemma3", _gemma3, _gemma3_sample, _gemma3_batch),
+        Family("gemma4", _gemma4, _gemma4_sample, _gemma4_batch, stages=STAGES[2:3]),
         Family("mistral3", _mistral3, _mistral3_sample, stacked, stages=STAGES[2:]),
         Family("idefics3", _idefics3, _idefics3_sample, stacked, stages=STAGES[2:]),
         Family("smolvlm", _smolvlm, _smolvlm_sample, stacked, stages=STAGES[2:]),

@@ -106,8 +106,8 @@ def page(record: dict[str, Any]) -> str:
     table.caption = (
         "More than the unpruned host in one call, the most of all families, with one prompt of one picture and with "
         "two of three; kernels are those of tiny models, selectors included. Waits of the host's own masks are left "
-        "out on both sides. Peak: of live bytes over the unpruned one's, at a quarter of the width and depth of the 7B "
-        f"models, whose pictures are as large as they are ({sizes} tokens)."
+        "out on both sides. Peak: of live bytes over the unpruned one's, at a quarter of the width and half of the "
+        f"depth of the 7B models, whose pictures are as large as they are ({sizes} tokens)."
     )
     return f"# What a pruned call asks of a device\n\n{table.markdown()}\n"
 

@@ -29,6 +29,8 @@ RANK = {"at": "projector", "keep_ratio": 0.4}  # l2 there
 
 def projector_of(model: nn.Module) -> nn.Module:
     core = model.model
+    if hasattr(core, "embed_vision"):
+        return core.vision_tower.pooler
     found = (getattr(core, name, None) for name in ("multi_modal_projector", "connector"))
     return next((one for one in found if one is not None), None) or getattr(
         core.visual, "downsample", core.visual.merger
@@ -36,7 +38,7 @@ def projector_of(model: nn.Module) -> nn.Module:
 
 
 def encoded(model: nn.Module, inputs: dict[str, Any]) -> Any:
-    names = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
+    names = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask", "image_position_ids")
     return model.model.get_image_features(**{n: inputs[n] for n in names if n in inputs}, return_dict=True)
 
 
@@ -50,11 +52,11 @@ def units_of(name: str, layout: str) -> tuple[Tensor, Tensor]:
     """Of every row of the images of a layout: its entries of the merger's input [n, m D] by gradient, and the row."""
     model, entered = model_of(name, "eager"), []
 
-    def enter(module: nn.Module, args: Any) -> Any:
-        entered.append(args[0].detach().requires_grad_())
-        return (entered[-1], *args[1:])
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        entered.append((args[0] if args else kwargs["hidden_states"]).detach().requires_grad_())
+        return ((entered[-1], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": entered[-1]})
 
-    handle = projector_of(model).register_forward_pre_hook(enter)
+    handle = projector_of(model).register_forward_pre_hook(enter, with_kwargs=True)
     rows = flat(encoded(model, batched(FAMILIES[name], prompts_of(name, layout))).pooler_output)
     handle.remove()
     (x,), units = entered, []

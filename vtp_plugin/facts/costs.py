@@ -40,7 +40,7 @@ class Layer:
             return cls._recurrent(layer, layer.linear_attn)
         inner = getattr(layer, attention)
         projections, window = matrices(inner), getattr(inner, "sliding_window", None)
-        cached = sum(getattr(inner, name).out_features for name in ("k_proj", "v_proj") if hasattr(inner, name))
+        cached = sum(_linear(inner, name).out_features for name in ("k_proj", "v_proj") if hasattr(inner, name))
         return cls(
             projections=projections,
             mlp=matrices(layer) - projections,
@@ -141,9 +141,16 @@ def _own_matrices(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters(recurse=False) if weight.ndim > 1)
 
 
+def _linear(attention: nn.Module, name: str) -> nn.Module:
+    """The linear layer of a projection, which a wrapper may hold; that of the keys, where they are the values, too."""
+    projection = getattr(attention, name)
+    parts = (attention.k_proj if projection is None else projection).modules()
+    return next(part for part in parts if hasattr(part, "out_features"))
+
+
 def _query_width(attention: nn.Module) -> int:
     """Width of the queries of all heads, projected by themselves, with keys and values, or with a gate."""
     if hasattr(attention, "o_proj"):
-        return attention.o_proj.in_features
+        return _linear(attention, "o_proj").in_features
     one = getattr(attention, "q_proj", getattr(attention, "q", None))
     return attention.qkv.out_features // 3 if one is None else one.out_features

@@ -65,6 +65,14 @@ def behind_projector(strategy: Asking) -> Collection[Tap]:
     return (Tap.PROJECTED,) if strategy.text_encoder == "llm" else (Tap.OUTPUT, Tap.SPACE)
 
 
+def kept(heads: Tensor) -> Tensor:
+    """Heads [B, H, N, d] side by side, [B, N, H d]: until they are asked for, as narrow as the tower computes.
+
+    A copy where they are part of something larger, such as queries, keys and values in one.
+    """
+    return heads.transpose(-3, -2).flatten(-2).contiguous()
+
+
 # -- read where a block of the tower begins ---------------------------------------------------------------------------
 
 
@@ -124,7 +132,7 @@ def shallow_received(at: BlockView) -> Tensor:
 
 @signal("patch_values", Stage.PROJECTOR, "[B, N, d'] fp32: values of block `tower_layer`, heads side by side")
 def patch_values(at: BlockView) -> Tensor:
-    return at.values.transpose(-3, -2).flatten(-2)  # until it is asked for, as the tower computes: half the bytes
+    return kept(at.values)
 
 
 @signal("keys", Stage.PROJECTOR, "[B, N, d] fp32: keys of block `tower_layer`, mean over heads, bias included")
@@ -134,7 +142,7 @@ def keys(at: BlockView) -> Tensor:
 
 @signal("raw_keys", Stage.PROJECTOR, "[B, N, d'] fp32: keys of block `tower_layer`, heads side by side")
 def raw_keys(at: BlockView) -> Tensor:
-    return at.keys.transpose(-3, -2).flatten(-2)
+    return kept(at.keys)
 
 
 @signal(
@@ -164,7 +172,8 @@ def class_key(at: BlockView) -> Tensor:
 
 @signal("heads", Stage.PROJECTOR, "[] number of attention heads of block `tower_layer`", sample=head_count)
 def heads(at: RowsView) -> int:
-    return at.tower.attention_of(at.block).num_heads
+    attention = at.tower.attention_of(at.block)
+    return getattr(attention, "num_heads", None) or attention.config.num_attention_heads
 
 
 @signal(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 
 import torch
@@ -113,10 +112,7 @@ def received(
 
 def rotated(module: nn.Module, query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply the rotary embedding of the module's own file, [B, H, L, d] with cos and sin [B, L, d]."""
-    turn = sys.modules[type(module).__module__].apply_rotary_pos_emb
-    if "x" in inspect.signature(turn).parameters:  # of one tensor instead of queries and keys together
-        return turn(query, cos, sin)
-    return turn(query, query, cos, sin)[0]
+    return sys.modules[type(module).__module__].apply_rotary_pos_emb(query, query, cos, sin)[0]
 
 
 def take(tensor: Tensor, columns: Tensor) -> Tensor:

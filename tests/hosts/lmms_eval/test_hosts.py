@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 FIRST, LAST = 6, 3  # tokens that are left of an image behind the tower, and between the decoder layers
 CUT = 3  # the decoder layer that sees fewer
-NO_LLM = {"qwen3_5"}  # hosts whose models are cut behind the tower only
+NO_LLM = {"gemma4", "qwen3_5", "qwen3_5-A3B"}  # hosts whose models are cut behind the tower only
 LATE = {
     "pruning": "atp+fastv",
     "pruning_args": {"atp.alpha": 0, "atp.keep_tokens": FIRST, "fastv.layer": CUT, "fastv.keep_tokens": LAST},
@@ -39,10 +39,10 @@ LATE = {
 BEHIND = {"pruning": "atp", "pruning_args": {"alpha": 0, "keep_tokens": FIRST}}
 VPRUNE = "pruning=vprune,pruning.chi2_threshold=40,pruning.cosine_threshold=0.2"
 UNPRUNED = dear(HOSTS, ["llava-1.6", "qwen2_5_vl", "internvl_hf"])
-NO_PIXELS = {"mistral3_vl"}
+NO_PIXELS = {"gemma4", "mistral3_vl"}
 TURNED = [[height, width] for width, height in checkpoints.LARGE_PINPOINTS]  # the authors' package says width first
 TILED = {"llava-1.6": (TURNED, 168, 12), "llava_hf-next": (PINPOINTS, 16, 4)}
-TILED["llava_hf-onevision"] = TILED["llava_hf-next"]
+TILED["llava_hf-onevision"] = TILED["hf-next_video"] = TILED["llava_hf-next"]
 VIDEOS = {"llava_hf-onevision": 1, "qwen2_vl": 0, "qwen2_5_vl": 0, "qwen3_vl": 0, "gemma3": 0}  # and newlines of each
 
 TRIPS = '''
