@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -99,6 +101,20 @@ def generated(model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> Any:
         "output_scores": True,
     }
     return model.generate(**inputs, **{**settings, **kwargs})
+
+
+@contextmanager
+def new_tensors() -> Iterator[list[Tensor]]:
+    """Those that were made inside and are alive at its end; what was there before is frozen, out of sight."""
+    found: list[Tensor] = []
+    gc.collect()
+    gc.freeze()
+    try:
+        yield found
+        gc.collect()
+        found += [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+    finally:
+        gc.unfreeze()
 
 
 def kept_by_sample(events: list[Any], prompts: tuple[Prompt, ...], stage: str, positions: str = "") -> list[Kept]:
