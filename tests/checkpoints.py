@@ -7,7 +7,6 @@ writes its own placeholders, and every chat template its own frame.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,15 +17,6 @@ from typing import Any
 import families
 from families import BREAK, IMAGE, PAD, PINPOINTS, VIDEO
 from transformers import PreTrainedTokenizerFast
-
-
-def resolve_in(folder: str, layout: str) -> str:
-    """Where the embedded checkpoint is, with this cache: for processes of their own."""
-    from vtp_plugin.tiny.checkpoint import resolve
-
-    os.environ["VTP_CACHE"] = folder
-    return str(resolve(layout=layout))
-
 
 MEANS = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
 SIDE = {"height": 16, "width": 16}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import families
 import torch
 from families import FAMILIES, Family, Processor, Prompt
 from families_reference import Kept, Reference
+from matrix import dear
 from torch import Tensor, nn
 
 import vtp_plugin as vtp
@@ -51,15 +51,15 @@ class Shifted(PruningStrategy):
         return Selection(keep, tokens=rows, source=(source,) * len(rows))
 
 
-FULL = bool(os.environ.get("VTP_FULL_MATRIX"))
-# One family for every way in which images are arranged, where a check is dear; VTP_FULL_MATRIX=1: all of them.
+# One family for every way in which images are arranged, where a check is dear.
 KINDS = ("llava", "llava_hf", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe", "glm4v")
 KINDS += ("internvl", "gemma3", "idefics3", "mistral3", "paligemma")
 
 
 def by_kind(names: Iterable[str]) -> list[str]:
     """Those that stand for the others."""
-    return [name for name in names if FULL or name in KINDS]
+    names = list(names)
+    return dear(names, set(KINDS) & set(names))
 
 
 # What promises are shown at, where a family is not among FAMILIES.
@@ -107,8 +107,7 @@ def generated(model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> Any:
 def new_tensors() -> Iterator[list[Tensor]]:
     """Those that were made inside and are alive at its end; what was there before is frozen, out of sight."""
     found: list[Tensor] = []
-    gc.collect()
-    gc.freeze()
+    gc.freeze()  # with the garbage in it: to collect that first would take most of the time
     try:
         yield found
         gc.collect()

@@ -16,18 +16,19 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 import torch
+import warm
 import yaml
 from paths import TESTS
 from PIL import Image
+from warm import OFFLINE
 
 from vtp_plugin.hosts.lmms_eval.plugin import TASKS
 from vtp_plugin.strategies.vprune import VPrune
 from vtp_plugin.surgery.pixels import patches
 from vtp_plugin.tokens import VisualTokens
 
-COMMAND = [str(Path(sys.executable).with_name("lmms-eval"))]
+COMMAND = [str(Path(sys.executable).with_name("lmms-eval")), "eval"]
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 SCENES = "vtp_scenes_presence"
 SIZES = ((168, 168), (300, 200), (90, 240), (64, 48))  # width, height
 OWN_TASKS = TESTS / "hosts" / "lmms_eval" / "tasks"
@@ -47,11 +48,11 @@ def call(command: Sequence[str], cwd: Path, **environment: str) -> subprocess.Co
 
 
 def call_runs(
-    cwd: Path, runs: Sequence[Mapping[str, Any]], command: Sequence[str] = (*COMMAND, "eval"), **environment: str
+    cwd: Path, runs: Sequence[Mapping[str, Any]], command: Sequence[str] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Several evaluations in one process, from a `--config` file."""
+    """Several evaluations in one process, from a `--config` file; of the host that waits unless `command` says it."""
     (cwd / "runs.yaml").write_text(yaml.safe_dump(list(runs)))
-    return call([*command, "--config", "runs.yaml"], cwd, **environment)
+    return call([*(command or (*warm.python(), "-m", "lmms_eval")), "--config", "runs.yaml"], cwd, **environment)
 
 
 def results(folder: Path) -> list[dict[str, Any]]:

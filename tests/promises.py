@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from models import Row, Tiny, prompts, tiny
 from torch import nn
 
-from vtp_plugin import PruningStrategy, get_strategy
+from vtp_plugin import PruningStrategy, Stage, get_strategy, signals
+from vtp_plugin.signals import BlockView
 
 CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "l2": [("l2", {"keep_ratio": 0.4})],
@@ -70,6 +72,18 @@ def expected(host: Tiny, case: str, kind: str, events: Any) -> list[reference.Ex
     numbers = host.numbers(rows)
     drawn = [tuple(tuple(found[n]) for n in row if n in found) for row in numbers]
     return [_expected(host.family, case, kind, r, drawn[r]) for r in range(len(rows))]
+
+
+def meets_attention(strategy: PruningStrategy) -> bool:
+    """Whether the kernel matters: signals of the tower's blocks, merging inside them, masks of decoder layers."""
+    blocks = any(signal.view is BlockView for signal in signals.needed(strategy))
+    return blocks or strategy.stage is Stage.LLM or strategy.name == "tome"
+
+
+def where_it_matters(parameters: Mapping[str, Any]) -> str:
+    """The attention kernel of a case that meets attention; of others any will do."""
+    met = any(meets_attention(get_strategy(name)(**hyper)) for name, hyper in CASES[parameters["case"]])
+    return parameters["host"] if met else "any"
 
 
 class Lengths:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,15 @@ def waits(counts: Counts) -> int:
     return sum(number for place, number in counts.waits.items() if HOSTS_OWN not in place)
 
 
-def rows(name: str, layouts: tuple[str, ...], places: Counter[str]) -> Iterator[dict[str, Any]]:
+def rows(
+    name: str, layouts: Sequence[str], places: Counter[str], part: slice = slice(None)
+) -> Iterator[dict[str, Any]]:
+    """The unpruned host and a part of the strategies that the family can run."""
     one = host(name)
     for layout in layouts:
         unpruned, seen = measured(one, None, layout)
         yield {"family": name, "strategy": None, "layout": layout} | unpruned
-        for strategy in chosen(one):
+        for strategy in chosen(one)[part]:
             row, counts = measured(one, strategy, layout)
             places.update(counts.waits + counts.copied - seen.waits - seen.copied)
             more = {n: row[n] - unpruned[n] for n in ("syncs", "copies", "kernels", "peak_bytes")}

@@ -169,6 +169,7 @@ def test_the_leaderboard_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("waiting_host")
 def test_compare_and_report_of_the_page_run(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "reporting.md").read_text()
     line = next(line for line in lines(text, "vtp") if line.startswith("vtp compare") and "vtp-tiny" in line)

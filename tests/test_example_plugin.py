@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from importlib.metadata import distributions, entry_points
 from pathlib import Path
 
+import families
 import pytest
 import slow
 import torch
@@ -76,7 +77,6 @@ def test_its_strategies_conform(name: str):
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
 @torch.no_grad()
 def test_its_own_signal_reaches_its_strategy(family: str):
-    families = pytest.importorskip("families")
     one, model = families.FAMILIES[family], families.FAMILIES[family].build("sdpa")
     with prune(model, plugins.get_strategy("quiet")()) as pruned:
         model(**one.batch([one.sample(0, 1)]))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import peaks
 import pytest
 
+pytestmark = pytest.mark.long
+
 NOTHING_TO_DROP = dict.fromkeys(("evs", "pixelprune", "unpad", "vprune"), 1.001)  # places are kept
 
 

@@ -109,6 +109,7 @@ def test_a_hook_that_changes_an_output_comes_before_the_hosts_own() -> None:
     assert [bool(states.any()) for states in hidden[:3]] == [True, True, False]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("name", "stage"), [(name, stage) for name in FAMILIES for stage in STAGES if stage in FAMILIES[name].stages]
 )

@@ -1,13 +1,10 @@
-"""The promises, over families x stages x attention kernels x layouts.
-
-A deterministic part of the combinations runs by default; VTP_FULL_MATRIX=1 runs all of them.
-"""
+"""The promises, over families x stages x attention kernels x layouts."""
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ from families_reference import Reference
 from family_runs import (
     ANYRES_STAGES,
     BLIP2_STAGES,
-    FULL,
     LAYOUTS,
     MERGING,
     NEW,
@@ -39,10 +35,13 @@ from family_runs import (
     prompts_of,
     siglip,
 )
+from matrix import dear
 from torch import Tensor, nn
 
 import vtp_plugin as vtp
 from vtp_plugin.errors import PruningError
+
+pytestmark = pytest.mark.long
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -54,22 +53,18 @@ def strategies(family: Family, stage: str) -> list[tuple[Any, dict[str, Any]]]:
 
 
 def combinations() -> list[Any]:
-    """All combinations, or per family and stage one batch and one other layout, with kernels that a checksum picks."""
-    found = []
-    for family in FAMILIES.values():
-        for stage in family.stages:
-            video = family.video is not None and stage in family.video_stages
-            names = [(a, b) for a in ("eager", "sdpa") for b in LAYOUTS if b != "video" or video]
-            names.sort(key=lambda pair: zlib.crc32(f"{family.name}-{stage}-{pair}".encode()))
-            batch = next(pair for pair in names if pair[1] == "batch")
-            other = next(pair for pair in names if pair[1] != "batch")
-            chosen = names if FULL else [batch, other]
-            found += [
-                pytest.param(family.name, stage, *pair, id="-".join((family.name, stage, *pair))) for pair in chosen
-            ]
-    return found
+    """All that there are: videos only at the stages of families that take them."""
+    found = [
+        (family.name, stage, attention, layout)
+        for family in FAMILIES.values()
+        for stage in family.stages
+        for attention, layout in product(("eager", "sdpa"), LAYOUTS)
+        if layout != "video" or (family.video is not None and stage in family.video_stages)
+    ]
+    return [pytest.param(*each, id="-".join(each)) for each in found]
 
 
+@pytest.mark.covering("name stage", "name layout", "stage attention layout")
 @pytest.mark.parametrize(("name", "stage", "attention", "layout"), combinations())
 def test_promises(name: str, stage: str, attention: str, layout: str) -> None:
     family, model, prompts = FAMILIES[name], model_of(name, attention), prompts_of(name, layout)
@@ -128,7 +123,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "gemma3"] if not FULL else list(FAMILIES))
+@pytest.mark.parametrize("name", dear(FAMILIES, ["llava_next", "qwen2_5_vl", "gemma3"]))
 def test_generation_modes(name: str, mode: str) -> None:
     """Modes run on a shortened prompt; the greedy ones agree with plain greedy search."""
     family, model = FAMILIES[name], model_of(name, "sdpa")
@@ -434,7 +429,7 @@ def test_encoders_refuse_what_they_lack(strategy: str) -> None:
 # -- composition, labels, refusals ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "internvl"] if not FULL else list(FAMILIES))
+@pytest.mark.parametrize("name", dear(FAMILIES, ["llava_next", "qwen2_5_vl", "internvl"]))
 def test_stages_compose(name: str) -> None:
     """Each stage sees what the one before left."""
     family, model = FAMILIES[name], model_of(name, "sdpa")
@@ -480,6 +475,7 @@ def test_deepstack_layers_cannot_be_cut() -> None:
         vtp.prune(model_of("qwen3_vl", "sdpa"), "fastv", layer=2)
 
 
+@pytest.mark.covering("layer attention", "layer layout")
 @pytest.mark.parametrize("layer", [1, 4, 5, 6, 7])
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -495,6 +491,7 @@ def test_sliding_layers_may_be_cut(attention: str, layout: str, layer: int, posi
     check_reference(model, family, prompts, "llm", "fastv", fields)
 
 
+@pytest.mark.covering("layer layout", "layer positions")
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("layer", [1, 2, 3])
 @pytest.mark.parametrize("layout", ["single", "batch"])

@@ -188,6 +188,7 @@ BAD: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
 }
 
 
+@pytest.mark.covering("name call", "bad call")
 @pytest.mark.parametrize("name", FAMILIES, indirect=True)
 @pytest.mark.parametrize("call", ["forward", "generate"])
 @pytest.mark.parametrize("bad", BAD)

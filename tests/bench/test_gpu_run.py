@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matrix import dear
 
 from vtp_plugin.bench import gpu, gpu_page, rounds
 from vtp_plugin.reporting import readme
 
-SHAPES = ("small", "small-next")
+SHAPES = dear(["small", "small-next"], ["small"])
 TRAINED = {"steps": 3, "steps_per_second": 1.5, "first_loss": 2.0, "last_loss": 1.0}
 LAYER = {"l2": {}, "vprune": {}}
 

@@ -125,6 +125,7 @@ def test_text_is_printed_as_it_is() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("waiting_host")
 def test_demo_ends_with_a_table_and_a_picture(tmp_path: Path) -> None:
     said = vtp("demo", "--limit", 2, "--pruning", "l2,random", "-o", tmp_path)
     table = (tmp_path / "table.md").read_text()

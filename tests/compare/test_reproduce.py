@@ -207,6 +207,7 @@ def test_the_list_says_how_rows_are_run() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("waiting_host")
 def test_a_stand_in_is_run_through_the_host_and_resumed(tmp_path: Path) -> None:
     path, folder = standin(tmp_path / "table.yaml"), tmp_path / "run"
     said = vtp("reproduce", path, "--pruning", "l2", "--limit", 4, "-o", folder)

@@ -105,6 +105,7 @@ CASES = [("small", strategy) for strategy in STRATEGIES]  # the other families m
 CASES += [(name, s) for name in ("small-next", "small-qwen", "small-qwen3") for s in STRATEGIES if s != "tome"]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("name", "strategy"), CASES)
 @torch.no_grad()
 def test_the_plan_counts_as_the_record_does(name: str, strategy: str) -> None:

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import families
 import numpy as np
 import pytest
 import torch
+import warm
 from PIL import Image
 
 from vtp_plugin import get_strategy, prune
@@ -203,7 +203,7 @@ def test_the_figure_has_a_row_of_scores_only_if_asked(tiny: tuple[Any, Any], sce
 
 @pytest.mark.slow
 def test_the_real_host_writes_a_gallery(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lmms_eval", "--model", "llava", "--model_args", "pretrained=vtp-tiny"]
+    command = [*warm.python(), "-m", "lmms_eval", "--model", "llava", "--model_args", "pretrained=vtp-tiny"]
     command += ["--tasks", "vtp_scenes_count,vtp_scenes_digit", "--limit", "3", "--pruning", "visionzip"]
     command += ["--pruning_args", "keep_ratio=0.25", "--log_samples", "--output_path", str(tmp_path / "out")]
     said = {"VTP_GALLERY": str(tmp_path / "gallery"), "VTP_GALLERY_SAMPLES": "2"}

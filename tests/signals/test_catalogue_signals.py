@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import families
+import models
 import pytest
 import torch
 
 from vtp_plugin import PruningStrategy, Selection, Stage, VisualTokens, get_strategy, prune
 from vtp_plugin.metrics.counting import selector_macs
 
-models = pytest.importorskip("models")
 LAYER = 2
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
@@ -108,7 +109,6 @@ def test_signals_of_the_language_model(host: Any):
 @torch.no_grad()
 def test_outputs_where_heads_share_keys_and_layers_have_windows(name: str):
     """What the layer's output projection is given for the text behind the image."""
-    families = pytest.importorskip("families")
     family, outputs = families.FAMILIES[name], []
     model, inputs = family.build("sdpa"), family.batch([family.sample(0, 1)])
     probe, layer = Probe(wants=("values", "outputs", "head_attention")), model.model.language_model.layers[LAYER - 1]

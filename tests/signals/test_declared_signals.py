@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import families
 import pytest
 import torch
 from family_runs import model_of
+from matrix import FULL
 from paths import ROOT
 from torch import Tensor
 
@@ -66,22 +68,24 @@ def test_every_wrong_asking_is_refused_in_one_sentence_when_attached(family: str
 @pytest.mark.parametrize("stage", Stage)
 @torch.no_grad()
 def test_every_right_asking_is_answered_or_refused_when_attached(family: str, stage: Stage):
+    """Refused one by one; answered together, VTP_FULL_MATRIX=1: one by one, too."""
     one, model = families.FAMILIES[family], model_of(family, "sdpa")
     if stage.value not in one.stages:
         return
-    inputs, refused = one.batch([one.sample(0, 2), one.sample(1, 1)]), {}
-    for name, declared in signals.given(stage).items():
-        asking = Asking(at=stage.value, needs=(name,))
+    inputs, refused, given = one.batch([one.sample(0, 2), one.sample(1, 1)]), {}, signals.given(stage)
+    for name in given:
         try:
-            pruned = vtp.prune(model, asking, processor=families.Processor())
+            vtp.prune(model, Asking(at=stage.value, needs=(name,)), processor=families.Processor()).detach()
         except PruningError as error:
             refused[name] = str(error)
-            continue
-        with pruned:
+    possible = tuple(name for name in given if name not in refused)
+    for needs in [(name,) for name in possible] if FULL else [possible]:
+        asking = Asking(at=stage.value, needs=needs)
+        with vtp.prune(model, asking, processor=families.Processor()):
             model(**inputs)
         assert asking.seen
-        for seen in asking.seen:
-            value = getattr(seen, name)
+        for seen, name in product(asking.seen, needs):
+            value, declared = getattr(seen, name), given[name]
             if value is None:
                 assert "None" in declared.meaning
             elif isinstance(value, Tensor):

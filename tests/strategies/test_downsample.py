@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import models
 import pytest
 import slow
 import torch
@@ -91,7 +92,6 @@ def test_positions_are_interpolated():
 
 @torch.no_grad()
 def test_the_tower_sees_the_small_picture():
-    models = pytest.importorskip("models")
     host, rows = models.tiny("llava_hf", "eager"), models.prompts("single")
     seen: list[Tensor] = []
     handle = host.tower.vision_model if hasattr(host.tower, "vision_model") else host.tower

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, Processor, Prompt
-from family_runs import FULL, batched, check_reference, decided, logits_of, model_of
+from family_runs import batched, check_reference, decided, logits_of, model_of
+from matrix import dear
 from restated_flashvid import Restated
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from vtp_plugin.promises.reference import Dropped
 from vtp_plugin.surgery.undo import Undo
 
 FOUR = ("qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video")
-VIDEOS = [name for name, family in FAMILIES.items() if family.video is not None and (FULL or name in FOUR)]
+VIDEOS = dear([name for name, family in FAMILIES.items() if family.video is not None], FOUR)
 CUTTING = ("evs", "vidcom2")
 FLASH = {"keep_tokens": 5, "segments": 1, "scene": -1.0, "join": 0.1}
 METHODS = [(name, {"keep_tokens": k}) for name in CUTTING for k in (5, 9)] + [("flashvid", FLASH)]

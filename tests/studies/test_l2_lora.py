@@ -23,7 +23,7 @@ SMALL = {"limit": 6, "per_picture": 4, "batch": 8, "pruning": ["bottom", "l2"]}
 def test_adapters_learn_and_nothing_else() -> None:
     encoder = ZeroShot(poster_l2.checkpoint_of("vtp-tiny"))
     own = {name: value.clone() for name, value in encoder.model.state_dict().items()}
-    pictures = poster_l2.embedded()[1][:8]
+    pictures = poster_l2.embedded(8)[1]
     targets, cut = encoder.pictures(pictures, []), poster_l2.strategies("bottom", 0.5, None)
     before = (encoder.pictures(pictures, cut) * targets).sum(-1).mean()
     losses = adapt(encoder, pictures, targets, cut, Plan(rank=4, rate=2e-3, batch=8, epochs=6, seed=0))
@@ -65,4 +65,4 @@ def test_no_test_scene_is_learned_from() -> None:
     from vtp_plugin.tiny.scenes import sample_scene
 
     assert sample_scene("train", 0) != sample_scene("test", 0)
-    assert l2_lora._Scene(3).picture().size == poster_l2.embedded()[1][0].size
+    assert l2_lora._Scene(3).picture().size == poster_l2.embedded(1)[1][0].size

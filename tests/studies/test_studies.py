@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import fake_host
 import numpy as np
 import pytest
 import yaml
+from matrix import dear
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
@@ -65,7 +65,7 @@ def test_every_study_has_its_yaml_and_its_place_in_the_docs() -> None:
         assert f"vtp study {name}" in page
 
 
-REAL = set(SMALL) if os.environ.get("VTP_FULL_MATRIX") else {"hard-samples"}  # through lmms-eval itself
+REAL = dear(SMALL, ["hard-samples"])  # through lmms-eval itself
 
 
 @pytest.fixture
@@ -83,8 +83,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_study_on_a_handful_of_samples(
     name: str, tmp_path: Path, console: Console, request: pytest.FixtureRequest
 ) -> None:
-    if name not in REAL:
-        request.getfixturevalue("stand_in")
+    request.getfixturevalue("waiting_host" if name in REAL else "stand_in")
     said = {"limit": 3, **SMALL[name]}
     if name == "vprune-design":
         said["pictures"] = str(some_pictures(tmp_path / "images", 16))
@@ -102,7 +101,7 @@ def test_a_study_on_a_handful_of_samples(
 def some_pictures(folder: Path, count: int) -> Path:
     """So many of the embedded scenes, enough to calibrate on."""
     folder.mkdir()
-    for number, picture in enumerate(poster_l2.embedded()[1][:count]):
+    for number, picture in enumerate(poster_l2.embedded(count)[1]):
         picture.save(folder / f"{number}.png")
     return folder
 
@@ -211,15 +210,15 @@ def test_a_study_goes_on_where_it_was_interrupted(tmp_path: Path, console: Conso
 
 
 def test_a_folder_of_pictures_with_class_names(tmp_path: Path, console: Console) -> None:
-    names, pictures, labels = poster_l2.embedded()
-    for number in range(6):
-        folder = tmp_path / "images" / names[labels[number]]
+    names, pictures, labels = poster_l2.embedded(6)
+    for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        folder = tmp_path / "images" / names[label]
         folder.mkdir(parents=True, exist_ok=True)
-        pictures[number].save(folder / f"{number}.png")
+        picture.save(folder / f"{number}.png")
     said = {**FAST, "images": str(tmp_path / "images"), "limit": -1}
     record = read(conduct("poster-l2", said, tmp_path / "study", console).parent)
     assert record["results"]["pictures"] == 6
-    assert record["results"]["class_names"] == sorted({names[label] for label in labels[:6]})
+    assert record["results"]["class_names"] == sorted({names[label] for label in labels})
 
 
 def refused(name: str, said: dict, folder: Path, sentence: str) -> None:

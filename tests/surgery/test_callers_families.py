@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, Processor, Prompt, words
-from family_runs import batched, generated, model_of, prompts_of
+from family_runs import batched, by_kind, generated, model_of, prompts_of
 from torch import Tensor, nn
 
 import vtp_plugin as vtp
@@ -38,6 +38,7 @@ def grown(mask: Tensor) -> Tensor:
     return torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
 
 
+@pytest.mark.covering("name case")
 @pytest.mark.parametrize(("name", "case", "positions"), cases())
 @torch.no_grad()
 def test_a_loop_of_ones_own_and_a_second_turn(name: str, case: str, positions: str) -> None:
@@ -70,6 +71,7 @@ def bounded(model: nn.Module, logits: Tensor) -> Tensor:
     return logits if bound is None else (logits / bound).tanh() * bound
 
 
+@pytest.mark.covering("case positions")
 @pytest.mark.parametrize(("name", "case", "positions"), cases())
 @torch.no_grad()
 def test_outputs_and_losses(name: str, case: str, positions: str) -> None:
@@ -93,6 +95,7 @@ def test_outputs_and_losses(name: str, case: str, positions: str) -> None:
             torch.testing.assert_close(model(**first, logits_to_keep=keep).logits, wanted, **CLOSE)
 
 
+@pytest.mark.covering("case positions")
 @pytest.mark.parametrize(("name", "case", "positions"), cases())
 @torch.no_grad()
 def test_padding_on_the_right_and_rows_in_another_order(name: str, case: str, positions: str) -> None:
@@ -156,7 +159,7 @@ def test_attentions_of_decoding_steps_are_at_the_callers_columns(name: str, case
         assert not maps[-1][..., :length].abs().sum((1, 2))[~there].any()
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", by_kind(FAMILIES))
 @torch.no_grad()
 def test_threads(name: str) -> None:
     family, model = FAMILIES[name], model_of(name, "sdpa")
@@ -222,7 +225,7 @@ def test_a_cut_that_keeps_everything_leaves_all_as_the_hosts(name: str) -> None:
         assert all(getattr(ours, name).equal(value) for name, value in there)
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", by_kind(FAMILIES))
 @torch.no_grad()
 def test_text_among_pictures_and_beams_over_a_batch(name: str) -> None:
     """Every row as by itself: two images, none, one; logits, and the scores of two beams."""

@@ -74,6 +74,7 @@ def rows_and_kept(name: str, layout: str, **fields: Any) -> tuple[Any, list[list
         return served, [kept.tolist() for kept in event.kept]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("layout", ["single", "batch"])
 @pytest.mark.parametrize("name", MERGING)
 def test_rank_before_merge_is_the_norm_of_the_unit(name: str, layout: str) -> None:

@@ -9,7 +9,8 @@ import pytest
 import reference
 import torch
 from families import FAMILIES
-from family_runs import FULL, batched, check_reference, logits_of, model_of, prompts_of
+from family_runs import batched, check_reference, logits_of, model_of, prompts_of
+from matrix import dear
 from models import Tiny, prompts, tiny
 from promises import CASES, CLOSE, check_answer, check_kept, kept
 from torch import Tensor
@@ -37,6 +38,7 @@ def slow(host: Tiny, case: str, kind: str, positions: str, events: Any) -> list[
     ]
 
 
+@pytest.mark.covering("case positions", "kind positions family")
 @pytest.mark.parametrize("kind", ["single", "batch"])
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("case", PLANS)
@@ -94,11 +96,12 @@ STAGES = {
 FEW = ["llava_next", "qwen2_5_vl", "gemma3", "qwen3_vl"]
 
 
+@pytest.mark.covering("name stage", "stage positions layout")
 @pytest.mark.parametrize("layout", ["single", "batch"])
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize(
     ("name", "stage"),
-    [(name, stage) for name in (FAMILIES if FULL else FEW) for stage in STAGES if stage in FAMILIES[name].stages],
+    [(name, stage) for name in dear(FAMILIES, FEW) for stage in STAGES if stage in FAMILIES[name].stages],
 )
 def test_families_equal_the_slow_reference(name: str, stage: str, positions: str, layout: str):
     strategy, fields = STAGES[stage]

@@ -10,7 +10,18 @@ import pytest
 import reference
 import torch
 from models import N, Row, Tiny, picture, prompts, tiny
-from promises import CASES, CLOSE, Lengths, check_answer, check_kept, expected, kept, make, strategies
+from promises import (
+    CASES,
+    CLOSE,
+    Lengths,
+    check_answer,
+    check_kept,
+    expected,
+    kept,
+    make,
+    strategies,
+    where_it_matters,
+)
 from torch import Tensor, nn
 
 from vtp_plugin import get_strategy
@@ -28,6 +39,7 @@ EVERYTHING |= {"random": {"keep_tokens": N}, "atp": {"keep_ratio": 1.0}, "vprune
 # -- 1: everything kept is bit-identical ------------------------------------------------------------------------------
 
 
+@pytest.mark.covering("name kind", "name host", "kind host family")
 @pytest.mark.parametrize("kind", ["single", "batch", "even"])
 @pytest.mark.parametrize("name", [*EVERYTHING, "none"])
 @torch.no_grad()
@@ -78,6 +90,7 @@ def untouched(host: Tiny) -> Iterator[None]:
         assert host.generate(rows).sequences.equal(answer)
 
 
+@pytest.mark.covering("case kernel family", kernel=where_it_matters)
 @pytest.mark.parametrize("case", FEW)
 def test_detaching_gives_the_model_back(host: Tiny, case: str, untouched: None):
     pruned = host.prune(strategies(host, case), measure=True)
@@ -155,6 +168,7 @@ def test_a_second_attachment_is_refused_and_the_first_stays(sdpa: Tiny):
 # -- 3, 4, 6, 7: budgets, cached generation, composition, batches -----------------------------------------------------
 
 
+@pytest.mark.covering("case kernel", "case kind", "case family", kernel=where_it_matters)
 @pytest.mark.parametrize("kind", ["single", "batch", "even"])
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
@@ -170,6 +184,7 @@ def test_cached_generation_equals_the_slow_reference(host: Tiny, case: str, kind
     check_answer(output, slow)
 
 
+@pytest.mark.covering("case kernel", "case kind", "family kind", kernel=where_it_matters)
 @pytest.mark.parametrize("kind", ["packed", "packed-even"])
 @pytest.mark.parametrize("case", [*FEW, "stride-llm", "fastv+random"])
 @torch.no_grad()
@@ -192,6 +207,7 @@ def test_prompts_of_equal_length_need_no_attention_mask(sdpa: Tiny, case: str, k
     check_answer(output, expected(sdpa, case, kind, pruned.events))
 
 
+@pytest.mark.covering("case kind", "kind family")
 @pytest.mark.parametrize("case", FEW)
 @pytest.mark.parametrize("kind", ["single", "batch", "packed"])
 def test_generation_without_a_cache_is_the_same(sdpa: Tiny, case: str, kind: str):
@@ -201,6 +217,7 @@ def test_generation_without_a_cache_is_the_same(sdpa: Tiny, case: str, kind: str
     assert len(kept(pruned.events)) == len(CASES[case])
 
 
+@pytest.mark.covering("case sampling", "family sampling")
 @pytest.mark.parametrize(
     "sampling", [{"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True}]
 )
@@ -237,6 +254,7 @@ def test_the_same_image_keeps_the_same_tokens_in_any_batch(sdpa: Tiny):
 # -- plain forward ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering("case kind", "kind family")
 @pytest.mark.parametrize("kind", ["single", "batch", "even"])
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
@@ -260,6 +278,7 @@ def spread(row: Row) -> list[int]:
     return [sum(sizes[:i]) for i in range(len(row))]
 
 
+@pytest.mark.covering("case kind", "kind family")
 @pytest.mark.parametrize("kind", ["single", "batch", "even"])
 @pytest.mark.parametrize("case", FEW)
 def test_the_loss_is_that_of_the_shortened_prompt(sdpa: Tiny, case: str, kind: str):

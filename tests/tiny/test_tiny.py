@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import resolve_in
+from matrix import FULL
+from paths import resolve_in
 from PIL import Image
 
 import vtp_plugin
@@ -17,6 +18,8 @@ from vtp_plugin.errors import PruningError
 from vtp_plugin.tiny import checkpoint
 from vtp_plugin.tiny.checkpoint import FOLDERS, WEIGHTS, resolve
 from vtp_plugin.tiny.modeling import LLAMA_LAYERS
+
+pytestmark = pytest.mark.long
 
 datasets = pytest.importorskip("datasets")
 TASKS = Path(vtp_plugin.__file__).parent / "hosts" / "lmms_eval" / "tasks" / "vtp_scenes"
@@ -77,7 +80,7 @@ def accuracy(hf, rows, task: str, system: str = "") -> float:
 
 
 def test_the_model_answers(hf, rows):
-    some = rows.select(range(300))
+    some = rows.select(range(300 if FULL else 100))
     scores = {task: accuracy(hf, some, task) for task in ("presence", "attribute", "count", "position", "digit")}
     assert sum(scores.values()) / len(scores) >= 0.90, scores
     assert scores["presence"] >= 0.95, scores

@@ -52,7 +52,7 @@ class RoofServer:
 class Request:
     arrived: float
     prefilled: int = 0
-    decoded: int = 0
+    last: int = 0  # the step that decodes the last token of its answer
     first_token: float = 0.0
     done: float = 0.0
 
@@ -78,23 +78,23 @@ class _Card:
     server: Server
     chunk: int
     now: float = 0.0
+    steps: int = 0
     waiting: deque[Request] = field(default_factory=deque)  # arrived, its prompt not finished
-    running: list[Request] = field(default_factory=list)  # decoding
+    running: deque[Request] = field(default_factory=deque)  # decoding; who began first ends first
     entered: int = 0  # requests that hold a slot
 
     def step(self) -> list[Request]:
         """One pass of the model; the requests that it finished."""
-        decoding = list(self.running)
-        prefilling, begun = self._prefill(max(0, self.chunk - len(decoding)))
-        self.now += self.server.seconds(len(decoding), sum(n for _, n in prefilling), begun)
-        for request in decoding:
-            request.decoded += 1
+        decoding = len(self.running)
+        prefilling, begun = self._prefill(max(0, self.chunk - decoding))
+        self.now += self.server.seconds(decoding, sum(n for _, n in prefilling), begun)
+        self.steps += 1
         for request, tokens in prefilling:
             self._advance(request, tokens)
-        finished = [request for request in self.running if request.decoded >= self.server.answer]
-        self.running = [request for request in self.running if request.decoded < self.server.answer]
-        for request in finished:
-            request.done = self.now
+        finished = []
+        while self.running and self.running[0].last <= self.steps:
+            finished.append(self.running.popleft())
+            finished[-1].done = self.now
         self.entered -= len(finished)
         return finished
 
@@ -115,7 +115,7 @@ class _Card:
     def _advance(self, request: Request, tokens: int) -> None:
         request.prefilled += tokens
         if request.prefilled == self.server.prompt:
-            request.first_token, request.decoded = self.now, 1
+            request.first_token, request.last = self.now, self.steps + self.server.answer - 1
             self.waiting.remove(request)
             self.running.append(request)
 
@@ -163,9 +163,11 @@ def cards_needed(
     def holds(cards: int) -> bool:
         return percentile(simulate(server, rate / cards, requests, chunk).first_token, 0.95) <= first_token
 
-    if not holds(most):
-        return None
-    low, high = 0, most  # low does not hold, high does
+    low, high = 0, 1  # low does not hold; from below, as a card with little to do takes longest to simulate
+    while not holds(high):
+        if high == most:
+            return None
+        low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)

@@ -1,7 +1,7 @@
 """Every `--model` of lmms-eval that the package supports: pruned against unpruned, on checkpoints made by the tests.
 
 One process of the command line runs all of them from a `--config` list, pruned behind the tower and between decoder
-layers, and some with `none` (all of them if VTP_FULL_MATRIX=1: the host reads thousands of task files for every run).
+layers, and some with `none` (the full matrix: all of them; the host reads thousands of task files for every run).
 What needs no process of its own (the host that nobody wrapped, pixels, videos) runs in this one.
 """
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 from checkpoints import HOSTS, Host
 from families import PINPOINTS, anyres_rows
+from matrix import dear
 from torch import Tensor
 
 from vtp_plugin.errors import PruningError
@@ -37,7 +38,7 @@ LATE = {
 }
 BEHIND = {"pruning": "atp", "pruning_args": {"alpha": 0, "keep_tokens": FIRST}}
 VPRUNE = "pruning=vprune,pruning.chi2_threshold=40,pruning.cosine_threshold=0.2"
-UNPRUNED = list(HOSTS) if os.environ.get("VTP_FULL_MATRIX") else ["llava-1.6", "qwen2_5_vl", "internvl_hf"]
+UNPRUNED = dear(HOSTS, ["llava-1.6", "qwen2_5_vl", "internvl_hf"])
 NO_PIXELS = {"mistral3_vl"}
 TURNED = [[height, width] for width, height in checkpoints.LARGE_PINPOINTS]  # the authors' package says width first
 TILED = {"llava-1.6": (TURNED, 168, 12), "llava_hf-next": (PINPOINTS, 16, 4)}
@@ -119,7 +120,7 @@ def process(work: Work) -> Any:
     runs += [work.entry(key, "late", **late_of(key)) for key in HOSTS]
     runs.append(work.entry("internvl_hf", "trips", pruning="trips"))
     path = os.pathsep.join(filter(None, [str(work.folder), os.environ.get("PYTHONPATH")]))
-    return lmms.call_runs(work.folder, runs, PYTHONPATH=path)
+    return lmms.call_runs(work.folder, runs, lmms.COMMAND, PYTHONPATH=path)
 
 
 @pytest.fixture(autouse=True)

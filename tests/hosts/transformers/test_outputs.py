@@ -53,6 +53,7 @@ def lengths_of(output: Any) -> list[int]:
     return [layer.keys.shape[2] for layer in output.past_key_values.layers if hasattr(layer, "keys")]
 
 
+@pytest.mark.covering("name call", "call case")
 @pytest.mark.parametrize("call", [forward, generate])
 @pytest.mark.parametrize(("name", "case"), RUNS)
 def test_the_output_is_the_hosts(name: str, call: Callable[[str], Any], case: str) -> None:
@@ -117,6 +118,7 @@ def heard(call: Callable[[], Any]) -> set[str]:
     return listener.heard | {str(warning.message) for warning in caught}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("name", "case"), RUNS)
 def test_nothing_is_said_that_the_host_does_not_say_by_itself(name: str, case: str) -> None:
     spec, fields = CASES[case]
