@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -99,6 +101,19 @@ def generated(model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> Any:
         "output_scores": True,
     }
     return model.generate(**inputs, **{**settings, **kwargs})
+
+
+@contextmanager
+def new_tensors() -> Iterator[list[Tensor]]:
+    """Those that were made inside and are alive at its end; what was there before is frozen, out of sight."""
+    found: list[Tensor] = []
+    gc.freeze()  # with the garbage in it: to collect that first would take most of the time
+    try:
+        yield found
+        gc.collect()
+        found += [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+    finally:
+        gc.unfreeze()
 
 
 def kept_by_sample(events: list[Any], prompts: tuple[Prompt, ...], stage: str, positions: str = "") -> list[Kept]:

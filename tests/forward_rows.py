@@ -275,6 +275,26 @@ def image_outputs(host: Tiny, case: str) -> None:
     assert ours.hidden_states[-1].shape[:2] == (len(first["pixel_values"]), inside)
     if case != "l2":
         assert all(a.equal(b) for a, b in zip(ours.hidden_states, hosts.hidden_states, strict=True))
+    passing_singly(eager, first, asked)
+
+
+def passing_singly(host: Tiny, first: dict[str, Any], asked: dict[str, bool]) -> None:
+    """Images that may keep unequal numbers: each as by itself, zeros where another one has more."""
+    with host.prune("vprune") as pruned:
+        together = host.model(**first, **asked).image_outputs
+        after = [count for event in pruned.events for count in event.after]
+        alone = host.model(**host.inputs(prompts("batch")[2:]), **asked).image_outputs  # the last image
+        (count,) = pruned.events[-1].after
+    most = 1 + max(after)
+    assert len(set(after)) > 1
+    assert [len(rows) for rows in together.pooler_output] == after
+    assert {states.shape[:2] for states in together.hidden_states} == {(len(after), most)}
+    assert {maps.shape[2:] for maps in together.attentions} == {(most, most)}
+    close(together.pooler_output[-1], alone.pooler_output[0])
+    for states, own in zip(together.hidden_states, alone.hidden_states, strict=True):
+        close(states[-1, : 1 + count], own[0])
+    shortest = after.index(min(after))
+    assert not together.hidden_states[-1][shortest, 1 + min(after) :].any()
 
 
 @row("length of the cache")

@@ -85,16 +85,22 @@ def _step(found: Any, part: str) -> Any:
     if part.isdigit():
         return found[int(part)]
     if part.startswith("@"):
-        return getattr(sys.modules[type(found).__module__], part[1:])
+        return getattr(sys.modules[type(_inside(found)).__module__], part[1:])
     value = getattr(found, part.removesuffix("()"))
     return value() if part.endswith("()") else value
 
 
 def parameters(function: Any) -> frozenset[str]:
     """The names that a function, a class or a module's forward takes."""
+    function = _inside(function)
     if not inspect.isroutine(function) and hasattr(type(function), "forward"):
         function = type(function).forward
     return _parameters(getattr(function, "__func__", function))
+
+
+def _inside(found: Any) -> Any:
+    """What torch.compile has wrapped."""
+    return getattr(found, "_orig_mod", found)
 
 
 @cache

@@ -27,6 +27,7 @@ from vtp_plugin.surgery.decoder import DecoderCuts
 from vtp_plugin.surgery.judging import Judgement
 from vtp_plugin.surgery.owning import OneAtATime, unwrapped
 from vtp_plugin.surgery.pixels import watch as watch_processor
+from vtp_plugin.surgery.places import Places
 from vtp_plugin.surgery.positions import Choice, OriginalPositions
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.surgery.vision import VisionCuts
@@ -91,13 +92,17 @@ class Pruned(OneAtATime):
         vision.prepare()
         decoder.prepare()
         self.spaces = vision.spaces
-        counting.watch(self, self._undo)  # first, so that it sees what the cuts make of a block's output
+        observed = Undo()
+        self._undo.callback(observed.close)
+        counting.watch(self, observed)  # first, so that it sees what the cuts make of a block's output
         vision.install(self._undo)
         decoder.install(self._undo)
         if self.positions.prompt == "original" and self.adapter.language_model is not None:
             OriginalPositions(self).install(self._undo)
         self.adapter.install(self, self._undo)
         asking.guard(self, self._undo)
+        read = [part for part in vars(self.adapter.tower).values() if isinstance(part, nn.Module)]
+        self._places = Places(self.model, [*self._undo.modules, *read] if self.strategies else [])
         if vision.pixels is not None:
             self._watch_processor(vision)
         if measure:
@@ -151,6 +156,9 @@ class Pruned(OneAtATime):
         with self.alone():
             self._undo.close()
 
+    def __reduce__(self) -> Any:
+        raise PruningError("what is attached belongs to its model: copy the model, and prune the copy")
+
     def summary(self) -> str:
         """What all calls so far came to, in one line."""
         from vtp_plugin.reporting import summary
@@ -172,6 +180,7 @@ class Pruned(OneAtATime):
     @contextmanager
     def calling(self) -> Iterator[Call]:
         """One call of the host model; proves at its end that every strategy has cut."""
+        self._places.check()
         call = Call(warmup=not self._called, decisions=[] if self.keep_decisions else None, measured=self._measured)
         self._called = True
         call.spend("image_processing", self._processed)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, IMAGE, VARIANTS, Numbers
-from family_runs import SHALLOW, STRATEGIES, batched, generated, prompts_of
+from families import FAMILIES, IMAGE, VARIANTS, Numbers, Prompt, words
+from family_runs import SHALLOW, STRATEGIES, batched, generated, new_tensors, prompts_of
 from internvl_chat import InternVLChatModel, Words
 from torch import nn
 
@@ -101,6 +101,24 @@ def test_beams_and_limits_count_the_whole_prompt() -> None:
             wanted = generated(source, dict(inputs), **more).sequences[:, length:]
         with vtp.prune(chat, "stride", keep_ratio=given["keep_ratio"]):
             assert torch.equal(generated(chat, dict(inputs), **more).sequences, wanted)
+
+
+@pytest.mark.parametrize(("pruning", "fields"), CASES)
+@torch.no_grad()
+def test_text_among_pictures_and_nothing_outlives_its_call(pruning: str, fields: dict[str, Any]) -> None:
+    family, (_, chat) = FAMILIES["internvl"], pair("internvl")
+    prompts = (family.sample(0, 2), Prompt(words(6, 3)), family.sample(1, 1))
+    first = batched(family, prompts)
+    with vtp.prune(chat, pruning, processor=PROCESSOR, **fields) as pruned:
+        together = torch.stack(generated(chat, dict(first)).logits, 1)
+        for row, prompt in enumerate(prompts):
+            alone = torch.stack(generated(chat, batched(family, (prompt,))).logits, 1)
+            torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
+        pruned.events.clear()
+        with new_tensors() as left:
+            chat.generate(**first, max_new_tokens=2)
+            pruned.events.clear()
+    assert [tuple(tensor.shape) for tensor in left] == []
 
 
 def test_chat_is_pruned_and_detaching_brings_back_the_host() -> None:

@@ -40,7 +40,7 @@ def test_show_draws_every_panel(picture: Path, tmp_path: Path) -> None:
     said = vtp("show", picture, "--question", "is there a circle", "--pruning", "atp,l2+fastv", "-o", target)
     assert "atp 0.6: 144 -> 86 visual tokens per image, prefill FLOPs 0." in said
     assert "l2 0.5 + fastv 0.5: 144 -> 36 visual tokens per image" in said
-    assert said.count("1 of 1 samples pruned; answer: ") == 2
+    assert said.count("1 of 1 samples pruned\nanswer: ") == 2
     assert Image.open(target).width > 400
 
 

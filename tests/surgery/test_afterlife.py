@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import families
 import pytest
 import torch
-from family_runs import SHALLOW, by_kind, model_of
-from torch import Tensor
+from family_runs import SHALLOW, by_kind, model_of, new_tensors
 
 import vtp_plugin as vtp
 from vtp_plugin.errors import PruningError
 
 EARLY = ("vprune", "l2")
 NAMES = ("stride", "visionzip", "vtp", "fastv", "sparsevlm", "dart")
-
-
-@contextmanager
-def new_tensors() -> Iterator[list[Tensor]]:
-    """Those that were made inside and are alive at its end; what was there before is frozen, out of sight."""
-    found: list[Tensor] = []
-    gc.freeze()  # with the garbage in it: to collect that first would take most of the time
-    try:
-        yield found
-        gc.collect()
-        found += [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
-    finally:
-        gc.unfreeze()
+OF_VIDEOS = ("stride", "evs", "vidcom2", "flashvid")
 
 
 def test_what_is_kept_is_seen():
@@ -46,9 +30,21 @@ def test_what_is_kept_is_seen():
 @pytest.mark.parametrize("family", by_kind(families.FAMILIES))
 @torch.no_grad()
 def test_no_tensor_outlives_its_call(family: str):
-    one, model = families.FAMILIES[family], model_of(family, "sdpa")
-    inputs: dict[str, Any] = one.batch([one.sample(0, 2), one.sample(1, 1)])
-    for name in (*EARLY[: 2 * ("vit" in one.stages)], *NAMES):
+    one = families.FAMILIES[family]
+    names = (*EARLY[: 2 * ("vit" in one.stages)], *NAMES)
+    check(family, names, one.batch([one.sample(0, 2), one.sample(1, 1)]))
+
+
+@pytest.mark.parametrize("family", by_kind(name for name, one in families.FAMILIES.items() if one.video))
+@torch.no_grad()
+def test_no_tensor_of_a_video_outlives_its_call(family: str):
+    one = families.FAMILIES[family]
+    check(family, OF_VIDEOS, one.batch([one.video(3)]))
+
+
+def check(family: str, names: tuple[str, ...], inputs: dict[str, Any]) -> None:
+    model = model_of(family, "sdpa")
+    for name in names:
         fields = SHALLOW.get(name, {"layers": "2 3 4"} if name == "sparsevlm" else {})
         try:
             pruned = vtp.prune(model, vtp.get_strategy(name)(**fields), processor=families.Processor())

@@ -36,5 +36,5 @@ def command(
     views = [view(*loaded, picture, question, s, label, target=target) for label, s in strategies.items()]
     files.write(output, drawn(kept_figure([views], scores=scores), output.suffix))
     for seen in views:
-        console().print(f"{seen.summary}; answer: {seen.answer}")
+        console().print(f"{seen.summary}\nanswer: {seen.answer}")
     console().print(f"written: {output}")

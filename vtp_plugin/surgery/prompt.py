@@ -22,6 +22,7 @@ from vtp_plugin.surgery import answers, asking, cache, losses, masks, spoken, tu
 from vtp_plugin.surgery.binding import bound
 from vtp_plugin.surgery.call import Call
 from vtp_plugin.surgery.columns import Columns
+from vtp_plugin.surgery.owning import unwrapped
 from vtp_plugin.surgery.placeholders import PlaceholderModel, Prompt, padding
 from vtp_plugin.surgery.turns import Turn
 from vtp_plugin.surgery.undo import Undo
@@ -83,12 +84,15 @@ class PlaceholderCalls:
     @contextmanager
     def _assisting(self, inputs: Mapping[str, Any]) -> Iterator[None]:
         """While open, an assistant gets the caller's pixels, not the features that are left of them."""
-        known = set(inspect.signature(self.forward).parameters)
-        pixels = {k: v for k, v in inputs.items() if k in known and k not in (*TRANSLATED, *cache.NAMES)}
+        known = set(inspect.signature(self.forward).parameters) - {*TRANSLATED, *cache.NAMES}
 
         def candidates(*args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
             given = {k: v for k, v in model_kwargs.items() if k != "mm_encoder_outputs"}
-            return original(*args, model_kwargs=pixels | given, **kwargs)
+            assistant = kwargs.get("assistant_model")
+            taken = (
+                known if assistant is None else known & set(inspect.signature(unwrapped(assistant).forward).parameters)
+            )
+            return original(*args, model_kwargs={k: inputs[k] for k in taken & inputs.keys()} | given, **kwargs)
 
         with Undo() as undo:
             original = undo.override(self.model, "_get_candidate_generator", candidates)
@@ -98,8 +102,7 @@ class PlaceholderCalls:
         turn = turns.recall(inputs)
         if turn is not None:
             return self._continued(turn, inputs)
-        if cache.given(inputs) is not None and not turns.stored_length(cache.given(inputs)):
-            turns.forget(cache.given(inputs))
+        turns.forget(cache.given(inputs))
         images = self.family.has_images(inputs)
         asking.check(self.pruned, inputs, images, generating=False)
         with self.pruned.calling() as call:

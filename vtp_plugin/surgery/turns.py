@@ -248,6 +248,8 @@ def remember(stored: Any, turn: Turn) -> None:
 
 def forget(stored: Any) -> None:
     """A cache that is empty again holds no prompt."""
+    if not hasattr(stored, MARK) or stored_length(stored):
+        return
     for name in (MARK, "get_seq_length", *REGROUPING):
         if name in getattr(stored, "__dict__", ()):
             delattr(stored, name)

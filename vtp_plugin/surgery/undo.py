@@ -80,11 +80,16 @@ def _itself(value: Any) -> Any:
 class Undo(ExitStack):
     """A stack of changes; `close()` takes them back in reverse order."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.modules: list[nn.Module] = []  # that were changed
+
     def override(self, owner: Any, name: str, value: Any) -> Any:
         """Set an attribute on the instance and return what it hid; a function takes over the signature."""
         if callable(value):
             override = Override(owner, name, value)
             object.__setattr__(owner, name, override)
+            self.modules += [owner] if isinstance(owner, nn.Module) else []
             self.callback(override.take_back)
             return override.hidden
         hidden, own = getattr(owner, name), vars(owner).get(name, MISSING)
@@ -94,6 +99,7 @@ class Undo(ExitStack):
 
     def before(self, module: nn.Module, hook: Callable) -> None:
         """Call hook(module, args, kwargs) before the module; it may return new (args, kwargs)."""
+        self.modules.append(module)
         self.callback(module.register_forward_pre_hook(Hook(hook), with_kwargs=True).remove)
 
     def after(self, module: nn.Module, hook: Callable) -> None:
@@ -101,6 +107,7 @@ class Undo(ExitStack):
 
         transformers captures hidden states with hooks of its own: one that changes the output has to come first.
         """
+        self.modules.append(module)
         handle = module.register_forward_hook(Hook(hook), with_kwargs=True, prepend=True)
         self.callback(handle.remove)
 
