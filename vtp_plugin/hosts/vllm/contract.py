@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 from vtp_plugin.contract import TouchPoint
@@ -23,7 +24,11 @@ REGISTRY = (
 )
 PROCESSOR = (
     _At(f"{_PROCESSING}:BaseMultiModalProcessor.apply", "the question", takes=("inputs", "timing_ctx")),
-    _At(f"{_PROCESSING}:BaseMultiModalProcessor._call_hf_processor", "raw pixels"),
+    _At(
+        f"{_PROCESSING}:BaseMultiModalProcessor._apply_hf_processor_main",
+        "raw pixels",
+        takes=("mm_items", "hf_kwargs"),
+    ),
     _At(f"{_PROCESSING}:BaseMultiModalProcessor._get_mm_fields_config", "fields of ours"),
     _At(
         f"{_PROCESSING}:BaseMultiModalProcessor._get_prompt_updates",
@@ -58,21 +63,51 @@ _QWEN = (
 )
 
 
-def _merged(module: str, model: str) -> tuple[TouchPoint, ...]:
-    home, why = f"{_MODELS}.{module}:{model}", "positions on three axes"
-    return (
-        _At(f"{home}.embed_multimodal", "kept rows"),
-        _At(f"{home}.get_mrope_input_positions", why, takes=("input_tokens", "mm_features")),
-        _At(f"{home}.recompute_mrope_positions", why, takes=("input_ids", "multimodal_embeddings", "mrope_positions")),
-        _At(f"{home}._postprocess_image_embeds_evs", why),
+@dataclass(frozen=True)
+class Family:
+    """One architecture of vLLM that is served."""
+
+    module: str  # among `families`
+    touches: tuple[TouchPoint, ...]
+
+
+def _family(module: str, *own: TouchPoint) -> Family:
+    return Family(module, (*REGISTRY, *PROCESSOR, *own))
+
+
+def _merged(module: str, home: str, model: str, tower: str, *own: TouchPoint) -> Family:
+    """A Qwen-VL: its module here, that of vLLM, its model and the tower of that."""
+    place, why, narrow = f"{_MODELS}.{home}", "positions on three axes", "a tower that runs on what is left"
+    tables = "vllm.model_executor.layers.attention:MMEncoderAttention"
+    names = () if home == "qwen2_vl" else ("compute_max_seqlen", "maybe_compute_seq_lens", "maybe_recompute_cu_seqlens")
+    return _family(
+        module,
+        *_QWEN,
+        _At(f"{place}:{model}.embed_multimodal", "kept rows"),
+        _At(f"{place}:{model}.get_mrope_input_positions", why, takes=("input_tokens", "mm_features")),
+        _At(f"{place}:{tower}.forward", narrow, takes=("x", "grid_thw", "encoder_metadata")),
+        _At(f"{place}:{tower}.prepare_encoder_metadata", narrow),
+        _At(tables, narrow, has=names),
+        *own,
     )
 
 
-FAMILIES: dict[str, tuple[TouchPoint, ...]] = {
-    "llava": (*REGISTRY, *PROCESSOR, *_LLAVA),
-    "llava_next": (
-        *REGISTRY,
-        *PROCESSOR,
+def _videos(home: str, model: str) -> tuple[TouchPoint, ...]:
+    """Of those that vLLM itself prunes videos of."""
+    place, why = f"{_MODELS}.{home}:{model}", "positions on three axes"
+    return (
+        _At(f"{place}.recompute_mrope_positions", why, takes=("input_ids", "multimodal_embeddings", "mrope_positions")),
+        _At(f"{place}._postprocess_image_embeds_evs", why),
+    )
+
+
+_SHARED_MATRIX = _At(f"{_MODELS}.qwen2_vl:Qwen2VisionAttention.split_qkv", "heads on several workers", takes=("qkv",))
+_ASKED = _At("vllm.model_executor.models.interfaces:supports_multimodal_pruning", "positions on three axes")
+
+FAMILIES: dict[str, Family] = {
+    "LlavaForConditionalGeneration": _family("llava", *_LLAVA),
+    "LlavaNextForConditionalGeneration": _family(
+        "llava_next",
         *_LLAVA[2:],
         _At(f"{_MODELS}.llava_next:LlavaNextProcessingInfo._get_num_unpadded_features", "fewer placeholders"),
         _At(
@@ -81,6 +116,29 @@ FAMILIES: dict[str, tuple[TouchPoint, ...]] = {
             takes=("image_size", "strategy"),
         ),
     ),
-    "qwen2_5_vl": (*REGISTRY, *PROCESSOR, *_QWEN, *_merged("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration")),
-    "qwen3_vl": (*REGISTRY, *PROCESSOR, *_QWEN, *_merged("qwen3_vl", "Qwen3VLForConditionalGeneration")),
+    "Qwen2VLForConditionalGeneration": _merged(
+        "qwen2_vl", "qwen2_vl", "Qwen2VLForConditionalGeneration", "Qwen2VisionTransformer", _SHARED_MATRIX, _ASKED
+    ),
+    "Qwen2_5_VLForConditionalGeneration": _merged(
+        "qwen2_5_vl",
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VisionTransformer",
+        *_videos("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+    ),
+    "Qwen3VLForConditionalGeneration": _merged(
+        "qwen3_vl",
+        "qwen3_vl",
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3_VisionTransformer",
+        *_videos("qwen3_vl", "Qwen3VLForConditionalGeneration"),
+    ),
+    "Qwen3VLMoeForConditionalGeneration": _merged(
+        "qwen3_vl_moe",
+        "qwen3_vl",
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3_VisionTransformer",
+        *_videos("qwen3_vl", "Qwen3VLForConditionalGeneration"),
+        _At(f"{_MODELS}.qwen3_vl_moe:Qwen3VLMoeForConditionalGeneration", "the model"),
+    ),
 }

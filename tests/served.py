@@ -1,0 +1,215 @@
+"""Random checkpoints that vLLM serves, loud enough that answers depend on what is seen and where; and what they answer.
+
+The reference is the transformers path on the same folder: greedy answers with log-probabilities, kept indices.
+"""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import MEANS, VISION_MARKS, template, tokenizer
+from engines import ANSWER, Request, answers, logprobs, reference, scenes
+from families import IMAGE, QWEN_VISION, TEXT, VIDEO
+from safetensors.torch import load_file, save_file
+
+from vtp_plugin import get_strategy, list_strategies, prune
+from vtp_plugin.errors import PruningError
+from vtp_plugin.hosts.vllm.plan import strategies_of
+from vtp_plugin.stages import Stage
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LANGUAGE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+MARKS = {"vision_start_token_id": 185, "vision_end_token_id": 186, "image_token_id": IMAGE, "video_token_id": VIDEO}
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+UNIT = 8  # pixels per side of a merge unit
+QWEN = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe"}
+AXES = {"mrope_section": [4, 6, 6]}
+INTERLEAVED = {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "decoder_sparse_step": 1}
+EXPERTS |= {"norm_topk_prob": True}
+SHARED = {"hidden_size": 64, "intermediate_size": 48, "out_hidden_size": 64, "num_heads": 2}
+DEEP = SHARED | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+TOWERS = {  # what is a tower's own
+    "qwen2_vl": {"embed_dim": 64, "hidden_size": 64, "mlp_ratio": 1, "num_heads": 2},
+    "qwen2_5_vl": SHARED | {"window_size": 2 * UNIT, "fullatt_block_indexes": [1]},
+    "qwen3_vl": DEEP,
+    "qwen3_vl_moe": DEEP,
+}
+LANGUAGES = {
+    "qwen2_vl": {"rope_parameters": ROPE | AXES},
+    "qwen2_5_vl": {"rope_parameters": ROPE | AXES},
+    "qwen3_vl": {"rope_parameters": ROPE | INTERLEAVED},
+    "qwen3_vl_moe": {"rope_parameters": ROPE | INTERLEAVED, "mlp_only_layers": []} | EXPERTS,
+}
+CLOSE = 2e-4  # log-probabilities, fp32 kernels of two hosts
+
+
+@cache
+def folder_of(family: str) -> Path:
+    """A random checkpoint with a real processor."""
+    config, model, processor = _qwen(family)
+    torch.manual_seed(0)
+    model = model(config).eval()
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            entering = weight.shape[-1] if weight.ndim == 3 else weight[0].numel()
+            torch.nn.init.normal_(weight, std=entering**-0.5 * (3 if "proj" in name else 1))
+    target = Path(tempfile.mkdtemp(prefix=f"vtp-{family}-"))
+    atexit.register(shutil.rmtree, target)
+    model.save_pretrained(target)
+    processor.save_pretrained(target)
+    if family == "qwen3_vl_moe":
+        _as_published(target / "model.safetensors")
+    return target
+
+
+def _as_published(file: Path) -> None:
+    """With experts [E, in, out], which transformers turns around where it reads them, but writes as it has them."""
+    weights = load_file(file)
+    turned = {name: weight.mT.contiguous() for name, weight in weights.items() if ".experts." in name}
+    save_file(weights | turned, file, metadata={"format": "pt"})
+
+
+def _qwen(family: str) -> tuple[Any, type, Any]:
+    import transformers
+
+    names = QWEN[family]
+    vision, text = QWEN_VISION | TOWERS[family], TEXT | LANGUAGE | LANGUAGES[family]
+    config = getattr(transformers, f"{names}Config")(vision_config=vision, text_config=text, **MARKS)
+    patches = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    size = {"size": {"shortest_edge": 16 * UNIT**2, "longest_edge": 256 * UNIT**2}}
+    plain = names.removesuffix("Moe")
+    processor = getattr(transformers, f"{plain}Processor")(
+        transformers.Qwen2VLImageProcessor(**patches, **MEANS, **size),
+        tokenizer(VISION_MARKS | {IMAGE: "<|image_pad|>", VIDEO: "<|video_pad|>"}),
+        getattr(transformers, f"{plain.replace('2_5_', '2')}VideoProcessor")(**patches, **MEANS, **size),
+        chat_template=template(PICTURE, PICTURE.replace("image", "video"), "<|im_start|>"),
+    )
+    return config, getattr(transformers, f"{names}ForConditionalGeneration"), processor
+
+
+def write(request: Request) -> str:
+    """The prompt of a Qwen-VL."""
+    images, question = request
+    return "<|im_start|>" + PICTURE * len(images) + question + "\nAnswer:"
+
+
+def requests(
+    sizes: Sequence[tuple[int, int]] = ((144, 72), (56, 112), (88, 104), (64, 96), (120, 40)),
+) -> list[Request]:
+    """Five pictures of as many sizes; the last request has two of them."""
+    pictures = [picture.resize(size) for (picture, _), size in zip(scenes(5), sizes, strict=True)]
+    asked = [questions[number % len(questions)] for number, (_, questions) in enumerate(scenes(4))]
+    return [
+        *(([picture], question) for picture, question in zip(pictures, asked[:3], strict=False)),
+        (pictures[3:], asked[3]),
+    ]
+
+
+# -- transformers ------------------------------------------------------------------------------------------------------
+
+
+def expected(
+    folder: Path,
+    settings: Mapping[str, Any],
+    asked: Sequence[Request],
+    write: Callable[[Request], str] = write,
+    without: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Answer, its log-probabilities, kept indices, and positions of all tokens, per request; `without` some inputs."""
+    model, processor = reference(folder)
+    hyper = {name: value for name, value in settings.items() if name != "strategy"}
+    found = []
+    with prune(model, settings["strategy"], processor=processor, **hyper) as pruned:
+        for request in asked:
+            pruned.events.clear()
+            given = processor(images=list(request[0]), text=write(request), return_tensors="pt")
+            inputs = {name: value for name, value in given.items() if name not in without}
+            seen, hook = watched(model.model.language_model.rotary_emb, lambda args, kwargs: args[1])
+            greedy = {"do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+            output = model.generate(**inputs, max_new_tokens=ANSWER, **greedy)
+            hook.remove()
+            ids = output.sequences[0, inputs["input_ids"].shape[1] :]
+            scores = torch.stack(output.scores)[:, 0].log_softmax(-1).gather(1, ids[:, None])[:, 0]
+            kept = [index.tolist() for event in pruned.events for index in event.kept]
+            positions = torch.cat([table[:, 0] for table in seen], dim=1) if seen[0].ndim == 3 else None
+            found.append({"ids": ids.tolist(), "logprobs": scores.tolist(), "kept": kept, "positions": positions})
+    return found
+
+
+def watched(module: Any, take: Callable[[Any, Any], Any]) -> tuple[list[Any], Any]:
+    """What a module is called with, in a list that fills."""
+    seen: list[Any] = []
+    hook = module.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(take(args, kwargs).clone()), with_kwargs=True
+    )
+    return seen, hook
+
+
+@contextmanager
+def positions_of(llm: Any) -> Iterator[list[Any]]:
+    """What the decoder inside vLLM gets as positions, [3, L] per pass."""
+    layer = llm.apply_model(lambda model: model.language_model.model.layers[0].self_attn)[0]
+    seen, hook = watched(layer, lambda args, kwargs: kwargs["positions"])
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def rows_of(llm: Any) -> Iterator[list[int]]:
+    """How many patches enter the first block of a Qwen-VL's tower inside vLLM, per pass."""
+    attention = llm.apply_model(lambda model: model.visual.blocks[0].attn)[0]
+    entered: list[int] = []
+    hook = attention.register_forward_pre_hook(lambda module, args: entered.append(len(args[0])))
+    try:
+        yield entered
+    finally:
+        hook.remove()
+
+
+def alike(outputs: Sequence[Any], wanted: Sequence[Mapping[str, Any]]) -> None:
+    """Tokens and their probabilities."""
+    assert answers(outputs) == [want["ids"] for want in wanted]
+    for found, want in zip(logprobs(outputs), wanted, strict=True):
+        assert found == pytest.approx(want["logprobs"], abs=CLOSE)
+
+
+# -- what is served ----------------------------------------------------------------------------------------------------
+
+DEPTH = {"hiprune": {"shallow": 1}, "vscan": {"shallow": 1}}  # the tiny towers have few blocks
+
+
+def settings_of(name: str, keep: float = 0.25) -> dict[str, Any]:
+    at = {"at": "projector"} if "projector" in getattr(get_strategy(name), "places", ()) else {}
+    return {"strategy": name, "keep_ratio": keep, **at, **DEPTH.get(name, {})}
+
+
+def servable(name: str, absent: set[str]) -> bool:
+    """Whether a strategy has a setting of the projector stage that needs none of these signals."""
+    strategy = get_strategy(name)
+    if strategy.text_encoder == "llm":  # the language model's embeddings are not possible inside vLLM
+        return False
+    try:
+        strategies = strategies_of(settings_of(name))
+    except PruningError:
+        return False
+    return strategy().budgeted and strategies[0].stage is Stage.PROJECTOR and not absent & set(strategies[0].needs)
+
+
+def served(absent: set[str]) -> list[str]:
+    return [name for name in list_strategies() if servable(name, absent)]
+
+
+def named(case: Any) -> str:
+    return case if isinstance(case, str) else "-".join(map(str, case.values()))
