@@ -18,7 +18,7 @@ import pytest
 import torch
 from checkpoints import MEANS, VISION_MARKS, template, tokenizer
 from engines import ANSWER, Request, answers, logprobs, reference, scenes
-from families import IMAGE, QWEN_VISION, TEXT, VIDEO
+from families import GEMMA_LAYERS, GEMMA_ROPE, IMAGE, QWEN_VISION, TEXT, VIDEO, VISION
 from safetensors.torch import load_file, save_file
 
 from vtp_plugin import get_strategy, list_strategies, prune
@@ -31,6 +31,7 @@ LANGUAGE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 
 MARKS = {"vision_start_token_id": 185, "vision_end_token_id": 186, "image_token_id": IMAGE, "video_token_id": VIDEO}
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 UNIT = 8  # pixels per side of a merge unit
+TILE = 48  # pixels per side of a tile
 QWEN = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe"}
 AXES = {"mrope_section": [4, 6, 6]}
 INTERLEAVED = {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
@@ -56,7 +57,7 @@ CLOSE = 2e-4  # log-probabilities, fp32 kernels of two hosts
 @cache
 def folder_of(family: str) -> Path:
     """A random checkpoint with a real processor."""
-    config, model, processor = _qwen(family)
+    config, model, processor = _qwen(family) if family in QWEN else {"internvl": _internvl, "gemma3": _gemma3}[family]()
     torch.manual_seed(0)
     model = model(config).eval()
     for name, weight in model.named_parameters():
@@ -67,16 +68,21 @@ def folder_of(family: str) -> Path:
     atexit.register(shutil.rmtree, target)
     model.save_pretrained(target)
     processor.save_pretrained(target)
-    if family == "qwen3_vl_moe":
-        _as_published(target / "model.safetensors")
+    _as_published(target / "model.safetensors", family)
     return target
 
 
-def _as_published(file: Path) -> None:
-    """With experts [E, in, out], which transformers turns around where it reads them, but writes as it has them."""
+def _as_published(file: Path, family: str) -> None:
+    """With the shapes and names of published checkpoints, which transformers changes where it reads them.
+
+    Experts are [E, in, out]; a SigLIP has one level more.
+    """
     weights = load_file(file)
-    turned = {name: weight.mT.contiguous() for name, weight in weights.items() if ".experts." in name}
-    save_file(weights | turned, file, metadata={"format": "pt"})
+    if family == "qwen3_vl_moe":
+        weights |= {name: weight.mT.contiguous() for name, weight in weights.items() if ".experts." in name}
+    if family == "gemma3":
+        weights = {n.replace("vision_tower.", "vision_tower.vision_model."): w for n, w in weights.items()}
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def _qwen(family: str) -> tuple[Any, type, Any]:
@@ -97,10 +103,68 @@ def _qwen(family: str) -> tuple[Any, type, Any]:
     return config, getattr(transformers, f"{names}ForConditionalGeneration"), processor
 
 
-def write(request: Request) -> str:
-    """The prompt of a Qwen-VL."""
+def _internvl() -> tuple[Any, type, Any]:
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+        Qwen3Config,
+    )
+    from transformers.models.internvl import InternVLVisionConfig
+
+    tower = {"patch_size": [4, 4], "image_size": [TILE, TILE], "attention_bias": True}
+    vision = InternVLVisionConfig(**VISION | {"hidden_size": 64, "num_attention_heads": 2} | tower)
+    text = Qwen3Config(**TEXT | LANGUAGE)
+    config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    names = {185: "<img>", 186: "</img>", IMAGE: "<IMG_CONTEXT>", VIDEO: "<video>"}
+    marks = {"start_image_token": "<img>", "end_image_token": "</img>"}
+    marks |= {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    size = {"height": TILE, "width": TILE}
+    processor = InternVLProcessor(
+        GotOcr2ImageProcessor(size=size, crop_to_patches=True, max_patches=4, **MEANS),
+        tokenizer(names, **marks),
+        InternVLVideoProcessor(size=size, **MEANS),
+        image_seq_length=(TILE // UNIT) ** 2,
+        chat_template=template("<IMG_CONTEXT>\n", "<video>\n"),
+    )
+    return config, InternVLForConditionalGeneration, processor
+
+
+def _gemma3() -> tuple[Any, type, Any]:
+    from transformers import (
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        Gemma3ImageProcessor,
+        Gemma3Processor,
+        Gemma3TextConfig,
+        SiglipVisionConfig,
+    )
+
+    tower = {"hidden_size": 64, "num_attention_heads": 2, "patch_size": 4, "image_size": 48, "vision_use_head": False}
+    layers = {"layer_types": GEMMA_LAYERS, "rope_parameters": GEMMA_ROPE, "num_hidden_layers": len(GEMMA_LAYERS)}
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(**VISION | tower),
+        text_config=Gemma3TextConfig(**TEXT | LANGUAGE | layers, sliding_window=64, query_pre_attn_scalar=32),
+        mm_tokens_per_image=36,
+        image_token_id=IMAGE,
+    )
+    marks = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    newlines = {186 + n: "\n" * n for n in (2, 3)} | {183: "\n" * 4}
+    processor = Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": 48, "width": 48}, pan_and_scan_min_crop_size=32, **MEANS),
+        tokenizer(dict(zip((185, 186, IMAGE), marks.values(), strict=True)) | newlines, **marks),
+        image_seq_length=36,
+        chat_template=template("<start_of_image>"),
+    )
+    return config, Gemma3ForConditionalGeneration, processor
+
+
+def write(request: Request, picture: str = PICTURE) -> str:
+    """A prompt, by default of a Qwen-VL."""
     images, question = request
-    return "<|im_start|>" + PICTURE * len(images) + question + "\nAnswer:"
+    return "<|im_start|>" + picture * len(images) + question + "\nAnswer:"
 
 
 def requests(

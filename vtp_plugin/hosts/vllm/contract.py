@@ -101,6 +101,20 @@ def _videos(home: str, model: str) -> tuple[TouchPoint, ...]:
     )
 
 
+def _tiled(module: str, model: str, tower: str, *own: TouchPoint) -> Family:
+    """A model whose tower sees tiles of one size."""
+    return _family(
+        module,
+        _At(
+            f"{_PROCESSING}:PromptUpdateDetails.select_token_id", "fewer placeholders", takes=("seq", "embed_token_id")
+        ),
+        _At(f"{_PROCESSING}.processor:PromptUpdate.resolve", "fewer placeholders", takes=("item_idx",)),
+        _At(f"{_MODELS}.{model}.embed_multimodal", "kept rows"),
+        _At(f"{tower}.forward", "a tower that runs on what is left", takes=("pixel_values",)),
+        *own,
+    )
+
+
 _SHARED_MATRIX = _At(f"{_MODELS}.qwen2_vl:Qwen2VisionAttention.split_qkv", "heads on several workers", takes=("qkv",))
 _ASKED = _At("vllm.model_executor.models.interfaces:supports_multimodal_pruning", "positions on three axes")
 
@@ -140,5 +154,21 @@ FAMILIES: dict[str, Family] = {
         "Qwen3_VisionTransformer",
         *_videos("qwen3_vl", "Qwen3VLForConditionalGeneration"),
         _At(f"{_MODELS}.qwen3_vl_moe:Qwen3VLMoeForConditionalGeneration", "the model"),
+    ),
+    "InternVLForConditionalGeneration": _tiled(
+        "internvl",
+        "interns1:InternS1ForConditionalGeneration",
+        "vllm.model_executor.models.interns1_vit:InternS1VisionModel",
+        _At(
+            f"{_MODELS}.interns1:InternS1ForConditionalGeneration.pixel_shuffle",
+            "squares of patches",
+            takes=("x", "scale_factor"),
+        ),
+    ),
+    "Gemma3ForConditionalGeneration": _tiled(
+        "gemma3",
+        "gemma3_mm:Gemma3ForConditionalGeneration",
+        "vllm.model_executor.models.siglip:SiglipVisionModel",
+        _At(f"{_MODELS}.gemma3_mm:Gemma3MultiModalProjector", "squares of patches", takes=("config",)),
     ),
 }

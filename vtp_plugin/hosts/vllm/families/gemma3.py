@@ -44,6 +44,11 @@ class ProcessingInfo(tiled.CountsTiles, Gemma3ProcessingInfo):
     def plan(self) -> Plan:
         return plan_of(self.get_hf_config())
 
+    def get_max_image_tokens(self) -> int:
+        size, processor = self.get_image_size_with_most_features(), self.get_hf_processor()
+        picture = {"image_width": size.width, "image_height": size.height}
+        return self.get_num_image_tokens(**picture, processor=processor, mm_kwargs={})
+
 
 class Processor(tiled.DecidesTiles, Gemma3MultiModalProcessor):
     """From pictures to pixel values and placeholders."""

@@ -1,0 +1,80 @@
+"""InternVL and Gemma 3 inside vLLM keep what the transformers path keeps, and say what it says."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+from engines import Request, ask, columns, engine, events
+from families import IMAGE
+from served import alike, expected, folder_of, named, requests, served, settings_of, write
+
+from vtp_plugin.hosts.vllm import Refused
+
+CARTON = {"internvl": "<IMG_CONTEXT>", "gemma3": "<start_of_image>"}
+ONE_WAY = ("token_type_ids",)  # left out: vLLM's attention on a CPU sees the tokens of a picture one way
+SERVED = {"internvl": served({"text", "aligned", "film"}), "gemma3": served({"text", "aligned", "film", "class_query"})}
+SEVERAL = {"strategy": "divprune+visionzip", "divprune.keep_ratio": 0.6, "visionzip.keep_tokens": 20}
+EARLY = [
+    {"strategy": "pixelprune", "threshold": 0.1},
+    {"strategy": "vprune+fastervlm", "vprune.chi2_threshold": 40.0, "vprune.cosine_threshold": 0.7}
+    | {"fastervlm.keep_ratio": 0.5},
+    {"strategy": "l2", "keep_ratio": 0.4, "center": True},
+    {"strategy": "l2", "at": "projector", "judge": "before", "keep_ratio": 0.4},
+]
+CASES = [
+    *(("internvl", settings_of(name)) for name in SERVED["internvl"]),
+    *(("gemma3", settings_of(name)) for name in ("random", "fastervlm", "pooling")),
+    *((family, settings) for family in CARTON for settings in (SEVERAL, *EARLY)),
+]
+
+
+def wanted(family: str, settings: dict[str, Any], asked: list[Request]) -> list[dict[str, Any]]:
+    return expected(folder_of(family), settings, asked, partial(write, picture=CARTON[family]), ONE_WAY)
+
+
+@pytest.mark.parametrize(("family", "settings"), CASES, ids=named)
+def test_kept_tokens_and_answers_equal_those_of_transformers(family: str, settings: dict[str, Any]):
+    asked = requests()
+    reference = wanted(family, settings, asked)
+    with engine(settings, folder_of(family)) as llm:
+        outputs = [ask(llm, [request], partial(write, picture=CARTON[family]))[0] for request in asked]
+        found = [index.tolist() for event in events(llm) for index in event.kept]
+    assert found == [index for want in reference for index in want["kept"]]
+    left = [sum(map(len, want["kept"][-len(request[0]) :])) for request, want in zip(asked, reference, strict=True)]
+    assert columns(outputs, IMAGE) == left
+    alike(outputs, reference)
+
+
+@pytest.mark.parametrize("family", CARTON)
+def test_together_with_caches_requests_answer_as_alone_and_everything_as_unpruned(family: str):
+    asked = requests()
+    for settings in (EARLY[0], settings_of("visionzip"), {"strategy": "stride", "keep_ratio": 1.0}):
+        with engine(settings, folder_of(family), enable_prefix_caching=True, block_size=32) as llm:
+            together = ask(llm, asked, partial(write, picture=CARTON[family]))
+            assert events(llm)
+            again = ask(llm, asked, partial(write, picture=CARTON[family]))
+            assert events(llm) == []
+        unpruned = settings.get("keep_ratio") == 1.0
+        reference = wanted(family, {"strategy": "none"} if unpruned else settings, asked)
+        alike(together, reference)
+        alike(again, reference)
+
+
+REFUSED = [
+    ("internvl", {"strategy": "downsample"}, "downsample: new patches have no place in the vision tower of InternVL"),
+    ("internvl", {"strategy": "l2", "keep_tokens": 20}, "l2: at the vit stage keep_tokens counts per tile here"),
+    ("internvl", {"strategy": "atp"}, "atp: InternVL (transformers) has no aligned"),
+    ("internvl", {"strategy": "stride", "positions": "original"}, "stride: vLLM counts positions by columns"),
+    ("gemma3", {"strategy": "prumerge", "keep_ratio": 0.5}, "prumerge: Gemma 3 has no"),
+    ("gemma3", {"strategy": "fastv"}, "fastv: vLLM fixes its attention metadata"),
+]
+
+
+@pytest.mark.parametrize(("family", "settings", "sentence"), REFUSED, ids=named)
+def test_what_cannot_be_served_is_refused_in_one_sentence(family: str, settings: dict[str, Any], sentence: str):
+    with pytest.raises(Refused) as refusal, engine(settings, folder_of(family)):
+        pass
+    assert str(refusal.value).startswith(f"vtp_pruning: {sentence}")
+    assert "\n" not in str(refusal.value)
