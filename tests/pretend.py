@@ -122,10 +122,14 @@ class Counts:
 
 
 class Device:
-    """The pretend device; `with` makes it known to torch. Inside, "cuda" works; outside, its tensors are dead."""
+    """The pretend device; `with` makes it known to torch. Inside, "cuda" works; outside, its tensors are dead.
 
-    def __init__(self) -> None:
-        self.counts = Counts()
+    `lazy`: weights and attention are not multiplied, so that a model's real width costs no more than its bytes. A
+    linear layer answers the columns of its input, attention its values; everything else is computed.
+    """
+
+    def __init__(self, lazy: bool = False) -> None:
+        self.counts, self.lazy = Counts(), lazy
         self.live_bytes = 0
         self._holders: Counter[int] = Counter()  # storage -> tensors of the device that hold it
         self._stack = ExitStack()
@@ -242,9 +246,11 @@ class _Functions(TorchFunctionMode):
         if any(isinstance(t, Tensor) and not isinstance(t, OnDevice) for t in (*args, *kwargs.values())):
             raise RuntimeError(f"Expected all tensors to be on the same device ({func.__name__} at {place()})")
         self.device.counts.kernels += 1
-        inner = {name: _inner(value) for name, value in kwargs.items()}
+        given, named = tuple(map(_inner, args)), {name: _inner(value) for name, value in kwargs.items()}
+        if self.device.lazy:
+            return self.device.hold(_unmultiplied(*given))
         with sdpa_kernel(SDPBackend.MATH):
-            return self.device.hold(func(*map(_inner, args), **inner))
+            return self.device.hold(func(*given, **named))
 
     def _tensor(self, data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
         """Numbers, and tensors of numbers, whose values are read one by one; then one copy to the device."""
@@ -255,6 +261,17 @@ class _Functions(TorchFunctionMode):
         made = self.device.hold(torch.tensor(_plain(data), **kwargs))
         self.device.copy("torch.tensor")
         return made
+
+
+def _unmultiplied(first: Tensor, second: Tensor, *rest: Any) -> Tensor:
+    """Of the shape that a linear layer [..., I] x [O, I], or attention [B, H, Q, d] x [B, Hkv, L, d], answers."""
+    if second.ndim == 2:
+        out, width = first.new_empty(*first.shape[:-1], len(second)), first.shape[-1]
+        for start in range(0, len(second), width):
+            out[..., start : start + width] = first[..., : len(second) - start]
+        return out
+    values = rest[0][:, :, -first.shape[2] :]
+    return values.repeat_interleave(first.shape[1] // values.shape[1], dim=1).contiguous()
 
 
 def _plain(data: Any) -> Any:

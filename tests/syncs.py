@@ -3,7 +3,7 @@
 Writes one row per family, strategy and layout, beside the unpruned host's: waits, copies and kernels of one `generate`
 (attaching left out), how many of them belong to a decoded token, the peak of live bytes above what was alive before
 the call, and what is left of it. `places` sums up which lines wait or copy more often than in the unpruned host.
-`wide` has the peaks of models that are wide enough for a picture to matter less than a layer: see `wide`.
+`wide` has the peaks of models that are wide enough for a picture to matter less than a layer: see `peaks`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import Processor
 from paths import ROOT
-from pretend import Counts, Device
+from peaks import MODELS, peaks, shape
+from pretend import Counts
 from pretend_hosts import LAYOUTS, STAGES, Host, host
 
-import vtp_plugin as vtp
 from vtp_plugin import PruningStrategy, Stage, plugins
-from vtp_plugin.errors import PruningError
-from vtp_plugin.hosts.transformers.shapes import Llava, LlavaNext, Shape
 from vtp_plugin.reporting.tables import Table
 
 FIELDS = {  # what tiny models can spend
@@ -91,63 +88,23 @@ def chosen(one: Host) -> list[PruningStrategy]:
     return [strategy for strategy in every if not one.lacks(strategy)]
 
 
-# -- peaks of a model of usual proportions ----------------------------------------------------------------------------
-
-WIDTH = {"hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 8, "num_key_value_heads": 8}
-TOWER = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 3}
-WIDE: dict[str, Shape] = {
-    name: kind(
-        vision=TOWER | {"image_size": 336, "patch_size": 14},
-        text=WIDTH | {"num_hidden_layers": 4, "vocab_size": 32064, "max_position_embeddings": 4096},
-    )
-    for name, kind in (("llava", Llava), ("llava_next", LlavaNext))
-}
-
-
-def wide(name: str) -> Iterator[dict[str, Any]]:
-    """Peaks of a LLaVA-1.5 or -NeXT at a quarter of its width, bf16, one prompt, unpruned first."""
-    shape, device = WIDE[name], Device()
-    model = shape.build(None, torch.device("cpu"), torch.bfloat16, "sdpa")
-    inputs = shape.inputs(model, 1)
-    with device:
-        device.move(model)
-        for strategy in [None, *plugins.strategies()]:
-            given = device.put(inputs)
-            try:
-                attached = strategy and vtp.prune(model, _at_defaults(strategy), processor=Processor())
-            except PruningError:  # what the family has not
-                continue
-            with device.counting() as counts:
-                model.generate(**given, do_sample=False, max_new_tokens=2)
-            if attached:
-                attached.detach()
-            yield {"model": name, "strategy": strategy, "peak_bytes": counts.peak_bytes - counts.before_bytes}
-
-
-def _at_defaults(name: str) -> PruningStrategy:
-    """What it keeps by default, at layers that a short model has."""
-    cls, fields = vtp.get_strategy(name), FIELDS.get(name, {})
-    words = {"text_encoder": "llm"} if "text_encoder" in cls.fields() else {}
-    layers = {"layer": 2} if cls.stage is Stage.LLM and "layer" in cls.fields() else {}
-    return cls(**words, **layers, **{key: value for key, value in fields.items() if key == "shallow"})
-
-
 def page(record: dict[str, Any]) -> str:
     """The most that any family asks for, a strategy a row, in Markdown."""
-    columns = ("strategy", "waits", "copies", "kernels", "waits per token", "peak, LLaVA-1.5", "peak, LLaVA-NeXT")
-    table = Table(columns)
+    columns = ("strategy", "waits", "copies", "kernels", "waits per token")
+    table = Table([*columns, *(f"peak, {name}" for name in MODELS.values())])
     found = [row for row in record["rows"] if row["strategy"]]
     for name in sorted({row["strategy"] for row in found}):
         rows = [row for row in found if row["strategy"] == name]
         most = [max(row["more"][key] for row in rows) for key in ("syncs", "copies", "kernels")]
         token = max(_per_token(row, record["rows"]) for row in rows)
-        peaks = [_share(record["wide"], model, name) for model in WIDE]
-        table.add(name, *(f"{number:+d}" for number in most), f"{token:+g}", *peaks)
+        shares = [_share(record["wide"], model, name) for model in MODELS]
+        table.add(name, *(f"{number:+d}" for number in most), f"{token:+g}", *shares)
+    sizes = ", ".join(f"{shape(model).tokens}" for model in MODELS)
     table.caption = (
         "More than the unpruned host in one call, the most of all families, with one prompt of one picture and with "
-        "two of three; kernels are those of tiny models, selectors included. Peak: of live bytes over the unpruned "
-        "one's, in models of a quarter of the width of LLaVA-1.5-7B and LLaVA-NeXT-7B. Waits of the host's own masks "
-        "are left out on both sides."
+        "two of three; kernels are those of tiny models, selectors included. Waits of the host's own masks are left "
+        "out on both sides. Peak: of live bytes over the unpruned one's, at a quarter of the width and depth of the 7B "
+        f"models, whose pictures are as large as they are ({sizes} tokens)."
     )
     return f"# What a pruned call asks of a device\n\n{table.markdown()}\n"
 
@@ -158,8 +115,8 @@ def _per_token(row: dict[str, Any], rows: list[dict[str, Any]]) -> float:
     return row["per_token"]["syncs"] - same[0]["per_token"]["syncs"]
 
 
-def _share(peaks: list[dict[str, Any]], model: str, strategy: str) -> str:
-    found = {row["strategy"]: row["peak_bytes"] for row in peaks if row["model"] == model}
+def _share(wide: list[dict[str, Any]], model: str, strategy: str) -> str:
+    found = {row["strategy"]: row["peak_bytes"] for row in wide if row["model"] == model}
     return f"{found[strategy] / found[None]:.2f}x" if strategy in found else "-"
 
 
@@ -170,9 +127,13 @@ def main(target: Path) -> None:
     for name in STAGES:
         found += rows(name, LAYOUTS, places)
         print(f"{name}: {len(found)} rows", file=sys.stderr)
-    peaks = [row for name in WIDE for row in wide(name)]
+    wide = [
+        {"model": model, "strategy": strategy, "peak_bytes": most}
+        for model in MODELS
+        for strategy, most in peaks(shape(model))
+    ]
     versions = {"torch": torch.__version__, "transformers": __import__("transformers").__version__}
-    record = {"versions": versions, "new_tokens": NEW, "rows": found, "wide": peaks}
+    record = {"versions": versions, "new_tokens": NEW, "rows": found, "wide": wide}
     target.write_text(json.dumps(record | {"places": dict(places.most_common(60))}, indent=1) + "\n")
     target.with_suffix(".md").write_text(page(record))
 

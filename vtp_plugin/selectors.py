@@ -15,6 +15,7 @@ from torch.nn.functional import normalize, one_hot
 from vtp_plugin.tokens import best
 
 MINMAX_EPS = 1e-6
+BLOCK = 512  # rows of a map at a time, so that what is made on the way is smaller than the map
 DEPENDENT = 1e-5  # a candidate with less than this share of its own quality left is spanned by the picks
 
 
@@ -31,10 +32,19 @@ def cosines(tokens: Tensor) -> Tensor:
     return products(unit)
 
 
+@torch.no_grad()
 def products(tokens: Tensor) -> Tensor:
     """Inner product of every pair, [B, N, D] -> [B, N, N], symmetric to the last bit, so that ties are ties."""
-    found = torch.stack([one @ one.T for one in tokens])
-    return (found + found.mT) / 2
+    n = tokens.shape[1]
+    found = tokens.new_empty(len(tokens), n, n)
+    for one, own in zip(tokens, found, strict=True):
+        torch.mm(one, one.T, out=own)
+    for start in range(0, n, BLOCK):
+        rows, columns = found[:, start : start + BLOCK, start:], found[:, start:, start : start + BLOCK]
+        both = (rows + columns.mT).div_(2)
+        rows.copy_(both)
+        columns.copy_(both.mT)
+    return found
 
 
 def mask(picks: Tensor, n: int) -> Tensor:
@@ -65,7 +75,7 @@ def distances(tokens: Tensor) -> Tensor:
     """Squared Euclidean distance of every pair, [B, N, D] -> [B, N, N]."""
     inner = products(tokens.float())
     sizes = inner.diagonal(dim1=1, dim2=2)
-    return (sizes[:, :, None] + sizes[:, None] - 2 * inner).clamp(min=0)
+    return (sizes[:, :, None] + sizes[:, None]).sub_(inner, alpha=2).clamp_(min=0)
 
 
 def farthest_points(distance: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
@@ -73,8 +83,7 @@ def farthest_points(distance: Tensor, k: int, weight: Tensor | None = None) -> T
 
     The first pick has the farthest nearest neighbour; no weight counts every token alike.
     """
-    itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
-    nearest = distance.masked_fill(itself, float("inf")).amin(-1)  # [B, N]: to the nearest other one
+    nearest = _to_others(distance)
     weight = torch.ones_like(nearest) if weight is None else weight
     first = (nearest * weight).argmax(-1)
     taken, rows = mask(first[:, None], nearest.shape[1]), torch.arange(len(first), device=first.device)
@@ -85,6 +94,16 @@ def farthest_points(distance: Tensor, k: int, weight: Tensor | None = None) -> T
 
     rest = greedy(lambda: state * weight, pick, taken, k - 1) if k > 1 else first[:, None][:, :0]
     return torch.cat([first[:, None], rest], dim=1)
+
+
+def _to_others(distance: Tensor) -> Tensor:
+    """The distance [B, N, N] of every point to the nearest other one, [B, N]; inf for a point alone."""
+    itself = distance.diagonal(dim1=1, dim2=2)  # set aside for as long as it takes: no second map
+    own = itself.clone()
+    itself.fill_(float("inf"))
+    nearest = distance.amin(-1)
+    itself.copy_(own)
+    return nearest
 
 
 def mean_matching(centred: Tensor, picks: Tensor, k: int) -> Tensor:

@@ -98,9 +98,7 @@ class PackedEarly(Cutting):
         if passing is None:
             return self.forward(hidden_states, grid_thw=grid_thw, **kwargs)
         begin(passing, self._by_image(grid_thw), self._unit)
-        levels = levels_of(self, passing.values)
-        identify(self, levels, self._unit)
-        units = self._decided(passing, levels)
+        units = self._decided(passing)
         passing.packed = [len(kept) * self._unit for kept in units]
         kept = torch.cat([unit + start for unit, start in zip(units, passing.offsets[:-1], strict=True)])
         whole = len(kept) == passing.offsets[-1]
@@ -176,9 +174,11 @@ class PackedEarly(Cutting):
 
     # -- deciding -------------------------------------------------------------------------------------------------
 
-    def _decided(self, passing: TowerPass, levels: Tensor | None) -> list[Tensor]:
-        """The units that are left of every image, [n] long; `levels` [S, 3, t * p, p] uint8."""
+    def _decided(self, passing: TowerPass) -> list[Tensor]:
+        """The units that are left of every image, [n] long."""
         starts, values = passing.offsets, passing.values
+        levels = levels_of(self, values)
+        identify(self, levels, self._unit)
         units = [torch.arange(b - a, device=values.device) for a, b in pairwise(starts)]
         embedded = self._embedded(values) if self.vision.at(Stage.VIT) else None
         seen = levels, embedded, cache(lambda: self._embedded(_without_colour(values)))

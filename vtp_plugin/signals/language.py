@@ -73,7 +73,7 @@ def rotary_bias(at: LayerView) -> Tensor:
     sample=attention_rows,
 )
 def self_attention(at: LayerView) -> Tensor:
-    return at.reading.strongest(at.sample, at.image)[:, at.image].mean(0)
+    return at.reading.strongest(at.sample, at.image)[at.image] / len(at.image)
 
 
 @signal(
@@ -84,12 +84,12 @@ def self_attention(at: LayerView) -> Tensor:
     sample=attention_rows,
 )
 def cross_attention(at: LayerView) -> Tensor:
-    return at.reading.strongest(at.sample, at.text)[:, at.image].sum(0)
+    return at.reading.strongest(at.sample, at.text)[at.image]
 
 
 @signal("values", Stage.LLM, "[B, H, N, d] fp32: values of the layer before the cut, of every head", taps=Tap.LAYER)
 def values(at: LayerView) -> Tensor:
-    return at.reading.values(at.sample)[:, at.image]
+    return at.reading.values(at.sample, at.image)
 
 
 @signal(

@@ -124,7 +124,7 @@ def shallow_received(at: BlockView) -> Tensor:
 
 @signal("patch_values", Stage.PROJECTOR, "[B, N, d'] fp32: values of block `tower_layer`, heads side by side")
 def patch_values(at: BlockView) -> Tensor:
-    return at.values.transpose(-3, -2).flatten(-2).float()
+    return at.values.transpose(-3, -2).flatten(-2)  # until it is asked for, as the tower computes: half the bytes
 
 
 @signal("keys", Stage.PROJECTOR, "[B, N, d] fp32: keys of block `tower_layer`, mean over heads, bias included")
@@ -134,7 +134,7 @@ def keys(at: BlockView) -> Tensor:
 
 @signal("raw_keys", Stage.PROJECTOR, "[B, N, d'] fp32: keys of block `tower_layer`, heads side by side")
 def raw_keys(at: BlockView) -> Tensor:
-    return at.keys.transpose(-3, -2).flatten(-2).float()
+    return at.keys.transpose(-3, -2).flatten(-2)
 
 
 @signal(

@@ -194,13 +194,13 @@ class Reading(Protocol):
         """Logits of all-ones queries and keys, [T, L]."""
 
     def strongest(self, sample: int, columns: Tensor) -> Tensor:
-        """Max over heads, [T, L]."""
+        """Of some columns, max over heads, sum over the columns, [L]."""
 
     def norms(self, sample: int) -> Tensor:
         """L1 norms of the keys, heads side by side, [L]."""
 
-    def values(self, sample: int) -> Tensor:
-        """Of every query head, [H, L, d]."""
+    def values(self, sample: int, columns: Tensor) -> Tensor:
+        """Of some columns [N], of every query head, [H, N, d]."""
 
     def outputs(self, sample: int, columns: Tensor) -> Tensor:
         """What attention makes of the values for some columns [T], [H, T, d]."""

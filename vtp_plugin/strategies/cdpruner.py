@@ -57,7 +57,7 @@ class CDPruner(QuestionStrategy, ComparingStrategy):
     def select(self, visual: VisualTokens) -> Selection:
         relevance = self.relevance_sign * cosine_similarity(visual.aligned, visual.text[:, None], dim=-1)
         r = _scaled(relevance)
-        kernel = r[:, :, None] * cosines(self.judged(visual, visual.projected)) * r[:, None]
+        kernel = cosines(self.judged(visual, visual.projected)).mul_(r[:, :, None]).mul_(r[:, None])
         picks = determinantal(kernel, self.wanted(visual), fallback=relevance)
         return Selection.of(picks, r.shape[1], scores=relevance)
 

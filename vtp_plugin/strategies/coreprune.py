@@ -56,20 +56,36 @@ class CoRePrune(PruningStrategy):
     def _rescued(self, attention: Tensor, values: Tensor, outputs: Tensor, k: int) -> Tensor:
         """The k tokens that stay of one image; attention [H, T, N], values [H, N, d], outputs [H, T, d]."""
         a, v, y = attention.double(), values.double(), outputs.double()
-        along = torch.einsum("htd,hnd->htn", y, v)  # <V_i, Y>
-        own = y.square().sum(-1)[..., None]  # |Y|^2
-        size = a**2 * (v.square().sum(-1)[:, None] - 2 * along + own)  # |a_i (V_i - Y)|^2
+        size = _along(y, v).mul_(-2).add_(torch.einsum("hnd,hnd->hn", v, v)[:, None]).add_(_squared(y)).mul_(a**2)
         keep = torch.zeros(a.shape[-1], dtype=torch.bool, device=a.device)
         picks: list[Tensor] = []
         for missing in range(k, 0, -self.step):
-            lost = a * ~keep
-            total = lost.sum(-1)  # [H, T]
-            moved = torch.einsum("htn,hnd->htd", lost, v) - total[..., None] * y
-            cross = a * (torch.einsum("htd,hnd->htn", moved, v) - (moved * y).sum(-1)[..., None])
-            without = (moved.square().sum(-1)[..., None] - 2 * cross + size).clamp(min=0).sqrt()
-            without = without / (1 - total[..., None] + a).clamp(min=LEFT)
-            left = without.mean((0, 1)).masked_fill(keep, float("inf"))  # D(S without i): the smallest is the best
+            left = _without_each(a, v, y, size, keep).masked_fill(keep, float("inf"))  # the smallest is the best
             best = left.sort(stable=True).indices[: min(self.step, missing)]
             keep.index_fill_(0, best, True)
             picks.append(best)
         return torch.cat(picks)
+
+
+def _without_each(a: Tensor, v: Tensor, y: Tensor, size: Tensor, keep: Tensor) -> Tensor:
+    """D(S without i) of every token i [N], where S is what is not kept; size [H, T, N] is |a_i (V_i - Y)|^2.
+
+    In place, because a map of all heads in double precision is larger than what a layer works on.
+    """
+    lost = a * ~keep
+    total = lost.sum(-1)[..., None]  # [H, T, 1]
+    moved = torch.einsum("htn,hnd->htd", lost, v) - total * y  # sum_S a_i (V_i - Y)
+    cross = _along(moved, v).sub_((moved * y).sum(-1, keepdim=True)).mul_(a)  # <moved, a_i (V_i - Y)>
+    length = cross.mul_(-2).add_(_squared(moved)).add_(size).clamp_(min=0).sqrt_()
+    rest = torch.sub(a, total, out=lost).add_(1).clamp_(min=LEFT)
+    return length.div_(rest).mean((0, 1))
+
+
+def _along(queries: Tensor, values: Tensor) -> Tensor:
+    """<V_i, q> of queries [H, T, d] and values [H, N, d], [H, T, N]."""
+    return torch.einsum("htd,hnd->htn", queries, values)
+
+
+def _squared(vectors: Tensor) -> Tensor:
+    """|v|^2, [..., 1]."""
+    return vectors.square().sum(-1, keepdim=True)

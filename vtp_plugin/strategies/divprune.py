@@ -50,15 +50,14 @@ class DivPrune(ComparingStrategy):
 
     def select(self, visual: VisualTokens) -> Selection:
         z = self.judged(visual, visual.projected)
-        alike = cosines(z)
-        apart = 1 - (cosines(centred(z)) if self.weight == "distinctiveness" else alike)
-        picks = farthest_points(apart, self.wanted(visual), self._weights(visual, z, alike))
-        return Selection.of(picks, visual.tokens.shape[1])
+        weights = self._weights(visual, z)
+        apart = cosines(centred(z) if self.weight == "distinctiveness" else z).neg_().add_(1)
+        return Selection.of(farthest_points(apart, self.wanted(visual), weights), visual.tokens.shape[1])
 
-    def _weights(self, visual: VisualTokens, z: Tensor, alike: Tensor) -> Tensor | None:
-        """[B, N], of tokens [B, N, D] and their cosines [B, N, N]."""
+    def _weights(self, visual: VisualTokens, z: Tensor) -> Tensor | None:
+        """[B, N], of tokens [B, N, D]."""
         if self.weight == "norm":
             return z.float().norm(dim=-1)
         if self.weight == "attention":
             return visual.cls_attention.float()
-        return minmax(-alike.mean(-1)) if self.weight == "distinctiveness" else None
+        return minmax(-cosines(z).mean(-1)) if self.weight == "distinctiveness" else None

@@ -56,7 +56,7 @@ class MMTok(ComparingStrategy):
 
     def _rows(self, x: Tensor, z: Tensor, words: Tensor) -> Tensor:
         """What is to be covered of one image, [T + N, N]; zero for what only fills up the words [T, L] of a batch."""
-        image = (cosines(x[None])[0] / self.image_temperature).softmax(-1) * (self.alpha / len(x))
+        image = cosines(x[None])[0].div_(self.image_temperature).softmax(-1).mul_(self.alpha / len(x))
         real = words.any(-1, keepdim=True)
         alike = normalize(words.float(), dim=-1) @ normalize(z.float(), dim=-1).T  # [T, N]
         text = (alike / self.text_temperature).softmax(-1) * real / real.sum().clamp(min=1)

@@ -64,10 +64,12 @@ class PruneSID(ComparingStrategy):
 
     def _compared(self, x: Tensor, attention: Tensor, k: int) -> Tensor:
         """Of one image [N, D]: which pairs differ enough, the order of attention, and the groups, [N + 2, N]."""
+        order, groups = attention.sort(descending=True, stable=True).indices, _groups(x, max(1, k // 4))
         alike = cosines(x[None])[0]
         differs = alike <= self.threshold * k / 32 * alike.mean()
-        order = attention.sort(descending=True, stable=True).indices
-        return torch.cat([differs.int(), order[None].int(), _groups(x, max(1, k // 4))[None].int()])
+        compared = torch.empty(len(x) + 2, len(x), dtype=torch.int32, device=x.device)
+        compared[:-2], compared[-2], compared[-1] = differs, order, groups
+        return compared
 
     def _kept(self, compared: Tensor, wanted: int) -> list[int]:
         """The `wanted` patches that stay of one image, group by group; on the host."""
@@ -81,10 +83,11 @@ class PruneSID(ComparingStrategy):
 
 def _groups(x: Tensor, number: int) -> Tensor:
     """The principal component of sigmoid(x) that every token [N, D] loads on most, [N]."""
-    squashed = x.double().sigmoid()
-    _, sizes, directions = torch.linalg.svd(squashed - squashed.mean(0), full_matrices=False)
+    squashed = x.double().sigmoid_()
+    squashed -= squashed.mean(0)
+    _, sizes, directions = torch.linalg.svd(squashed, full_matrices=False)
     rank = (sizes > 1e-9 * sizes[0].clamp(min=1e-300)).sum().clamp(min=1)
-    loadings = (squashed - squashed.mean(0)) @ directions[:number].T
+    loadings = squashed @ directions[:number].T
     none = torch.arange(loadings.shape[1], device=x.device) >= rank
     return loadings.abs().masked_fill(none, -1).argmax(-1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 
 import torch
@@ -82,28 +83,40 @@ def head_rows(
 
 def rows(queries: Tensor, keys: Tensor, factor: float, visible: Tensor, limit: float | None = None) -> Tensor:
     """Softmax of several query rows, [H, T, d], [Hkv, L, d], visible [T, L] bool -> [H, T, L] fp32."""
-    keys = keys.float().repeat_interleave(len(queries) // len(keys), dim=0)
-    logits = capped((queries.float() @ keys.mT) * factor, limit)
-    return logits.masked_fill(~visible, float("-inf")).softmax(-1)
+    length, width = keys.shape[1:]
+    shared = queries.float().reshape(len(keys), -1, width)  # heads that share a key, side by side
+    logits = capped((shared @ keys.float().mT).mul_(factor), limit).view(len(queries), -1, length)
+    return logits.masked_fill_(~visible, float("-inf")).softmax(-1)
 
 
-def received(queries: Tensor, keys: Tensor, factor: float, bias: Tensor | None = None) -> Tensor:
+def received(
+    queries: Tensor, keys: Tensor, factor: float, bias: Tensor | None = None, real: Tensor | None = None
+) -> Tensor:
     """Attention that every token receives, mean over queries and heads: [B, H, L, d] twice -> [B, L] fp32.
 
-    `bias` [B, 1, L] is added to the logits. What stands in for the class token's attention in towers that have none.
-    One head at a time: no [H, L, L] map.
+    `bias` [B, 1, L] is added to the logits; tokens that are not `real` [B, L] bool neither see nor are seen. What
+    stands in for the class token's attention in towers that have none. A few queries at a time: maps are no larger
+    than the queries.
     """
-    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
-    total = queries.new_zeros(len(queries), keys.shape[2], dtype=torch.float32)
-    for query, key in zip(queries.float().unbind(1), keys.float().unbind(1), strict=True):
-        logits = query @ key.mT * factor
-        total += (logits if bias is None else logits + bias).softmax(-1).mean(1)
-    return total / queries.shape[1]
+    heads, length = queries.shape[1:3]
+    keys = keys.float().repeat_interleave(heads // keys.shape[1], dim=1)
+    total = queries.new_zeros(len(queries), length, dtype=torch.float32)
+    seeing = torch.ones_like(total) if real is None else real.float()  # [B, L]
+    bias = bias if real is None else seeing.log()[:, None]
+    some = queries.shape[-1]
+    for few, weight in zip(queries.split(some, dim=2), seeing.split(some, dim=1), strict=True):
+        logits = (few.float() @ keys.mT).mul_(factor)
+        weights = (logits if bias is None else logits.add_(bias[:, None])).softmax(-1)
+        total += (weights.sum(1) * weight[..., None]).sum(1)
+    return total / (heads * seeing.sum(1, keepdim=True))
 
 
 def rotated(module: nn.Module, query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply the rotary embedding of the module's own file, [B, H, L, d] with cos and sin [B, L, d]."""
-    return sys.modules[type(module).__module__].apply_rotary_pos_emb(query, query, cos, sin)[0]
+    turn = sys.modules[type(module).__module__].apply_rotary_pos_emb
+    if "x" in inspect.signature(turn).parameters:  # of one tensor instead of queries and keys together
+        return turn(query, cos, sin)
+    return turn(query, query, cos, sin)[0]
 
 
 def take(tensor: Tensor, columns: Tensor) -> Tensor:

@@ -65,27 +65,14 @@ class Reading:
         return attention.row(query[:, :, 0], self.keys, attention.scale(self.module), visible, limit=self._limit)
 
     def rows(self, sample: int, columns: Tensor) -> Tensor:
-        """Attention of some columns [T] of one sample, mean over heads, [T, L] fp32.
-
-        So many heads at a time that their maps are no larger than the hidden states.
-        """
-        queries, keys, visible = self._of(sample, columns)
-        shared = len(queries) // len(keys)
-        heads = max(1, self.hidden.shape[-1] // max(1, len(columns)) // shared)  # of keys
-        pairs = zip(queries.split(heads * shared), keys.split(heads), strict=True)
-        factor = attention.scale(self.module)
-        total = sum(attention.rows(q, k, factor, visible, self._limit).sum(0) for q, k in pairs)
-        return total / len(queries)
+        """Attention of some columns [T] of one sample, mean over heads, [T, L] fp32."""
+        return torch.cat([self.head_rows(sample, few).mean(0) for few in self._pieces(columns)])
 
     def head_rows(self, sample: int, columns: Tensor) -> Tensor:
         """Attention of some columns [T] of one sample, [H, T, L] fp32."""
-        queries, keys, visible = self._of(sample, columns)
-        return attention.rows(queries, keys, attention.scale(self.module), visible, self._limit)
-
-    def _of(self, sample: int, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [H, T, d] of some columns [T] of one sample, keys [Hkv, L, d], and what they attend to [T, L]."""
         queries = self._queries(slice(sample, sample + 1), columns[None])[0]
-        return queries, self.keys[sample], self._visible(sample, columns)
+        factor, visible = attention.scale(self.module), self._visible(sample, columns)
+        return attention.rows(queries, self.keys[sample], factor, visible, self._limit)
 
     def rotary_bias(self, sample: int, columns: Tensor) -> Tensor:
         """Logits of all-ones queries at some columns [T] and all-ones keys everywhere, [T, L] fp32."""
@@ -95,31 +82,33 @@ class Reading:
         return turned[columns] @ turned.T * attention.scale(self.module)
 
     def strongest(self, sample: int, columns: Tensor) -> Tensor:
-        """Attention of some columns [T] of one sample, max over heads, [T, L] fp32; one head at a time."""
-        one = slice(sample, sample + 1)
-        queries, keys = self._queries(one, columns[None])[0].float(), self.keys[sample].float()  # [H, T, d]
-        hidden = ~self._visible(sample, columns)
-        strongest = queries.new_zeros(hidden.shape)
-        for query, key in zip(queries, keys.repeat_interleave(len(queries) // len(keys), dim=0), strict=True):
-            logits = attention.capped(query @ key.T * attention.scale(self.module), self._limit)
-            torch.maximum(strongest, logits.masked_fill(hidden, float("-inf")).softmax(-1), out=strongest)
-        return strongest
+        """Attention of some columns [T] of one sample, max over heads, sum over the columns, [L] fp32."""
+        return sum(self.head_rows(sample, few).amax(0).sum(0) for few in self._pieces(columns))
+
+    def _pieces(self, columns: Tensor) -> tuple[Tensor, ...]:
+        """So many of the columns [T] at a time that the maps of all heads are no larger than their queries."""
+        return columns.split(self.module.head_dim)
 
     def norms(self, sample: int) -> Tensor:
         """L1 norm of every column's key, heads side by side, [L] fp32."""
         return self.keys[sample].float().abs().sum((0, 2))
 
-    def values(self, sample: int) -> Tensor:
-        """Values of every query head of one sample, [H, L, d] fp32."""
-        if self.stored is None:
-            values = attention.heads(self.module, "v_proj", self.hidden[sample, None])[0]
-        else:
-            values = self.stored[sample]
-        return values.float().repeat_interleave(self.module.num_key_value_groups, dim=0)
+    def values(self, sample: int, columns: Tensor) -> Tensor:
+        """Values of some columns [N] of one sample, of every query head, [H, N, d] fp32."""
+        values = self._values(sample)[:, columns].float()
+        groups = self.module.num_key_value_groups
+        return values if groups == 1 else values.repeat_interleave(groups, dim=0)
 
     def outputs(self, sample: int, columns: Tensor) -> Tensor:
         """What attention makes of the values for some columns [T] of one sample, [H, T, d] fp32."""
-        return self.head_rows(sample, columns) @ self.values(sample)
+        rows, values = self.head_rows(sample, columns), self._values(sample).float()
+        return (rows.view(len(values), -1, rows.shape[-1]) @ values).view(*rows.shape[:2], -1)  # a group at a time
+
+    def _values(self, sample: int) -> Tensor:
+        """Values of one sample, [Hkv, L, d]."""
+        if self.stored is not None:
+            return self.stored[sample]
+        return attention.heads(self.module, "v_proj", self.hidden[sample, None])[0]
 
     @property
     def _limit(self) -> float | None:

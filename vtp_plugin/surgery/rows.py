@@ -39,7 +39,7 @@ class RowsLate(Cutting):
     def _projecting(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Keep what goes into the projector."""
         if self.passing is not None:
-            self.passing.features = args[0]
+            self.passing.features = args[0] if args else kwargs["hidden_states"]
 
     def rows(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Rows]]:
         """What is left of the rows [n, D'] that the host made of the images in the tower."""
@@ -207,7 +207,7 @@ class GroupRows(RowsView):
         key = signal.name, block
         if not signal.per_token:
             return self.arrangement.passing.whole[key][self.arrangement.passing.tiles.index(self.first)][None]
-        return self._gathered(key, self.arrangement.passing.maps[key])
+        return self._gathered(key, self.arrangement.passing.maps[key].float())
 
     def _gathered(self, key: Any, maps: Tensor) -> Tensor:
         """The rows of the group of a map, [1, N, ...]."""

@@ -196,7 +196,7 @@ class TowerRows(RowsView):
             return None
         if not signal.per_token:
             return self.passing.whole[signal.name, block]
-        return attention.take(self.passing.maps[signal.name, block], self.columns)
+        return attention.take(self.passing.maps[signal.name, block], self.columns).float()
 
 
 WHOLE = Layout(WholeEarly, WholeLate)
