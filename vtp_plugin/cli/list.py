@@ -44,13 +44,13 @@ def catalogue() -> Table:
     return table
 
 
-def families() -> Table:
-    """Model family x stage, a note says why there is no such stage; and the stages that are served inside vLLM."""
-    table = Table(["family", "models", *(stage.value for stage in Stage), "inside vLLM"])
+def families(vllm: bool = True) -> Table:
+    """Model family x stage, a note says why there is no such stage; and, if `vllm`, those that are served inside it."""
+    table = Table(["family", "models", *(stage.value for stage in Stage), *["inside vLLM"] * vllm])
     inside = {one.adapter: ", ".join(stage.value for stage in one.stages) for one in SERVED.values()}
     for cls in plugins.adapters():
         cells = (_cell(table, cls.stages[stage]) for stage in Stage)
-        table.add(cls.family, cls.models, *cells, inside.get(cls.family, "no"))
+        table.add(cls.family, cls.models, *cells, *[inside.get(cls.family, "no")] * vllm)
     return table
 
 

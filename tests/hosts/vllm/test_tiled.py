@@ -14,7 +14,7 @@ from vtp_plugin.hosts.vllm import Refused
 
 CARTON = {"internvl": "<IMG_CONTEXT>", "gemma3": "<start_of_image>"}
 ONE_WAY = ("token_type_ids",)  # left out: vLLM's attention on a CPU sees the tokens of a picture one way
-SERVED = {"internvl": served({"text", "aligned", "film"}), "gemma3": served({"text", "aligned", "film", "class_query"})}
+SERVED = served({"text", "aligned", "film"})
 SEVERAL = {"strategy": "divprune+visionzip", "divprune.keep_ratio": 0.6, "visionzip.keep_tokens": 20}
 EARLY = [
     {"strategy": "pixelprune", "threshold": 0.1},
@@ -24,7 +24,7 @@ EARLY = [
     {"strategy": "l2", "at": "projector", "judge": "before", "keep_ratio": 0.4},
 ]
 CASES = [
-    *(("internvl", settings_of(name)) for name in SERVED["internvl"]),
+    *(("internvl", settings_of(name) | {"positions": "compact"}) for name in SERVED),
     *(("gemma3", settings_of(name)) for name in ("random", "fastervlm", "pooling")),
     *((family, settings) for family in CARTON for settings in (SEVERAL, *EARLY)),
 ]
@@ -44,6 +44,17 @@ def test_kept_tokens_and_answers_equal_those_of_transformers(family: str, settin
     assert found == [index for want in reference for index in want["kept"]]
     left = [sum(map(len, want["kept"][-len(request[0]) :])) for request, want in zip(asked, reference, strict=True)]
     assert columns(outputs, IMAGE) == left
+    alike(outputs, reference)
+
+
+@pytest.mark.parametrize("settings", [EARLY[0], settings_of("fastervlm")], ids=named)
+def test_a_crop_of_pan_and_scan_is_a_picture_of_its_own(settings: dict[str, Any]):
+    asked, ask_for = requests(), partial(write, picture=CARTON["gemma3"])
+    reference = expected(folder_of("gemma3_crops"), settings, asked, ask_for, ONE_WAY)
+    with engine(settings, folder_of("gemma3_crops"), max_model_len=1200) as llm:
+        outputs = ask(llm, asked, ask_for)
+    assert max(len(want["kept"]) for want in reference) > 2
+    assert columns(outputs, IMAGE) == [sum(map(len, want["kept"])) for want in reference]
     alike(outputs, reference)
 
 
