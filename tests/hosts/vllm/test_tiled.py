@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engines import Request, ask, columns, engine, events
+from engines import Request, ask, columns, engine, events, reference
 from families import IMAGE
 from served import alike, expected, folder_of, named, requests, served, settings_of, write
 
@@ -37,25 +38,25 @@ def wanted(family: str, settings: dict[str, Any], asked: list[Request]) -> list[
 @pytest.mark.parametrize(("family", "settings"), CASES, ids=named)
 def test_kept_tokens_and_answers_equal_those_of_transformers(family: str, settings: dict[str, Any]):
     asked = requests()
-    reference = wanted(family, settings, asked)
+    said = wanted(family, settings, asked)
     with engine(settings, folder_of(family)) as llm:
         outputs = [ask(llm, [request], partial(write, picture=CARTON[family]))[0] for request in asked]
         found = [index.tolist() for event in events(llm) for index in event.kept]
-    assert found == [index for want in reference for index in want["kept"]]
-    left = [sum(map(len, want["kept"][-len(request[0]) :])) for request, want in zip(asked, reference, strict=True)]
+    assert found == [index for want in said for index in want["kept"]]
+    left = [sum(map(len, want["kept"][-len(request[0]) :])) for request, want in zip(asked, said, strict=True)]
     assert columns(outputs, IMAGE) == left
-    alike(outputs, reference)
+    alike(outputs, said)
 
 
 @pytest.mark.parametrize("settings", [EARLY[0], settings_of("fastervlm")], ids=named)
 def test_a_crop_of_pan_and_scan_is_a_picture_of_its_own(settings: dict[str, Any]):
     asked, ask_for = requests(), partial(write, picture=CARTON["gemma3"])
-    reference = expected(folder_of("gemma3_crops"), settings, asked, ask_for, ONE_WAY)
+    said = expected(folder_of("gemma3_crops"), settings, asked, ask_for, ONE_WAY)
     with engine(settings, folder_of("gemma3_crops"), max_model_len=1200) as llm:
         outputs = ask(llm, asked, ask_for)
-    assert max(len(want["kept"]) for want in reference) > 2
-    assert columns(outputs, IMAGE) == [sum(map(len, want["kept"])) for want in reference]
-    alike(outputs, reference)
+    assert max(len(want["kept"]) for want in said) > 2
+    assert columns(outputs, IMAGE) == [sum(map(len, want["kept"])) for want in said]
+    alike(outputs, said)
 
 
 @pytest.mark.parametrize("family", CARTON)
@@ -68,9 +69,25 @@ def test_together_with_caches_requests_answer_as_alone_and_everything_as_unprune
             again = ask(llm, asked, partial(write, picture=CARTON[family]))
             assert events(llm) == []
         unpruned = settings.get("keep_ratio") == 1.0
-        reference = wanted(family, {"strategy": "none"} if unpruned else settings, asked)
-        alike(together, reference)
-        alike(again, reference)
+        said = wanted(family, {"strategy": "none"} if unpruned else settings, asked)
+        alike(together, said)
+        alike(again, said)
+
+
+@pytest.mark.parametrize("family", ["internvl", "gemma3_crops"])
+def test_the_record_counts_what_each_picture_would_have_had(family: str):
+    from vtp_plugin.hosts.lmms_eval.served import Requests
+
+    asked, folder = requests(), folder_of(family)
+    ask_for, processor = partial(write, picture=CARTON[family.removesuffix("_crops")]), reference(folder)[1]
+    with engine(settings_of("stride"), folder, max_model_len=1200) as llm:
+        counted = Requests(SimpleNamespace(client=llm, generate_until=lambda requests: None))
+        left = columns(ask(llm, asked, ask_for), IMAGE)
+        counted.detach()
+    whole = [processor(images=list(r[0]), text=ask_for(r))["input_ids"][0].count(IMAGE) for r in asked]
+    for side, totals in (("before", whole), ("after", left)):
+        assert [sum(image[side] for image in sample["images"]) for sample in counted.samples] == totals
+    assert sum(left) < sum(whole)
 
 
 REFUSED = [
