@@ -117,6 +117,13 @@ def test_what_is_dropped_before_the_tower_never_enters_it(family: str, settings:
     alike(outputs, wanted)
 
 
+def test_pixels_are_known_where_the_processor_normalises_them():
+    """By default vLLM leaves that to the tower, and the processor answers with grey levels."""
+    (family, settings), asked = EARLY[0], requests()
+    with engine(settings, folder_of(family), mm_device_do_normalize=False) as llm:
+        alike(ask(llm, asked, write), expected(folder_of(family), settings, asked))
+
+
 @pytest.mark.parametrize("family", QWEN)
 def test_a_budget_of_everything_answers_like_the_unpruned_model(family: str):
     asked, folder = requests(), folder_of(family)
