@@ -26,7 +26,7 @@ from vtp_plugin.hosts.vllm import tiled
 from vtp_plugin.hosts.vllm.plan import KEY, Plan, planned
 from vtp_plugin.hosts.vllm.worker import separate
 
-NOT_THERE = tiled.ABSENT | {"class_query", "cls"}  # SigLIP has no class token
+NOT_THERE = tiled.ABSENT | {"class_query"}  # SigLIP has no class token
 
 
 def plan_of(config: Any) -> Plan:
