@@ -85,19 +85,39 @@ def test_distances_and_weighted_farthest_points(kind: str):
 
 @pytest.mark.parametrize("kind", slow.INPUTS)
 @pytest.mark.parametrize(("n", "k"), [(2, 2), (17, 6), (17, 17)])
-def test_mean_matching(kind: str, n: int, k: int):
-    x = slow.tokens(kind, n)
-    picks = selectors.mean_matching(selectors.centred(x), torch.zeros(2, 1, dtype=torch.long), k)
-    for row, chosen in zip(x.double(), picks.tolist(), strict=True):
-        means = [
-            {j: -float((row[[*chosen[:t], j]].sum(0) - (t + 1) * row.mean(0)).square().sum()) for j in range(n)}
-            for t in range(1, k)
-        ]
-        left = [{j: gain for j, gain in m.items() if j not in chosen[: t + 1]} for t, m in enumerate(means)]
+def test_herding(kind: str, n: int, k: int):
+    """By the definition: each pick brings the mean of the picks, in the kernel's space, closest to that of all."""
+    kernel = selectors.gaussian(slow.tokens(kind, n), 0.5)
+    picks = selectors.herding(kernel, torch.zeros(2, 1, dtype=torch.long), k)
+    for own, chosen in zip(kernel.double(), picks.tolist(), strict=True):
+
+        def off(kept: list[int], own: torch.Tensor = own) -> float:  # |mean of kept - mean of all|^2
+            return float(own[kept][:, kept].mean() - 2 * own[kept].mean())
+
         assert chosen[0] == 0
         assert len(set(chosen)) == k
-        for pick, gain in zip(chosen[1:], left, strict=True):
-            assert gain[pick] >= max(gain.values()) - 1e-3
+        for t in range(1, k):
+            left = {j: off([*chosen[:t], j]) for j in range(n) if j not in chosen[:t]}
+            assert left[chosen[t]] <= min(left.values()) + 1e-5
+
+
+def test_gaussian_by_its_definition():
+    x = slow.tokens("random", 11)
+    found = selectors.gaussian(x, 0.7)
+    for row, own in zip(x.double().tolist(), found, strict=True):
+        squared = [[sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) for q in row] for p in row]
+        middle = sorted(value for line in squared for value in line)[(11 * 11 - 1) // 2]
+        assert own.tolist() == [
+            pytest.approx([math.exp(-v / (0.7 * middle)) for v in line], abs=1e-4) for line in squared
+        ]
+    assert selectors.gaussian(torch.ones(1, 4, 3), 0.5).eq(1).all()  # all are alike
+
+
+def test_outliers_leave_the_likeness_of_the_others():
+    """A few patches far from everything, as ViTs have them."""
+    x = torch.randn(1, 60, 24)
+    among = selectors.gaussian(torch.cat([x, 100 * torch.randn(1, 2, 24)], 1), 0.5)
+    assert (among[:, :60, :60] - selectors.gaussian(x, 0.5)).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("demanded", [False, True])
@@ -143,7 +163,8 @@ def test_a_batch_is_its_images_alone():
     kernel = w[:, :, None] * together * w[:, None]
     for select in (
         lambda s: selectors.farthest_points(1 - together[s], 20),
-        lambda s: selectors.mean_matching(selectors.centred(x[s]), torch.arange(3)[s, None], 20),
+        lambda s: selectors.gaussian(x[s], 0.5),
+        lambda s: selectors.herding(together[s], torch.arange(3)[s, None], 20),
         lambda s: selectors.coverage(together[s], w[s], 20, w[s]),
         lambda s: selectors.determinantal(kernel[s], 20, w[s]),
     ):

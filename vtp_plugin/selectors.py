@@ -106,22 +106,31 @@ def _to_others(distance: Tensor) -> Tensor:
     return nearest
 
 
-def mean_matching(centred: Tensor, picks: Tensor, k: int) -> Tensor:
-    """Add to the picks [B, M] until there are k [B, k]: each time the token that leaves the smallest |sum of picks|.
+def herding(kernel: Tensor, picks: Tensor, k: int) -> Tensor:
+    """Add to the picks [B, M] until there are k [B, k], each time argmax_j (M + 1) mean_i k_ij - sum over picks k_sj.
 
-    Of tokens minus their mean [B, N, D] that is the token that brings the mean of the picks closest to that of all.
+    Kernel herding (arXiv 1203.3472, equation 8) with kernel [B, N, N]: what is picked is distributed as all are.
     """
     if picks.shape[1] == k:
         return picks
-    inner = products(centred)
-    sizes, taken = inner.diagonal(dim1=1, dim2=2), mask(picks, centred.shape[1])
-    rows = torch.arange(len(picks), device=picks.device)
-    along = torch.stack([p[own].sum(0) for p, own in zip(inner, picks, strict=True)])  # [B, N]: <x_j, sum>
+    taken, rows = mask(picks, kernel.shape[1]), torch.arange(len(picks), device=picks.device)
+    mean = kernel.mean(-1)  # [B, N]
+    ahead = torch.stack([m * (1 + len(own)) - one[own].sum(0) for m, one, own in zip(mean, kernel, picks, strict=True)])
 
     def pick(best: Tensor) -> None:
-        along.add_(inner[rows, best])
+        ahead.add_(mean).sub_(kernel[rows, best])
 
-    return torch.cat([picks, greedy(lambda: -2 * along - sizes, pick, taken, k - picks.shape[1])], dim=1)
+    return torch.cat([picks, greedy(lambda: ahead, pick, taken, k - picks.shape[1])], dim=1)
+
+
+def gaussian(tokens: Tensor, scale: float) -> Tensor:
+    """exp(-d^2 / (scale x median d^2)) of every pair, [B, N, D] -> [B, N, N]; the median over all pairs of an image.
+
+    What lies far from everything, such as the few patches of a ViT with huge norms, moves no median.
+    """
+    apart = distances(centred(tokens))
+    typical = apart.flatten(1).median(1).values[:, None, None]
+    return apart.div_(-scale * typical.clamp(min=torch.finfo(apart.dtype).tiny)).exp_()
 
 
 def coverage(

@@ -1,17 +1,18 @@
-"""vtp: tokens that differ, then tokens that restore the picture's average; the strategy of this package.
+"""vtp: tokens that cover the picture, then tokens that keep its proportions; the strategy of this package.
 
-Source: this package. x_i are the projected tokens (at=llm: hidden states after the final norm) minus their mean.
-1. difference: S grows by argmax_j u_j^focus min_{s in S} |x_j - x_s|^2, from the token with the farthest nearest
-   neighbour, as DivPrune with Euclidean distances: rare things stay;
-2. proportion: S grows by argmin_j |x_j + sum_{s in S} x_s|, the token that brings the mean of the kept tokens closest
-   to the mean of all (kernel herding, arXiv 1203.3472, with a linear kernel): frequent things stay frequent.
+Source: this package. x_i are the projected tokens (at=llm: hidden states after the final norm), and their likeness is
+k_ij = exp(-|x_i - x_j|^2 / (scale m)), m the median of |x_i - x_j|^2 over all pairs of the image.
+1. coverage: S grows by argmax_j u_j^focus sum_i max(0, k_ij - max_{s in S} k_is), facility location: every token has
+   one like it among those that stay, so rare things stay;
+2. proportion: S grows by argmax_j (|S| + 1) mean_i k_ij - sum_{s in S} k_sj, kernel herding (arXiv 1203.3472): what
+   stays is distributed as the picture is, so frequent things stay frequent.
 K = round(r N) tokens stay, round(`proportion` K) of them by step 2; None makes the share r itself: the scarcer tokens
-are, the more of them are spent on difference.
+are, the more of them are spent on coverage.
 What stays keeps the position that it had in the whole prompt; `positions=compact` counts anew.
 
 Why: attention averages over the tokens that it finds alike, so what is left must keep the proportions of the picture.
-Every method that ranks by importance, and every one that only diversifies, raises the share of object tokens, and the
-embedded model then miscounts. `focus` weighs step 1 by importance, u = 0.1 + min-max per image of the CLS
+Every method that ranks by importance, and every one that only covers or diversifies, raises the share of object tokens,
+and the embedded model then miscounts. `focus` weighs step 1 by importance, u = 0.1 + min-max per image of the CLS
 attention (at=llm: the attention of the last prompt token); the default 0 reads neither, because importance lowered
 accuracy. The choices were made on validation scenes, never on the test scenes (docs/fidelity.md).
 """
@@ -20,9 +21,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from vtp_plugin.selectors import centred, distances, farthest_points, mean_matching, minmax
+from vtp_plugin.selectors import coverage, gaussian, herding, minmax
 from vtp_plugin.strategy import ComparingStrategy, PlacedStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
 
@@ -31,7 +33,7 @@ FLOOR = 0.1  # importance that every token has
 
 @dataclass(kw_only=True)
 class VTP(PlacedStrategy, ComparingStrategy):
-    """Keep tokens that differ, and as many of each kind as the picture has."""
+    """Keep tokens that cover the picture, and as many of each kind as it has."""
 
     name = "vtp"
     paper = "this package"
@@ -40,13 +42,15 @@ class VTP(PlacedStrategy, ComparingStrategy):
 
     places = ("projector", "llm")
 
-    proportion: float | None = None  # share of the kept tokens that restore the mean; None: K / N
+    proportion: float | None = None  # share of the kept tokens that restore the proportions; None: K / N
+    scale: float = 0.5  # squared distance up to which tokens are alike, in medians of that between two tokens
     focus: float = 0.0  # exponent of the importance; 0 reads none
 
     def validate(self) -> None:
         super().validate()
         if self.proportion is not None:
             self.check_number("proportion", 0, 1)
+        self.check_number("scale", 1e-3, 1e3)
         self.check_number("focus", 0)
 
     @property
@@ -65,17 +69,18 @@ class VTP(PlacedStrategy, ComparingStrategy):
         return round(exact)
 
     def select(self, visual: VisualTokens) -> Selection:
-        x, k = centred(self.judged(visual, getattr(visual, self._features))), self.wanted(visual)
-        picks = farthest_points(distances(x), self.different(k, x.shape[1]), self.weight(visual))
-        return Selection.of(mean_matching(x, picks, k), x.shape[1])
+        alike = gaussian(self.judged(visual, getattr(visual, self._features)), self.scale)
+        k, n = self.wanted(visual), alike.shape[1]
+        covering = coverage(alike, self.weight(visual, alike), self.covering(k, n))
+        return Selection.of(herding(alike, covering, k), n)
 
-    def different(self, k: int, n: int) -> int:
-        """How many of k tokens of n are picked by their difference, at least one."""
+    def covering(self, k: int, n: int) -> int:
+        """How many of k tokens of n are picked to cover, at least one."""
         share = k / n if self.proportion is None else self.proportion
         return max(1, k - round(share * k))
 
-    def weight(self, visual: VisualTokens) -> Tensor | None:
+    def weight(self, visual: VisualTokens, alike: Tensor) -> Tensor:
         """u^focus of every token, [B, N]."""
         if self.focus == 0:
-            return None
+            return torch.ones_like(alike[:, 0])
         return (minmax(getattr(visual, self._importance)) + FLOOR) ** self.focus

@@ -36,11 +36,20 @@ def load(name: str = "vtp-tiny", strategies: Sequence[PruningStrategy] = ()) -> 
 
 def answer(model: Any, processor: Any, picture: Any, question: str) -> str:
     """The model's greedy answer to a question about a PIL image."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return answers(model, processor, [picture], [question])[0]
+
+
+def answers(model: Any, processor: Any, pictures: Sequence[Any], questions: Sequence[str]) -> list[str]:
+    """The model's greedy answers to as many questions, one about each PIL image, in one batch."""
     if not getattr(processor, "chat_template", None):
         raise PruningError(f"{type(processor).__name__} has no chat template, so no question can be put to the model")
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=picture, text=text, return_tensors="pt").to(model.device, model.dtype)
+    texts = []
+    for question in questions:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    padding = {"padding": True, "padding_side": "left"} if len(texts) > 1 else {}
+    inputs = processor(images=list(pictures), text=texts, return_tensors="pt", **padding).to(model.device, model.dtype)
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    said = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in said]
