@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ MARKS = {"vision_start_token_id": 185, "vision_end_token_id": 186, "image_token_
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 UNIT = 8  # pixels per side of a merge unit
 TILE = 48  # pixels per side of a tile
-CROPS = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 32, "pan_and_scan_max_num_crops": 3}
 QWEN = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe"}
 AXES = {"mrope_section": [4, 6, 6]}
 INTERLEAVED = {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
@@ -81,7 +80,7 @@ def _as_published(file: Path, family: str) -> None:
     weights = load_file(file)
     if family == "qwen3_vl_moe":
         weights |= {name: weight.mT.contiguous() for name, weight in weights.items() if ".experts." in name}
-    if family.startswith("gemma3"):
+    if family == "gemma3":
         weights = {n.replace("vision_tower.", "vision_tower.vision_model."): w for n, w in weights.items()}
     save_file(weights, file, metadata={"format": "pt"})
 
@@ -133,7 +132,7 @@ def _internvl() -> tuple[Any, type, Any]:
     return config, InternVLForConditionalGeneration, processor
 
 
-def _gemma3(crops: bool = False) -> tuple[Any, type, Any]:
+def _gemma3() -> tuple[Any, type, Any]:
     from transformers import (
         Gemma3Config,
         Gemma3ForConditionalGeneration,
@@ -154,7 +153,7 @@ def _gemma3(crops: bool = False) -> tuple[Any, type, Any]:
     marks = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
     newlines = {186 + n: "\n" * n for n in (2, 3)} | {183: "\n" * 4}
     processor = Gemma3Processor(
-        Gemma3ImageProcessor(size={"height": TILE, "width": TILE}, **MEANS, **(CROPS if crops else {})),
+        Gemma3ImageProcessor(size={"height": TILE, "width": TILE}, **MEANS),
         tokenizer(dict(zip((185, 186, IMAGE), marks.values(), strict=True)) | newlines, **marks),
         image_seq_length=36,
         chat_template=template("<start_of_image>"),
@@ -162,11 +161,7 @@ def _gemma3(crops: bool = False) -> tuple[Any, type, Any]:
     return config, Gemma3ForConditionalGeneration, processor
 
 
-OTHERS: dict[str, Callable[[], tuple[Any, type, Any]]] = {
-    "internvl": _internvl,
-    "gemma3": _gemma3,
-    "gemma3_crops": partial(_gemma3, crops=True),
-}
+OTHERS: dict[str, Callable[[], tuple[Any, type, Any]]] = {"internvl": _internvl, "gemma3": _gemma3}
 
 
 def write(request: Request, picture: str = PICTURE) -> str:
@@ -196,15 +191,19 @@ def expected(
     asked: Sequence[Request],
     write: Callable[[Request], str] = write,
     without: Sequence[str] = (),
+    **arguments: Any,
 ) -> list[dict[str, Any]]:
-    """Answer, its log-probabilities, kept indices, and positions of all tokens, per request; `without` some inputs."""
+    """Answer, its log-probabilities, kept indices, and positions of all tokens, per request; `without` some inputs.
+
+    `arguments` are the processor's.
+    """
     model, processor = reference(folder)
     hyper = {name: value for name, value in settings.items() if name != "strategy"}
     found = []
     with prune(model, settings["strategy"], processor=processor, **hyper) as pruned:
         for request in asked:
             pruned.events.clear()
-            given = processor(images=list(request[0]), text=write(request), return_tensors="pt")
+            given = processor(images=list(request[0]), text=write(request), return_tensors="pt", **arguments)
             inputs = {name: value for name, value in given.items() if name not in without}
             seen, hook = watched(model.model.language_model.rotary_emb, lambda args, kwargs: args[1])
             greedy = {"do_sample": False, "return_dict_in_generate": True, "output_scores": True}

@@ -14,6 +14,7 @@ from served import alike, expected, folder_of, named, requests, served, settings
 from vtp_plugin.hosts.vllm import Refused
 
 CARTON = {"internvl": "<IMG_CONTEXT>", "gemma3": "<start_of_image>"}
+CROPS = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 32, "pan_and_scan_max_num_crops": 3}
 ONE_WAY = ("token_type_ids",)  # left out: vLLM's attention on a CPU sees the tokens of a picture one way
 SERVED = served({"text", "aligned", "film"})
 SEVERAL = {"strategy": "divprune+visionzip", "divprune.keep_ratio": 0.6, "visionzip.keep_tokens": 20}
@@ -51,8 +52,8 @@ def test_kept_tokens_and_answers_equal_those_of_transformers(family: str, settin
 @pytest.mark.parametrize("settings", [EARLY[0], settings_of("fastervlm")], ids=named)
 def test_a_crop_of_pan_and_scan_is_a_picture_of_its_own(settings: dict[str, Any]):
     asked, ask_for = requests(), partial(write, picture=CARTON["gemma3"])
-    said = expected(folder_of("gemma3_crops"), settings, asked, ask_for, ONE_WAY)
-    with engine(settings, folder_of("gemma3_crops"), max_model_len=1000) as llm:
+    said = expected(folder_of("gemma3"), settings, asked, ask_for, ONE_WAY, **CROPS)
+    with engine(settings, folder_of("gemma3"), max_model_len=1000, mm_processor_kwargs=CROPS) as llm:
         outputs = ask(llm, asked, ask_for)
     assert max(len(want["kept"]) for want in said) > 2
     assert columns(outputs, IMAGE) == [sum(map(len, want["kept"])) for want in said]
@@ -74,17 +75,18 @@ def test_together_with_caches_requests_answer_as_alone_and_everything_as_unprune
         alike(again, said)
 
 
-@pytest.mark.parametrize("family", ["internvl", "gemma3_crops"])
-def test_the_record_counts_what_each_picture_would_have_had(family: str):
+@pytest.mark.parametrize(("family", "arguments"), [("internvl", {}), ("gemma3", {}), ("gemma3", CROPS)], ids=named)
+def test_the_record_counts_what_each_picture_would_have_had(family: str, arguments: dict[str, Any]):
     from vtp_plugin.hosts.lmms_eval.served import Requests
 
     asked, folder = requests(), folder_of(family)
-    ask_for, processor = partial(write, picture=CARTON[family.removesuffix("_crops")]), reference(folder)[1]
-    with engine(settings_of("stride"), folder, max_model_len=1000) as llm:
+    ask_for, processor = partial(write, picture=CARTON[family]), reference(folder)[1]
+    given = {"mm_processor_kwargs": arguments} if arguments else {}
+    with engine(settings_of("stride"), folder, max_model_len=1000, **given) as llm:
         counted = Requests(SimpleNamespace(client=llm, generate_until=lambda requests: None))
         left = columns(ask(llm, asked, ask_for), IMAGE)
         counted.detach()
-    whole = [processor(images=list(r[0]), text=ask_for(r))["input_ids"][0].count(IMAGE) for r in asked]
+    whole = [processor(images=list(r[0]), text=ask_for(r), **arguments)["input_ids"][0].count(IMAGE) for r in asked]
     for side, totals in (("before", whole), ("after", left)):
         assert [sum(image[side] for image in sample["images"]) for sample in counted.samples] == totals
     assert sum(left) < sum(whole)

@@ -22,8 +22,6 @@ from vtp_plugin.adapters.qwen_tower import (
     begin,
     every_patch,
     frames,
-    identify,
-    levels_of,
     packed_tower,
     put,
 )
@@ -46,13 +44,12 @@ class ServedEarly(PackedEarly):
 
     def _tower(self, x: Tensor, grid_thw: Any, **kwargs: Any) -> Tensor:
         """The tower's `forward` on patches [S, C] of images [B, 3]."""
-        passing, unit = self.passing, self._unit
+        passing, visual = self.passing, self.tower.module
         if passing is None:
             return self.forward(x, grid_thw, **kwargs)
-        begin(passing, torch.as_tensor(grid_thw), unit)
-        levels = self._levels(x)
-        identify(self, levels, unit)
-        units = self._decided(passing, levels)
+        begin(passing, torch.as_tensor(grid_thw), self._unit)
+        passing.values = visual.input_norm(x.to(visual.device), visual.dtype)
+        units = self._decided(passing)
         kept = torch.cat([own + start for own, start in zip(units, passing.offsets[:-1], strict=True)])
         order = self.family.order(passing)
         if len(kept) == passing.offsets[-1]:
@@ -62,13 +59,11 @@ class ServedEarly(PackedEarly):
         self._put_back(passing, order.to(output.device))
         return output
 
-    def _levels(self, x: Tensor) -> Tensor | None:
-        """The uint8 patches behind pixel values, or those themselves where vLLM leaves normalising to the tower."""
-        visual = self.tower.module
-        self.passing.values = visual.input_norm(x.to(visual.device), visual.dtype)
-        if x.dtype is torch.uint8:
-            return x.unflatten(1, (3, -1, self.tower.patch_size))
-        return levels_of(self, x)
+    def _levels(self) -> Tensor | None:
+        given = self.passing.inputs["pixel_values"]
+        if given.dtype is torch.uint8:  # vLLM leaves it to the tower to normalise them
+            return given.to(self.passing.values.device).unflatten(1, (3, -1, self.tower.patch_size))
+        return super()._levels()
 
     def _narrowed(self, x: Tensor, kept: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         """The tower on the kept units [K]: a row per unit [U, D], zero where it was dropped; and its order of those."""
@@ -158,7 +153,7 @@ class PackedParts(Parts):
     def encode(self, call: Call, encode: Callable[..., Any], inputs: Mapping[str, list[Tensor]]) -> Iterator[Tensor]:
         """Encode and merge images as vLLM does, then take rows out; each with its place, [K, L + CHANNELS]."""
         values, grids = torch.cat(inputs["pixel_values"]), torch.stack(inputs["image_grid_thw"])
-        call.tower.inputs = {"image_grid_thw": grids}
+        call.tower.inputs = {"pixel_values": values, "image_grid_thw": grids}
         merged = encode(pixel_values=values, image_grid_thw=grids)
         width = self.model.config.get_text_config().hidden_size  # deepstack lies behind
         kept = self.pruned.vision.rows([rows[:, :width] for rows in merged])
