@@ -123,11 +123,11 @@ def test_an_answer_of_several_tokens_is_right_when_all_of_it_is(layout) -> None:
     lesson = write_lesson(layout, [questions, questions])
     asked = lesson.kind > 0
     hits = torch.ones(int(asked.sum()))
-    assert by_task(hits, asked, lesson) == {"caption": 1.0, "digit": 1.0}
+    assert by_task(hits, asked, lesson) == {"caption": [1.0, 1.0], "digit": [1.0, 1.0]}
     rows, columns = asked.nonzero(as_tuple=True)
     last = ((rows == 1) & (lesson.segment[rows, columns] == 1)).nonzero()[-1]  # </s> of the second caption
     hits[last] = 0.0
-    assert by_task(hits, asked, lesson) == {"caption": 0.5, "digit": 1.0}
+    assert by_task(hits, asked, lesson) == {"caption": [1.0, 0.0], "digit": [1.0, 1.0]}
 
 
 def test_questions_behind_one_picture_do_not_see_each_other(layout) -> None:

@@ -1,20 +1,35 @@
-"""How many questions a trained model answers, whole or with a random part of its visual tokens."""
+"""How many questions a model with the embedded one's networks answers, whole or with some of its visual tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import testset
+from .checkpoint import WEIGHTS, load_weights
 from .fitting import Metrics
 from .language import examine, write_lesson
 from .missing import PATTERNS, Sight, renumber
-from .modeling import normalize
-from .prompts import Layout
+from .modeling import build, normalize
+from .prompts import Layout, layouts, load_llama_tokenizer
 from .questions import TASKS
 from .scenes import Scene
-from .vision import look
+from .tokenizers import load_clip_tokenizer
+from .vision import View, look
+
+Chooser = Callable[[Tensor, View], Tensor]  # projected tokens [B, N, D] and the tower's view -> [B, K], ascending
+
+
+def shipped() -> tuple[nn.ModuleDict, Layout]:
+    """The package's own networks, fp32, and the prompts of the authors' layout."""
+    tokenizer, weights = load_llama_tokenizer(WEIGHTS), load_weights("clip", "projector", "llama", prefixed=True)
+    networks = nn.ModuleDict(build(len(load_clip_tokenizer(WEIGHTS / "clip")), len(tokenizer)))
+    networks.load_state_dict(weights)
+    return networks.float().eval().requires_grad_(False), layouts(tokenizer)["llava"]
 
 
 def score(
@@ -26,20 +41,37 @@ def score(
     device: str = "cpu",
 ) -> Metrics:
     """Accuracy per task and over all; with a random share of the tokens, at their original positions."""
+    right = answered(nets, layout, images, scenes, partial(at_random, keep), device)
+    accuracy = {task: sum(values) / len(values) for task, values in right.items()}
+    return accuracy | {"all": sum(accuracy.values()) / len(accuracy)}
+
+
+def answered(
+    nets: nn.ModuleDict,
+    layout: Layout,
+    images: np.ndarray,
+    scenes: Sequence[tuple[int, Scene]],
+    choose: Chooser,
+    device: str = "cpu",
+) -> dict[str, list[float]]:
+    """Per task, 1 or 0 for every scene, with the tokens that are chosen, at their original positions."""
     asked = [list(testset.ask(index, seed, scene).values()) for index, (seed, scene) in enumerate(scenes)]
     lessons = [write_lesson(layout, asked[start : start + 25]).to(device) for start in range(0, len(asked), 25)]
-    rng = np.random.default_rng(0)
 
     def see(part: slice) -> Sight:
-        pixels = normalize(torch.from_numpy(np.array(images[part])).to(device))
-        tokens = nets["projector"](look(nets["clip"], pixels).patches)
-        noise = PATTERNS["random"](tokens, tokens, tokens, rng)
-        index = noise.topk(round(keep * tokens.shape[1]), 1).indices.sort(1).values
+        view = look(nets["clip"], normalize(torch.from_numpy(np.array(images[part])).to(device)))
+        tokens = nets["projector"](view.patches)
+        index = choose(tokens, view)
         left = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
         return renumber(left, index, tokens.shape[1], original=True)
 
-    accuracy = examine(nets["llama"], see, lessons)
-    return accuracy | {"all": sum(accuracy.values()) / len(accuracy)}
+    return examine(nets["llama"], see, lessons)
+
+
+def at_random(keep: float, tokens: Tensor, view: View) -> Tensor:
+    """A share of the tokens, of every batch the same."""
+    noise = PATTERNS["random"](tokens, tokens, tokens, np.random.default_rng(0))
+    return noise.topk(round(keep * tokens.shape[1]), 1).indices.sort(1).values
 
 
 def table(scores: dict[str, Metrics]) -> str:

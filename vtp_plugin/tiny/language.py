@@ -123,7 +123,8 @@ def answer_loss(
     of_question = logits.new_tensor([(weights or {}).get(task, 1.0) for row in lesson.tasks for task in row])
     weight = of_question[questions(lesson, asked)]
     loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
-    return loss, {"key": hits[kind == KEY].mean().item(), **by_task(hits, asked, lesson)}
+    accuracy = {task: sum(values) / len(values) for task, values in by_task(hits, asked, lesson).items()}
+    return loss, {"key": hits[kind == KEY].mean().item(), **accuracy}
 
 
 def questions(lesson: Lesson, asked: Tensor) -> Tensor:  # [A]
@@ -132,24 +133,28 @@ def questions(lesson: Lesson, asked: Tensor) -> Tensor:  # [A]
     return row * len(lesson.tasks[0]) + lesson.segment[row, column] - 1
 
 
-def by_task(hits: Tensor, asked: Tensor, lesson: Lesson) -> Metrics:
-    """Accuracy per task, from the hits at all asked positions: the share of whole answers, `</s>` with them."""
+def by_task(hits: Tensor, asked: Tensor, lesson: Lesson) -> dict[str, list[float]]:
+    """Per task, whether each answer is right, `</s>` with it: 1 or 0; from the hits at all asked positions."""
     names = [task for row in lesson.tasks for task in row]
     final = lesson.kind[asked] > KEY
     whole = hits.new_ones(len(names)).scatter_reduce(0, questions(lesson, asked)[final], hits[final], "amin")
     of_task = defaultdict(list)
     for name, hit in zip(names, whole.tolist(), strict=True):
         of_task[name].append(hit)
-    return {name: sum(values) / len(values) for name, values in of_task.items()}
+    return dict(of_task)
 
 
 @torch.no_grad()
-def examine(llama: LlamaForCausalLM, sight_of: Callable[[slice], Sight], lessons: Sequence[Lesson]) -> Metrics:
-    """Accuracy per task over all lessons; `sight_of` gives the visual tokens of a slice of the pool."""
+def examine(
+    llama: LlamaForCausalLM, sight_of: Callable[[slice], Sight], lessons: Sequence[Lesson]
+) -> dict[str, list[float]]:
+    """Per task, whether each answer is right, over all lessons; `sight_of` gives the tokens of a slice of the pool."""
     total, start = defaultdict(list), 0
     for lesson in lessons:
         part = slice(start, start + len(lesson.ids))
         start = part.stop
-        for name, value in answer_loss(llama, sight_of(part), lesson)[1].items():
-            total[name].append(value * len(lesson.ids))
-    return {name: sum(values) / start for name, values in total.items() if name != "key"}
+        asked = lesson.kind > 0
+        hits = llama.lm_head(read(llama, sight_of(part), lesson)[asked]).argmax(-1) == lesson.target[asked]
+        for name, values in by_task(hits.float(), asked, lesson).items():
+            total[name] += values
+    return dict(total)

@@ -4,6 +4,7 @@
 all patterns of `missing`, which is asked the same questions. It reads a set: no order, no positions, no prompt, so a
 set of any size is as good to it as another. Where it answers worse than from all tokens, *information* is gone; what
 the embedded model loses beyond that is *shift*. DIR is a folder of `vtp_plugin.tiny.train` that has features and fit.
+Rows that the results have already are kept.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ PLAN = Plan(steps=3000, rate=1.5e-3, batch=24, warmup=100)
 WIDTH, HEADS, LAYERS = LLAMA_WIDTH, 6, 3
 WORDS = (*TASKS, *SHAPES)
 SAID = tuple(dict.fromkeys(choice for choices in CHOICES.values() for choice in choices))
-METHODS = ("random", "stride", "l2", "visionzip", "divprune", "vtp", "pooling", "downsample")
+METHODS = ("random", "stride", "l2", "visionzip", "atp", "divprune", "vtp", "pooling", "downsample")
 KEEPS = (0.5, 0.25, 0.11)
 
 
@@ -187,17 +188,19 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     run = Run(chosen.out)
     reader = learn(run, lambda shop, features: shop.networks["projector"](features))
-    scenes, rows = testset.select()[: chosen.scenes], {}
+    scenes, done = testset.select()[: chosen.scenes], chosen.results / "probe.json"
+    rows = json.loads(done.read_text())["rows"] if done.exists() else {}
     cells = {"none": ("none", {})} | {
         f"{method} {keep:g}": (method, {"keep_ratio": keep}) for method in chosen.methods.split(",") for keep in KEEPS
     }
     for name, (spec, fields) in cells.items():
         config.resolve(spec, fields)
-        rows[name] = examine(reader, spec, fields, scenes)
-        run.say(f"{name:<20}{rows[name]}")
-        record = {"scenes": chosen.scenes, "rows": rows}
+        if name not in rows:
+            rows[name] = examine(reader, spec, fields, scenes)
+            run.say(f"{name:<20}{rows[name]}")
+        record = {"scenes": chosen.scenes, "rows": {name: rows[name] for name in cells if name in rows}}
         chosen.results.mkdir(parents=True, exist_ok=True)
-        (chosen.results / "probe.json").write_text(json.dumps(record, indent=1) + "\n")
+        done.write_text(json.dumps(record, indent=1) + "\n")
         (chosen.results / "table.md").write_text(table(record).markdown() + "\n")
 
 

@@ -1,0 +1,149 @@
+"""The studies of design: what they count is what the strategies keep, and their tables say what was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+pytest.importorskip("skimage", reason="backgrounds are the photographs of scikit-image")
+
+from vtp_plugin import prune
+from vtp_plugin.errors import PruningError
+from vtp_plugin.studies import atp_design, vtp_design
+from vtp_plugin.studies.study import conduct
+from vtp_plugin.tiny.examining import shipped
+from vtp_plugin.tiny.inference import answer, answers, load
+from vtp_plugin.tiny.modeling import normalize
+from vtp_plugin.tiny.pool import draw
+from vtp_plugin.tiny.scenes import PLATE, SIZE, Thing, sample_scene
+from vtp_plugin.tiny.vision import look
+
+SCENE = replace(
+    sample_scene("test", 0),
+    things=(Thing("star", "red", 0, 0, 28), Thing("ring", "blue", 84, 84, 28), Thing(PLATE, "", 140, 140, 28, digit=7)),
+)
+
+
+def results(name: str, said: dict, folder: Path) -> tuple[dict, str]:
+    record = json.loads(conduct(name, said, folder, Console(quiet=True)).read_text())
+    return record["results"], (folder / "table.md").read_text()
+
+
+# -- atp-design --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [12, 24, 6])
+def test_patches_of_an_object(side: int) -> None:
+    """On every grid the object of 28 pixels in the corner has the patches of that corner."""
+    edge = round(28 / SIZE * side)
+    found = atp_design.parts(SCENE, "star", (side, side))
+    assert found["asked"] == {row * side + column for row in range(edge) for column in range(edge)}
+    assert len(found["others"]) == 2 * edge**2
+    assert set().union(*found.values()) == set(range(side**2))
+    assert sum(map(len, found.values())) == side**2
+
+
+def test_shares_and_moves_by_hand() -> None:
+    """The star has patches 0, 1, 12, 13; the ring 78, 79, 90, 91. Nothing that is not there is counted."""
+    asked = [
+        atp_design.Asked(0, "attribute", "what color is the star", "red", "star"),
+        atp_design.Asked(0, "position", "where is the ring", "right", "ring"),
+        atp_design.Asked(0, "presence", "is there a heart", "no", ""),
+    ]
+    kept = [[0, 1, 12, 78], [0, 78, 79, 90], [5]]
+    found = atp_design.followed([SCENE], asked, kept, (12, 12))
+    assert found["asked"] == pytest.approx((3 / 4 + 3 / 4) / 2)
+    assert found["others"] == pytest.approx((1 / 8 + 1 / 8) / 2)
+    assert found["ground"] == 0
+    assert found["moves"] == pytest.approx(1 - 2 / 4)
+
+
+def test_the_class_token_s_attention_does_not_move_and_the_question_does(tmp_path: Path) -> None:
+    readings = {"random": {"pruning": "random", "at": "projector"}, "attention": {"alpha": 0}, "text": {"alpha": 1}}
+    found, table = results("atp-design", {"limit": 3, "keep": [0.25], "readings": readings}, tmp_path / "study")
+    rows = {row["reading"]: row for row in found["rows"]}
+    assert {rows["unpruned"][where] for where in atp_design.WHERE} == {1}
+    assert rows["unpruned"]["moves"] == rows["attention"]["moves"] == 0
+    assert rows["text"]["moves"] > 0
+    assert all(0 < rows["random"][where] < 1 for where in atp_design.WHERE)
+    assert {len(hits) for hits in rows["text"]["right"].values()} == {3}
+    assert f"| text | {100 * np.mean(rows['text']['right']['presence']):.1f} |" in table
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ({"readings": {"as printed": {}}}, "readings need one called 'random'"),
+        ({"readings": {"random": {}, "unpruned": {}}}, "cannot be called 'unpruned'"),
+        ({"readings": {"random": {"alhpa": 1}}}, "alhpa"),
+        ({"keep": [2]}, "keep ratios"),
+        ({"batch": 0}, "batch must be a whole number"),
+        ({"limit": 0}, "limit must be from 1"),
+    ],
+)
+def test_what_atp_design_refuses(said: dict, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(PruningError, match=sentence):
+        conduct("atp-design", said, tmp_path / "study", Console(quiet=True))
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_batch_answers_as_one_by_one() -> None:
+    model, processor = load()
+    scenes = [sample_scene("validation", seed) for seed in range(3)]
+    asked = ["what is the digit", f"how many {scenes[1].counted}s", "is there a star"]
+    pictures = [scene.render() for scene in scenes]
+    alone = [answer(model, processor, *pair) for pair in zip(pictures, asked, strict=True)]
+    assert answers(model, processor, pictures, asked) == alone
+
+
+# -- vtp-design --------------------------------------------------------------------------------------------------------
+
+
+def test_the_arena_s_choice_is_that_of_the_pruned_model() -> None:
+    """Of the shipped networks, asked without a host, and of the checkpoint in transformers."""
+    scene = sample_scene("validation", 3)
+    networks, _ = shipped()
+    with torch.no_grad():
+        view = look(networks["clip"], normalize(torch.from_numpy(draw(scene).copy())[None]))
+        tokens = networks["projector"](view.patches)
+    strategy = vtp_design.VTPDesign({"parts": {"vtp": {}}}, Path())._strategy("vtp", 0.25)
+    model, processor = load()
+    kept: list[list[int]] = []
+    with prune(model, "vtp", keep_ratio=0.25, processor=processor) as pruned:
+        pruned.finished.append(lambda call: kept.append(call.images[0].index.tolist()))
+        from PIL import Image
+
+        answer(model, processor, Image.fromarray(draw(scene)), "what is the digit")
+    assert vtp_design._chosen(strategy, tokens, view).tolist() == kept
+
+
+def test_rows_of_vtp_design(tmp_path: Path) -> None:
+    parts = {"vtp": {}, "stride": {"pruning": "stride", "at": "projector"}}
+    found, table = results("vtp-design", {"limit": 6, "keep": [0.11], "parts": parts}, tmp_path / "study")
+    rows = {row["part"]: row["right"] for row in found["rows"]}
+    assert list(rows) == ["unpruned", "vtp", "stride"]
+    assert all(len(hits) == 6 for right in rows.values() for hits in right.values())
+    assert np.mean(rows["unpruned"]["attribute"]) > 0.8
+    assert f"| vtp | {100 * np.mean(rows['vtp']['presence']):.1f} |" in table
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ({"parts": {"stride": {}}}, "need one called 'vtp'"),
+        ({"parts": {"vtp": {}, "fastv": {"pruning": "fastv"}}}, "'fastv' needs more than"),
+        ({"parts": {"vtp": {"at": "llm"}}}, "'vtp' needs more than"),
+        ({"limit": 0}, "limit must be a whole number"),
+        ({"keep": []}, "keep must be keep ratios"),
+    ],
+)
+def test_what_vtp_design_refuses(said: dict, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(PruningError, match=sentence):
+        conduct("vtp-design", said, tmp_path / "study", Console(quiet=True))
+    assert not (tmp_path / "study").exists()
