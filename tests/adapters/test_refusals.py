@@ -231,7 +231,7 @@ def promised(name: str) -> set[str]:
 def test_the_matrix_is_what_works(name: str, model: nn.Module) -> None:
     """Every cell, with every registered strategy of its stage."""
     table = families()
-    rows = {row[0]: dict(zip(("family", "models", *Stage), row, strict=True)) for row in table.rows}
+    rows = {row[0]: dict(zip(("family", "models", *Stage, "inside vLLM"), row, strict=True)) for row in table.rows}
     row, able = rows[ADAPTER.get(name, name)], set()
     for stage in Stage:
         said = [refusal(model, s) for s, cls in plugins.strategies().items() if cls().stage is stage]

@@ -177,7 +177,7 @@ class PackedEarly(Cutting):
     def _decided(self, passing: TowerPass) -> list[Tensor]:
         """The units that are left of every image, [n] long."""
         starts, values = passing.offsets, passing.values
-        levels = levels_of(self, values)
+        levels = self._levels()
         identify(self, levels, self._unit)
         units = [torch.arange(b - a, device=values.device) for a, b in pairwise(starts)]
         embedded = self._embedded(values) if self.vision.at(Stage.VIT) else None
@@ -190,6 +190,10 @@ class PackedEarly(Cutting):
                 for number, count, kept in zip(passing.batch, before, units, strict=True):
                     cut.note(number, count, kept)
         return units
+
+    def _levels(self) -> Tensor | None:
+        """The uint8 patches of the images in the tower [S, 3, t * p, p]; None where nobody reads them."""
+        return levels_of(self, self.passing.values)
 
     def _selected(
         self, cut: Judgement, image: int, units: Tensor, levels: Any, embedded: Any, colourless: Callable[[], Tensor]

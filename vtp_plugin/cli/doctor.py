@@ -109,7 +109,7 @@ def _vllm() -> str:
         return "not installed"
     from vtp_plugin.hosts.vllm.contract import FAMILIES
 
-    return _held(dict.fromkeys(point for points in FAMILIES.values() for point in points))
+    return _held(dict.fromkeys(point for family in FAMILIES.values() for point in family.touches))
 
 
 def _llava() -> str:

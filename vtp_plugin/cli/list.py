@@ -12,6 +12,7 @@ from rich.text import Text
 
 from vtp_plugin import plugins, settings
 from vtp_plugin.errors import PruningError
+from vtp_plugin.hosts.vllm.contract import FAMILIES as SERVED
 from vtp_plugin.reporting.tables import Table
 from vtp_plugin.reporting.terminal import console
 from vtp_plugin.stages import Stage
@@ -43,11 +44,13 @@ def catalogue() -> Table:
     return table
 
 
-def families() -> Table:
-    """Model family x stage; a note says why there is no such stage."""
-    table = Table(["family", "models", *(stage.value for stage in Stage)])
+def families(vllm: bool = True) -> Table:
+    """Model family x stage, a note says why there is no such stage; and, if `vllm`, those that are served inside it."""
+    table = Table(["family", "models", *(stage.value for stage in Stage), *["inside vLLM"] * vllm])
+    inside = {one.adapter: ", ".join(stage.value for stage in one.stages) for one in SERVED.values()}
     for cls in plugins.adapters():
-        table.add(cls.family, cls.models, *(_cell(table, cls.stages[stage]) for stage in Stage))
+        cells = (_cell(table, cls.stages[stage]) for stage in Stage)
+        table.add(cls.family, cls.models, *cells, *[inside.get(cls.family, "no")] * vllm)
     return table
 
 

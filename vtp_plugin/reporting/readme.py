@@ -34,7 +34,7 @@ def parts() -> dict[str, Callable[[], str]]:
         "counting": counting,
         "line": last_line,
         "strategies": lambda: strategies().markdown(),
-        "models": lambda: families().markdown(),
+        "models": lambda: families(vllm=False).markdown(),
         "demo": lambda: demo().markdown(),
         "bench": lambda: bench().markdown(),
         "gpu": lambda: gpu_page.short(GPU),

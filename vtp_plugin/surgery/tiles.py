@@ -57,12 +57,14 @@ class TiledEarly(Cutting):
         if self.passing is not None:
             self.passing.embedded = output.flatten(2).transpose(1, 2)  # [T, N, D]
 
-    def _gather(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-        """Only the patches that are left of embeddings [T, prefix + N, D]."""
+    def _gather(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Only the patches that are left of embeddings [T, prefix + N, D], beside which a host may answer more."""
         columns, prefix = None if self.passing is None else self.passing.columns, self.tower.prefix
         if columns is None:
             return None
-        return torch.cat([output[:, :prefix], attention.take(output, columns + prefix)], dim=1)
+        whole = _embeddings(output)
+        left = torch.cat([whole[:, :prefix], attention.take(whole, columns + prefix)], dim=1)
+        return (left, *output[1:]) if isinstance(output, tuple) else left
 
     def _tower(self, *args: Any, **kwargs: Any) -> Any:
         """The tower's `forward` on tiles [T, 3, H, W]."""
@@ -83,7 +85,7 @@ class TiledEarly(Cutting):
         units = [torch.arange(len(self.members), device=values.device)] * len(values)
         if not self._strategies:
             return units
-        embedded = self.tower.embeddings(values) if self.vision.at(Stage.VIT) else None
+        embedded = _embeddings(self.tower.embeddings(values)) if self.vision.at(Stage.VIT) else None
         for strategy in self._strategies:
             with self.session.judging(strategy) as cut:
                 before = [len(kept) for kept in units]
@@ -162,6 +164,8 @@ class TiledEarly(Cutting):
         total = self.tower.grid[0] * self.tower.grid[1]
         spread = _Spread(len(units), total, self.tower.prefix, groups, [part.columns for part in parts])
         self._gathered(passing, parts, spread)
+        if isinstance(outputs[0], Tensor):
+            return spread(outputs)
         names = outputs[0].keys()
         return type(outputs[0])({name: spread([output[name] for output in outputs]) for name in names})
 
@@ -237,6 +241,11 @@ class Alike:
         if isinstance(arguments, Mapping):
             return {name: self.rows_of((value,), tiles)[0] for name, value in arguments.items()}
         return tuple(self.of(a) if isinstance(a, Tensor) and a.ndim and len(a) == tiles else a for a in arguments)
+
+
+def _embeddings(output: Any) -> Tensor:
+    """Of what a module of embeddings answers."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _alike(units: Sequence[Tensor], device: torch.device) -> list[Alike]:

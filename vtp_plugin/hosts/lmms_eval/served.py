@@ -116,8 +116,8 @@ class Requests:
         prompt = original(inputs, *args, **kwargs)
         counts = []
         for number, place in enumerate(prompt["mm_placeholders"].get("image", ())):
-            whole = self._unpruned(inputs, number) if self.whole else place.length
-            counts.append({"before": whole, "after": place.length})
+            left = int(place.get_num_embeds())  # without the marks around them
+            counts.append({"before": self._unpruned(inputs, number) if self.whole else left, "after": left})
         self.processed.append((list(prompt["prompt_token_ids"]), counts))
         return prompt
 
@@ -153,7 +153,9 @@ def unpruned(info: Any) -> Callable[..., int]:
     """How vLLM itself counts the tokens of a picture of a size, without what this package adds to its class."""
     host = next(cls for cls in type(info).__mro__ if cls.__module__.split(".")[0] == "vllm")
     count = host(info.ctx).get_num_image_tokens
-    if "image_processor" not in inspect.signature(count).parameters:
-        return lambda arguments, **size: count(**size)
-    processor = info.get_image_processor()
-    return lambda arguments, **size: count(**size, image_processor=processor, mm_kwargs=arguments)
+    known = inspect.signature(count).parameters
+    readers = {"image_processor": "get_image_processor", "processor": "get_hf_processor"}
+    given = {name: getattr(info, read)() for name, read in readers.items() if name in known}
+    if "mm_kwargs" not in known:
+        return lambda arguments, **size: count(**size, **given)
+    return lambda arguments, **size: count(**size, **given, mm_kwargs=arguments)

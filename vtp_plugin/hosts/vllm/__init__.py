@@ -8,8 +8,8 @@ package runs but the question whether it is.
 * `plan`: what the strategies mean before any image is seen: refusals, token counts, decisions about raw pixels;
 * `processing`: the multi-modal processor, in the process that takes requests: fewer placeholders, one per token kept;
 * `worker`: the cuts around the vision tower, by the code that also serves transformers;
-* `llava`, `llava_next`, `qwen2_5_vl`, `qwen3_vl`: one module per model family, which puts these together; `qwen` is
-  what the last two share.
+* `families`: one module per model family, which puts these together, and its row in `contract`; `qwen`,
+  `qwen_requests` and `qwen_tower` are what the Qwen-VLs share.
 """
 
 from __future__ import annotations
@@ -23,15 +23,9 @@ from typing import Any
 from vtp_plugin.contract import check
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.vllm import orphans
-from vtp_plugin.hosts.vllm.contract import FAMILIES as TOUCHED
+from vtp_plugin.hosts.vllm.contract import FAMILIES
 from vtp_plugin.hosts.wrapping import wrap
 
-FAMILIES = {  # vLLM's architecture -> module with `Pruned` and `plan_of`
-    "LlavaForConditionalGeneration": "llava",
-    "LlavaNextForConditionalGeneration": "llava_next",
-    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
-    "Qwen3VLForConditionalGeneration": "qwen3_vl",
-}
 PROGRAMS = ("vllm", "api_server")  # vLLM's own
 OURS = "Vtp"  # in front of an architecture: our class for it
 
@@ -47,8 +41,8 @@ def register() -> None:
     orphans.watch()
     if hasattr(ModelRegistry.inspect_model_cls, "_vtp"):
         return
-    for name, module in FAMILIES.items():
-        ModelRegistry.register_model(OURS + name, f"{__name__}.{module}:Pruned")
+    for name, family in FAMILIES.items():
+        ModelRegistry.register_model(OURS + name, f"{__name__}.families.{family.module}:Pruned")
     wrap(ModelRegistry, "inspect_model_cls", _inspecting)
     if Path(sys.argv[0]).stem in PROGRAMS:
         wrap(sys, "excepthook", _in_one_sentence)
@@ -78,8 +72,8 @@ def _agree(name: str, config: Any) -> None:
     """PruningError if this architecture or its configuration cannot be served."""
     if name not in FAMILIES:
         raise PruningError(f"{name} cannot be pruned inside vLLM. Supported: {', '.join(FAMILIES)}")
-    check(TOUCHED[FAMILIES[name]])
-    import_module(f"{__name__}.{FAMILIES[name]}").plan_of(config)
+    check(FAMILIES[name].touches)
+    import_module(f"{__name__}.families.{FAMILIES[name].module}").plan_of(config)
 
 
 def _in_one_sentence(original: Callable, kind: type, error: BaseException, trace: Any) -> None:

@@ -22,7 +22,6 @@ from vtp_plugin.signals import Tap
 from vtp_plugin.signals.synthetic import Widths
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.surgery.pixels import patches
 from vtp_plugin.tokens import VisualTokens
 from vtp_plugin.version import __version__
 
@@ -40,6 +39,7 @@ class Plan:
     patch: int  # pixels per side of a patch
     blocks: int  # of the whole vision tower
     any_positions: bool = False  # whether kept tokens can have those of the whole prompt
+    merger: bool = False  # whether what goes into the merger is kept
     counts: dict[tuple[int, int, tuple[int, int]], int] = field(default_factory=dict)
     plain: dict[int, bool] = field(default_factory=dict)  # whether a strategy keeps what its budget says
 
@@ -83,26 +83,34 @@ class Plan:
         """For the hash of an image: caches that outlive a server must not mix configurations."""
         return config.fingerprint(self.strategies, __version__)
 
-    def count(self, n: int) -> int:
-        """How many of n patches become columns of the prompt."""
-        for number in range(len(self.late)):
-            if (number, n, self.grid) not in self.counts:
-                self.counts[number, n, self.grid] = self._kept(number, n)
-            n = self.counts[number, n, self.grid]
-        return n
+    def count(self, *tiles: int) -> int:
+        """How many of the patches of an image's tiles become columns of the prompt.
 
-    def _kept(self, number: int, n: int) -> int:
+        In the tower every tile is judged by itself, behind it all of an image; `grid` is that of the image.
+        """
+        left, (rows, columns) = list(tiles), self.grid
+        for number, strategy in enumerate(self.late):
+            behind = strategy.stage is Stage.PROJECTOR
+            grid = self.grid if behind else (rows // len(tiles), columns)
+            left = [self._kept(number, n, grid) for n in ([sum(left)] if behind else left)]
+        return sum(left)
+
+    def _kept(self, number: int, n: int, grid: tuple[int, int]) -> int:
+        if (number, n, grid) not in self.counts:
+            self.counts[number, n, grid] = self._asked(number, n, grid)
+        return self.counts[number, n, grid]
+
+    def _asked(self, number: int, n: int, grid: tuple[int, int]) -> int:
         strategy = self.late[number]
         if n <= SMALL:
-            return kept(strategy, n, self.grid)
+            return kept(strategy, n, grid)
         if number not in self.plain:
             sizes = [(rows * columns, (rows, columns)) for rows, columns in TRIED]
-            self.plain[number] = all(kept(strategy, m, grid) == strategy.count(m) for m, grid in sizes)
-        return strategy.count(n) if self.plain[number] else kept(strategy, n, self.grid)
+            self.plain[number] = all(kept(strategy, m, tried) == strategy.count(m) for m, tried in sizes)
+        return strategy.count(n) if self.plain[number] else kept(strategy, n, grid)
 
-    def decide(self, image: Tensor) -> Tensor:
-        """What the pixel strategies leave of a uint8 image [3, H, W]: mask [N]."""
-        pixels = patches(image[None], self.patch)  # [1, N, 3, p, p]
+    def decide(self, pixels: Tensor) -> Tensor:
+        """What the pixel strategies leave of an image's uint8 patches [1, N, 3, p, p]: mask [N]."""
         left = torch.arange(self.whole)
         for strategy in self.decided:
             seen = pixels[:, left]
@@ -133,7 +141,7 @@ class Plan:
             if "text_encoder" not in strategy.fields():
                 raise strategy.error("the language model's embeddings of a question are not possible inside vLLM")
             raise strategy.error("text_encoder=llm is not possible inside vLLM: say text_encoder=clip")
-        if "units" in strategy.needs:
+        if "units" in strategy.needs and not self.merger:
             raise strategy.error("what goes into the merger is not kept inside vLLM: say judge=after")
         if strategy.budget != "per_image":
             raise strategy.error(f"budget={strategy.budget} is not possible inside vLLM, which caches single images")

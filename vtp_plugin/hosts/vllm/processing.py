@@ -19,7 +19,7 @@ from vllm.multimodal.processing import PromptReplacement
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.vllm.plan import KEY, Plan
-from vtp_plugin.surgery.pixels import Pixels, watch
+from vtp_plugin.surgery.pixels import Pixels, patches, watch
 from vtp_plugin.surgery.question import framed, question_of
 
 KEEP = "vtp_keep"  # [N] bool: the patches that pixel strategies leave
@@ -59,15 +59,20 @@ class Decides:
             said[QUESTION] = question_of(framed(self.info.get_tokenizer(), inputs.prompt))
         return super().apply(replace(inputs, hf_processor_mm_kwargs=said), timing_ctx)
 
-    def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> Any:
-        theirs = {name: value for name, value in hf_kwargs.items() if name not in (KEY, QUESTION)}
-        outputs = super()._call_hf_processor(hf_data, theirs)
-        pixels = outputs["pixel_values"]
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        outputs = super()._apply_hf_processor_main(mm_items, theirs(hf_kwargs))
+        if "pixel_values" not in outputs:  # every picture was seen before
+            return outputs
         if self.plan.decided:
-            outputs[KEEP] = torch.stack([self.plan.decide(image) for image in self.pixels.images(pixels)])
+            outputs[KEEP] = self._decisions(outputs)
         if self.plan.reads_question:
-            outputs[QUESTION] = [as_bytes(str(hf_kwargs[QUESTION]))] * len(pixels)
+            outputs[QUESTION] = [as_bytes(str(hf_kwargs[QUESTION]))] * len(outputs["pixel_values"])
         return outputs
+
+    def _decisions(self, outputs: Any) -> Sequence[Tensor]:
+        """What the pixel strategies leave of every image in the image processor's outputs, [N] or [tiles, N] bool."""
+        images = self.pixels.images(outputs["pixel_values"])
+        return [self.plan.decide(patches(image[None], self.plan.patch)) for image in images]
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Mapping[str, MultiModalFieldConfig]:
         ours = {name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in (KEEP, QUESTION)}
@@ -83,6 +88,11 @@ class Decides:
             return [token] * self.plan.count(int(keep.sum()))
 
         return [PromptReplacement(modality="image", target=[token], replacement=placeholders)]
+
+
+def theirs(arguments: Mapping[str, object]) -> dict[str, object]:
+    """What vLLM and transformers know among a processor's arguments."""
+    return {name: value for name, value in arguments.items() if name not in (KEY, QUESTION)}
 
 
 def as_bytes(text: str) -> Tensor:

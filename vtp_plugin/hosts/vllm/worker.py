@@ -19,6 +19,7 @@ from vllm.transformers_utils.processor import cached_image_processor_from_config
 
 from vtp_plugin.adapter import Adapter
 from vtp_plugin.adapters.clip import ClipSpace, checkpoint_of, clip_tower
+from vtp_plugin.errors import PruningError
 from vtp_plugin.facts.tower import SharedSpace, Tower
 from vtp_plugin.hosts.vllm.plan import Plan
 from vtp_plugin.hosts.vllm.processing import KEEP, QUESTION, as_text
@@ -26,6 +27,8 @@ from vtp_plugin.pruning import Pruned
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.call import Call, Image
+from vtp_plugin.surgery.rows import RowsLate
+from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.tokens import Selection, VisualTokens
 
 
@@ -41,6 +44,13 @@ class Part:
         return tensor_model_parallel_all_gather(part.contiguous()) if self.attention.tp_size > 1 else part
 
 
+def separate(tower: Tower) -> None:
+    """Let the attention of a tower have `q_proj`, `k_proj` and `v_proj`, as it has in transformers."""
+    for number in range(len(tower.blocks)):
+        fused = tower.attention_of(number)
+        fused.q_proj, fused.k_proj, fused.v_proj = (Part(fused, part) for part in range(3))
+
+
 class Parts(Adapter):
     """A model inside vLLM: where its parts are."""
 
@@ -49,6 +59,7 @@ class Parts(Adapter):
     stages = {stage: "" if stage is not Stage.LLM else "the attention metadata is fixed before" for stage in Stage}
     language_model = None
     decoder_layers = ()
+    packed = False  # whether images that keep unequal numbers pass the tower together
 
     def __init__(self, model: nn.Module, tower: Tower, projector: nn.Module, processor: Any) -> None:
         super().__init__(model, processor)
@@ -77,9 +88,7 @@ class ClipParts(Parts):
 
     def __init__(self, model: nn.Module, tower: Tower, projector: nn.Module, processor: Any) -> None:
         super().__init__(model, tower, projector, processor)
-        for block in tower.blocks:
-            fused = getattr(block, tower.attention)
-            fused.q_proj, fused.k_proj, fused.v_proj = (Part(fused, number) for number in range(3))
+        separate(tower)
 
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         """[3, H, W] each."""
@@ -97,6 +106,18 @@ class ClipParts(Parts):
         return ClipSpace(checkpoint, config.vision_config.hidden_size, weight.device, weight.dtype)
 
 
+class ServedLate(RowsLate):
+    """Cuts rows of the prompt. vLLM may call the `forward` of a merger past its hooks."""
+
+    def install(self, undo: Undo) -> None:
+        if self.vision.at(Stage.PROJECTOR):
+            self.forward = undo.override(self.family.projector, "forward", self._merging)
+
+    def _merging(self, entering: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._projecting(self.family.projector, (entering, *args), kwargs)
+        return self.forward(entering, *args, **kwargs)
+
+
 class Shipped(PruningStrategy):
     """What the processor decided from the raw pixels, before the first block of the tower."""
 
@@ -107,10 +128,11 @@ class Shipped(PruningStrategy):
     def __init__(self, strategies: Sequence[PruningStrategy]) -> None:
         super().__init__()
         self.name = "+".join(s.name for s in strategies)
-        self.keep: Tensor | None = None  # [B, N] bool, of the images in the tower
+        self.keep: Iterator[Tensor] = iter(())  # [N] bool each, of the tiles in the tower
 
     def select(self, visual: VisualTokens) -> Selection:
-        return Selection(self.keep.to(visual.tokens.device).gather(1, visual.index))
+        keep = torch.stack([next(self.keep) for _ in visual.index])
+        return Selection(keep.to(visual.tokens.device).gather(1, visual.index))
 
 
 class Served(Pruned):
@@ -118,7 +140,8 @@ class Served(Pruned):
 
     def __init__(self, model: nn.Module, adapter: Parts, plan: Plan, room: int) -> None:
         self.shipped = Shipped(plan.decided) if plan.decided else None
-        self.room = 0 if plan.decided else room  # tokens per pass of the tower; a larger image goes alone
+        alone = plan.decided and not adapter.packed
+        self.room = 0 if alone else room  # tokens per pass of the tower; a larger image goes alone
         super().__init__(model, adapter, [*([self.shipped] if self.shipped else []), *plan.late], measure=False)
         self.finished.clear()  # what was saved is counted where requests are, not on a worker
 
@@ -134,7 +157,7 @@ class Served(Pruned):
                 image.question = text
             for batch in self._batches(call.images):
                 if self.shipped is not None:
-                    self.shipped.keep = torch.stack([keep[number] for number in batch])
+                    self.shipped.keep = iter([tile for number in batch for tile in torch.atleast_2d(keep[number])])
                 with call.in_tower(batch):
                     chosen = {name: [values[number] for number in batch] for name, values in inputs.items()}
                     features.extend(self.adapter.encode(call, encode, chosen))
@@ -152,10 +175,21 @@ class Served(Pruned):
         yield batch
 
 
-class AroundClip:
-    """Mixed into a LLaVA of vLLM with a CLIP tower: attaches the strategies, and serves what they leave."""
+class Around:
+    """Mixed into a model class of vLLM: what it could do, but not with fewer tokens."""
 
     supports_tower_connector_lora = False  # its bookkeeping takes the tower's length from the prompt
+    supports_encoder_cudagraph = False  # graphs of the tower go past `embed_multimodal`
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        if vllm_config.compilation_config.compile_mm_encoder:
+            raise PruningError("compile_mm_encoder is not possible with pruning: compiled blocks are read by nobody")
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+
+class AroundClip(Around):
+    """Mixed into a LLaVA of vLLM with a CLIP tower: attaches the strategies, and serves what they leave."""
+
     parts: type[ClipParts] = ClipParts
 
     def attach(self, vllm_config: Any, prefix: str, plan: Plan) -> None:

@@ -20,7 +20,7 @@ from vllm.model_executor.models.llava_next import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vtp_plugin.hosts.vllm import llava
+from vtp_plugin.hosts.vllm.families import llava
 from vtp_plugin.hosts.vllm.plan import Plan
 from vtp_plugin.hosts.vllm.processing import Decides
 from vtp_plugin.hosts.vllm.worker import AroundClip, ClipParts

@@ -1,0 +1,93 @@
+"""InternVL inside vLLM, as transformers saves it: tiles with pixel shuffle, plain positions.
+
+A token is a square of patches (2x2). keep_ratio and keep_tokens count over the image, all of its tiles together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models.interns1 import (
+    InternS1DummyInputsBuilder,
+    InternS1ForConditionalGeneration,
+    InternS1MultiModalProcessor,
+    InternS1ProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vtp_plugin.adapters.internvl import InternVL
+from vtp_plugin.facts.tower import Tower
+from vtp_plugin.hosts.vllm import tiled
+from vtp_plugin.hosts.vllm.plan import KEY, Plan, planned
+
+
+def plan_of(config: Any) -> Plan:
+    """The plan in a model configuration; PruningError if it cannot be served."""
+    vision, square = config.vision_config, round(1 / config.downsample_ratio)
+    patch = vision.patch_size[0] * square
+    grid = tuple(side // patch for side in vision.image_size)
+    chosen = planned(getattr(config, KEY), grid, patch, vision.num_hidden_layers, False, True)
+    return tiled.checked(chosen, InternVL.models, tiled.ABSENT)
+
+
+class ProcessingInfo(tiled.CountsTiles, InternS1ProcessingInfo):
+    """How many tokens an image has."""
+
+    @cached_property
+    def plan(self) -> Plan:
+        return plan_of(self.get_hf_config())
+
+
+class Processor(tiled.DecidesTiles, InternS1MultiModalProcessor):
+    """From pictures to pixel values and placeholders."""
+
+    number = "image_num_patches"
+
+
+class Parts(tiled.TiledParts):
+    """Where an InternVL has its parts."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        vision, config = model.vision_tower, model.config.vision_config
+        tower = Tower(
+            module=vision,
+            embeddings=vision.embeddings,
+            patch_embedding=vision.embeddings.patch_embeddings.projection,
+            blocks=vision.encoder.layer,
+            post_layernorm=vision.layernorm,
+            prefix=1,
+            grid=tuple(side // patch for side, patch in zip(config.image_size, config.patch_size, strict=True)),
+            patch_size=config.patch_size[0],
+            projected=-1,
+            attention="attention",
+            block=round(1 / model.config.downsample_ratio),
+        )
+        super().__init__(model, tower, model.multi_modal_projector, processor)
+
+    def rows(self, encode: Callable[..., Any], inputs: Mapping[str, list[Tensor]]) -> Sequence[Tensor]:
+        tiles, numbers = inputs["pixel_values"], [len(image) for image in inputs["pixel_values"]]
+        given = {"image_num_patches": torch.tensor(numbers), "image_token_id": inputs["image_token_id"][0]}
+        return encode(pixel_values=torch.cat(tiles), **given)
+
+    def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        square = maps.unflatten(1, self.tower.grid).contiguous()
+        shuffled = self.model.pixel_shuffle(square, scale_factor=self.model.downsample_ratio)
+        rows = shuffled.flatten(1, 2).unflatten(-1, (-1, maps.shape[-1])).mean(-2)  # [T, n, C]
+        return self.by_image(rows, inputs)
+
+    def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        return self.by_image(entering, inputs)  # behind the pixel shuffle
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=ProcessingInfo, dummy_inputs=InternS1DummyInputsBuilder)
+class Pruned(tiled.AroundTiles, InternS1ForConditionalGeneration):
+    """vLLM's InternVL with strategies around its tower."""
+
+    parts, number, plan_of = Parts, Processor.number, staticmethod(plan_of)
+
+    def shared(self, kwargs: Mapping[str, Any], images: Sequence[Tensor]) -> dict[str, Any]:
+        return {"image_token_id": torch.as_tensor(kwargs["image_token_id"]).flatten()[:1].expand(len(images))}
