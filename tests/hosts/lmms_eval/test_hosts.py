@@ -23,6 +23,7 @@ from torch import Tensor
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.llava import frozen
+from vtp_plugin.hosts.lmms_eval import generic
 from vtp_plugin.surgery.undo import Undo
 
 pytest.importorskip("lmms_eval")
@@ -204,15 +205,19 @@ def test_an_error_that_the_host_swallows_ends_the_process_with_a_failure(work: W
 def test_counts_and_answers_of_the_host_itself(key: str, work: Work, process: Any) -> None:
     """`none` answers like a model that was never wrapped; counted are the placeholders of the host's processor.
 
-    The authors' package pads batches on the wrong side, so that it answers shorter prompts rightly only one by one.
+    The authors' package pads batches on the wrong side, so that it answers shorter prompts rightly only one by one. The
+    generic ids load no model that answers by themselves: they are lent what is loaded for them.
     """
     from lmms_eval.models import get_model
 
-    batch = 1 if HOSTS[key].name == "llava" else HOSTS[key].batch
-    lm = get_model(HOSTS[key].name).create_from_arg_string(work.arguments(key), {"batch_size": batch})
-    if HOSTS[key].name == "llava":
+    name = HOSTS[key].name
+    batch, host = 1 if name == "llava" else HOSTS[key].batch, get_model(name)
+    with generic.building(host, name):
+        lm = host.create_from_arg_string(work.arguments(key), {"batch_size": batch})
+    generic.make_ready(lm, name)
+    if name == "llava":
         frozen.serve(lm.model, Undo())  # by itself the package runs up to transformers 5.23
-    made = counting(lm.model) if HOSTS[key].name != "llava" else None
+    made = counting(lm.model) if name != "llava" else None
     results = work.evaluate(key, lm, batch_size=batch)
     assert "pruning" not in results
     _, said = written(work, "late", key)

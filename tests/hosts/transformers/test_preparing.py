@@ -47,7 +47,7 @@ class Watching(PruningStrategy):
 FAMILIES = {
     key: host
     for key, host in checkpoints.HOSTS.items()
-    if key not in ("llava-1.5", "llava-1.6", "mistral3_vl", "qwen3_vl-A3B")
+    if key not in ("llava-1.5", "llava-1.6", "gemma4", "mistral3_vl", "qwen3_vl-A3B")
 }
 
 
