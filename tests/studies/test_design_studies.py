@@ -139,7 +139,8 @@ def test_rows_of_vtp_design(tmp_path: Path) -> None:
         ({"parts": {"stride": {}}}, "need one called 'vtp'"),
         ({"parts": {"vtp": {}, "fastv": {"pruning": "fastv"}}}, "'fastv' needs more than"),
         ({"parts": {"vtp": {"at": "llm"}}}, "'vtp' needs more than"),
-        ({"limit": 0}, "limit must be a whole number"),
+        ({"limit": 0}, "limit must be from 1"),
+        ({"limit": 1001}, "limit must be from 1 to the 1000"),
         ({"keep": []}, "keep must be keep ratios"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, Processor, Prompt, words
 from family_runs import batched, by_kind, generated, model_of, prompts_of
+from matrix import dear
 from torch import Tensor, nn
 
 import vtp_plugin as vtp
@@ -243,8 +244,11 @@ def test_text_among_pictures_and_beams_over_a_batch(name: str) -> None:
             torch.testing.assert_close(scores[2 * row : 2 * row + 2], own, **CLOSE)
 
 
+COMPILED = ("llava_next", "llava_onevision", "internvl", "gemma3", "qwen3_vl")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "internvl", "gemma3", "qwen3_vl"])
+@pytest.mark.parametrize("name", dear(COMPILED, ["internvl"]))
 @torch.no_grad()
 def test_compiled_before_attaching_and_after(name: str) -> None:
     """The logits of a model that is not compiled; detached, the host's."""

@@ -99,9 +99,18 @@ class Observer:
         first = sum(image.tiles for image in call.images[:number])
         if len(tiles) != sum(image.tiles for image in call.images):
             return None
-        shown = range(call.images[number].tiles)[self.pruned.adapter.overview]
-        levels = self.pixels.levels(tiles[first + shown][None])[0].cpu()
-        return self._unpadded(levels, call.images[number], grid)
+        tile = tiles[first + range(call.images[number].tiles)[self.pruned.adapter.overview]]
+        if tile.ndim == 2:
+            return self._placed(tile, grid)
+        return self._unpadded(self.pixels.levels(tile[None])[0].cpu(), call.images[number], grid)
+
+    def _placed(self, tile: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The picture of patches in raster order [N, p * p * 3], behind which the host may have filled up."""
+        size, block = self.pruned.adapter.tower.patch_size, self.pruned.adapter.tower.block
+        rows, columns = (side * block for side in grid)
+        patches = tile[: rows * columns].unflatten(1, (size, size, 3)).permute(0, 3, 1, 2)
+        levels = self.pixels.levels(patches).unflatten(0, (rows, columns))  # [R, C, 3, p, p]
+        return levels.permute(2, 0, 3, 1, 4).reshape(3, rows * size, columns * size).cpu()
 
     def _unpadded(self, levels: Tensor, image: Image, grid: tuple[int, int]) -> Tensor:
         """Without the border that a batch of unequal pictures has, where every image has a grid of its own."""

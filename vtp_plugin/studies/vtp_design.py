@@ -18,7 +18,7 @@ from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting.tables import Table
 from vtp_plugin.stages import Stage
 from vtp_plugin.studies.evaluated import interval, points
-from vtp_plugin.studies.study import Study
+from vtp_plugin.studies.study import Study, some
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vtp_plugin.tiny.vision import View
 
 LEADER, WHOLE = "vtp", "unpruned"
+SCENES = 1000  # that there are, of the validation seeds
 GIVEN = ("projected", "cls_attention", "fingerprint")
 
 
@@ -40,7 +41,7 @@ class VTPDesign(Study):
     def check(self) -> None:
         said = self.settings
         self.check_ratios("keep")
-        self.check_counts("limit")
+        self.seeds = range(len(some(range(SCENES), said["limit"], "limit")))
         if LEADER not in said["parts"] or WHOLE in said["parts"]:
             raise PruningError(f"{self.name}: parts need one called '{LEADER}', and none called '{WHOLE}'")
         for keep in said["keep"]:
@@ -60,7 +61,7 @@ class VTPDesign(Study):
         for keep in self.settings["keep"]:
             for name in self.settings["parts"]:
                 rows.append(self.once(f"{name}-{keep:g}".replace(" ", "-"), lambda of=(name, keep): self._row(*of)))
-        return {"scenes": self.settings["limit"], "rows": rows}
+        return {"scenes": len(self.seeds), "rows": rows}
 
     def _row(self, name: str, keep: float) -> dict[str, Any]:
         return {"part": name, "keep": keep, "right": self._answered(self._strategy(name, keep))}
@@ -73,7 +74,7 @@ class VTPDesign(Study):
 
         if not hasattr(self, "scenes"):
             self.networks, self.layout = shipped()
-            self.scenes = [(seed, sample_scene("validation", seed)) for seed in range(self.settings["limit"])]
+            self.scenes = [(seed, sample_scene("validation", seed)) for seed in self.seeds]
             self.images = np.stack([draw(scene) for _, scene in self.scenes])
         return answered(self.networks, self.layout, self.images, self.scenes, lambda *seen: _chosen(strategy, *seen))
 
