@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from matrix import dear
 from models import LLAMA, PLACEHOLDER, Tiny, build_hf, picture, prompts, tiny
 from paths import ROOT
 from PIL import Image
@@ -110,7 +111,7 @@ def test_a_streamer_of_another_thread(case: str):
         thread.join()
 
 
-@every_case
+@pytest.mark.parametrize("case", dear(CASES, ["none", "fastv"]))
 @torch.no_grad()
 def test_continuous_batching_of_text(case: str):
     """It takes no pictures; prompts of words are the host's own affair."""
@@ -327,6 +328,7 @@ TRAINED: dict[str, tuple[dict[str, Any], float]] = {  # settings, and how far th
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("way", TRAINED)
 @every_case
 def test_trainer(case: str, way: str, tmp_path: Path):
