@@ -80,7 +80,7 @@ class AtpDesign(Study):
 
     def _reading(self, name: str, keep: float) -> tuple[str, dict[str, Any]]:
         fields = dict(self.settings["readings"][name] or {})
-        return fields.pop("pruning", LEADER), {"keep_ratio": keep, **fields}
+        return fields.pop("pruning", LEADER), {"keep_ratio": keep, "positions": self.settings["positions"], **fields}
 
     def _row(self, keep: float, name: str) -> dict[str, Any]:
         return {"reading": name, "keep": keep, **self._examine(*self._reading(name, keep))}
