@@ -16,6 +16,7 @@ from vtp_plugin.tokens import best
 
 MINMAX_EPS = 1e-6
 BLOCK = 512  # rows of a map at a time, so that what is made on the way is smaller than the map
+STEP = 2.0**-12  # of likenesses: sums over 4096 tokens are exact in fp32
 DEPENDENT = 1e-5  # a candidate with less than this share of its own quality left is spanned by the picks
 
 
@@ -113,24 +114,27 @@ def herding(kernel: Tensor, picks: Tensor, k: int) -> Tensor:
     """
     if picks.shape[1] == k:
         return picks
-    taken, rows = mask(picks, kernel.shape[1]), torch.arange(len(picks), device=picks.device)
-    mean = kernel.mean(-1)  # [B, N]
-    ahead = torch.stack([m * (1 + len(own)) - one[own].sum(0) for m, one, own in zip(mean, kernel, picks, strict=True)])
+    n, rows = kernel.shape[1], torch.arange(len(picks), device=picks.device)
+    total = kernel.sum(-1, dtype=torch.float64)  # [B, N]: n times the mean, exact where the kernel has steps
+    near = torch.stack([one[own].sum(0, dtype=torch.float64) for one, own in zip(kernel, picks, strict=True)])
+    ahead = total * (1 + picks.shape[1]) - n * near
 
     def pick(best: Tensor) -> None:
-        ahead.add_(mean).sub_(kernel[rows, best])
+        ahead.add_(total).sub_(kernel[rows, best], alpha=n)
 
-    return torch.cat([picks, greedy(lambda: ahead, pick, taken, k - picks.shape[1])], dim=1)
+    return torch.cat([picks, greedy(lambda: ahead, pick, mask(picks, n), k - picks.shape[1])], dim=1)
 
 
 def gaussian(tokens: Tensor, scale: float) -> Tensor:
     """exp(-d^2 / (scale x median d^2)) of every pair, [B, N, D] -> [B, N, N]; the median over all pairs of an image.
 
-    What lies far from everything, such as the few patches of a ViT with huge norms, moves no median.
+    What lies far from everything, such as the few patches of a ViT with huge norms, moves no median. In steps of 2^-12:
+    two tokens that resemble only each other gain `coverage` equally much, and sums that are exact keep this a tie.
     """
     apart = distances(centred(tokens))
     typical = apart.flatten(1).median(1).values[:, None, None]
-    return apart.div_(-scale * typical.clamp(min=torch.finfo(apart.dtype).tiny)).exp_()
+    alike = apart.div_(-scale * typical.clamp(min=torch.finfo(apart.dtype).tiny)).exp_()
+    return alike.div_(STEP).round_().mul_(STEP)
 
 
 def coverage(

@@ -25,7 +25,7 @@ def restated(x: torch.Tensor, u: list[float], k: int, herded: int, scale: float 
     rows, n = x.tolist(), len(x)
     apart = [[sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) for q in rows] for p in rows]
     middle = sorted(value for line in apart for value in line)[(n * n - 1) // 2] or 1e-30
-    alike = [[math.exp(-value / (scale * middle)) for value in line] for line in apart]
+    alike = [[round(math.exp(-value / (scale * middle)) * 4096) / 4096 for value in line] for line in apart]
 
     def covered(picks: list[int]) -> float:
         return sum(max((alike[i][s] for s in picks), default=0.0) for i in range(n))

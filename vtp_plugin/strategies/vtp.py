@@ -1,7 +1,8 @@
 """vtp: tokens that cover the picture, then tokens that keep its proportions; the strategy of this package.
 
 Source: this package. x_i are the projected tokens (at=llm: hidden states after the final norm), and their likeness is
-k_ij = exp(-|x_i - x_j|^2 / (scale m)), m the median of |x_i - x_j|^2 over all pairs of the image.
+k_ij = exp(-|x_i - x_j|^2 / (scale m)), m the median of |x_i - x_j|^2 over all pairs of the image,
+in steps of 2^-12.
 1. coverage: S grows by argmax_j u_j^focus sum_i max(0, k_ij - max_{s in S} k_is), facility location: every token has
    one like it among those that stay, so rare things stay;
 2. proportion: S grows by argmax_j (|S| + 1) mean_i k_ij - sum_{s in S} k_sj, kernel herding (arXiv 1203.3472): what
