@@ -62,8 +62,14 @@ class LlavaNextVideo(LlavaNext):
         rows = self.core.vision_resampler(maps)  # [T, n, C]
         return list(rows.unflatten(0, inputs["pixel_values_videos"].shape[:2]).flatten(1, 2))
 
+    def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Rows per image; transformers 5.17 keeps the frames of a video apart, [frames, n, D]."""
+        return [rows.flatten(0, -2) for rows in super().split(output, kind, inputs)]
+
     def pack(self, rows: Sequence[Tensor], kind: str, host: Any) -> Any:
-        """[videos, K, D] as in the host, [K, D] each where videos keep unequal numbers."""
+        """[videos, K, D] as in the host, [K, D] each where videos keep unequal numbers; in 5.17 as of one frame."""
         if kind == "image":
             return super().pack(rows, kind, host)
+        if not isinstance(host, Tensor) and host[0].ndim == 3:
+            return [video[None] for video in rows]
         return torch.stack(list(rows)) if len({len(video) for video in rows}) == 1 else list(rows)
