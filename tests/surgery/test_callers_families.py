@@ -122,8 +122,6 @@ def test_padding_on_the_right_and_rows_in_another_order(name: str, case: str, po
 @torch.no_grad()
 def test_tuples_where_the_configuration_wants_them(name: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a prompt and of a step behind it."""
-    if case == "fastv" and "llm" not in FAMILIES[name].stages:
-        pytest.skip("no such stage")
     model = model_of(name, "sdpa")
     first = batched(FAMILIES[name], prompts_of(name, "batch"))
     with pruned(name, case, "compact"):
@@ -143,8 +141,6 @@ def test_tuples_where_the_configuration_wants_them(name: str, case: str, monkeyp
 @torch.no_grad()
 def test_attentions_of_decoding_steps_are_at_the_callers_columns(name: str, case: str) -> None:
     """Rows that sum to one, nothing on what was dropped; a layer with a window sees no further than that."""
-    if case == "fastv" and "llm" not in FAMILIES[name].stages:
-        pytest.skip("no such stage")
     family, model = FAMILIES[name], model_of(name, "eager")
     first = batched(family, prompts_of(name, "batch"))
     length = first["input_ids"].shape[1]

@@ -22,6 +22,24 @@ from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
 
 
+def tower_of(vision: nn.Module, config: Any) -> Tower:
+    """Where the tower of an InternVL with this configuration has its parts, in transformers and inside vLLM."""
+    sizes = config.vision_config
+    return Tower(
+        module=vision,
+        embeddings=vision.embeddings,
+        patch_embedding=vision.embeddings.patch_embeddings.projection,
+        blocks=vision.encoder.layer,
+        post_layernorm=vision.layernorm,
+        prefix=1,
+        grid=tuple(side // patch for side, patch in zip(sizes.image_size, sizes.patch_size, strict=True)),
+        patch_size=sizes.patch_size[0],
+        projected=-1,
+        attention="attention",
+        block=round(1 / config.downsample_ratio),
+    )
+
+
 class InternVL(RowsAdapter):
     """transformers' InternVL."""
 
@@ -39,20 +57,7 @@ class InternVL(RowsAdapter):
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
-        vision, config = self.core.vision_tower, model.config.vision_config
-        self.tower = Tower(
-            module=vision,
-            embeddings=vision.embeddings,
-            patch_embedding=vision.embeddings.patch_embeddings.projection,
-            blocks=vision.encoder.layer,
-            post_layernorm=vision.layernorm,
-            prefix=1,
-            grid=tuple(side // patch for side, patch in zip(config.image_size, config.patch_size, strict=True)),
-            patch_size=config.patch_size[0],
-            projected=-1,
-            attention="attention",
-            block=round(1 / model.config.downsample_ratio),
-        )
+        self.tower = tower_of(self.core.vision_tower, model.config)
 
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         """Runs of placeholders are images; the tower gives every tile equally many."""

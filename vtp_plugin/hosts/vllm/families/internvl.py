@@ -19,8 +19,7 @@ from vllm.model_executor.models.interns1 import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vtp_plugin.adapters.internvl import InternVL
-from vtp_plugin.facts.tower import Tower
+from vtp_plugin.adapters.internvl import InternVL, tower_of
 from vtp_plugin.hosts.vllm import tiled
 from vtp_plugin.hosts.vllm.plan import KEY, Plan, planned
 
@@ -52,21 +51,7 @@ class Parts(tiled.TiledParts):
     """Where an InternVL has its parts."""
 
     def __init__(self, model: Any, processor: Any) -> None:
-        vision, config = model.vision_tower, model.config.vision_config
-        tower = Tower(
-            module=vision,
-            embeddings=vision.embeddings,
-            patch_embedding=vision.embeddings.patch_embeddings.projection,
-            blocks=vision.encoder.layer,
-            post_layernorm=vision.layernorm,
-            prefix=1,
-            grid=tuple(side // patch for side, patch in zip(config.image_size, config.patch_size, strict=True)),
-            patch_size=config.patch_size[0],
-            projected=-1,
-            attention="attention",
-            block=round(1 / model.config.downsample_ratio),
-        )
-        super().__init__(model, tower, model.multi_modal_projector, processor)
+        super().__init__(model, tower_of(model.vision_tower, model.config), model.multi_modal_projector, processor)
 
     def rows(self, encode: Callable[..., Any], inputs: Mapping[str, list[Tensor]]) -> Sequence[Tensor]:
         tiles, numbers = inputs["pixel_values"], [len(image) for image in inputs["pixel_values"]]
