@@ -22,6 +22,7 @@ from vtp_plugin.tiny.prompts import layouts, load_llama_tokenizer
 from vtp_plugin.tiny.questions import CHOICES, Question, ask_all
 from vtp_plugin.tiny.scenes import GRID, PATCH, SIZE, sample_scene
 from vtp_plugin.tiny.vision import look, show
+from vtp_plugin.tiny.workshop import Workshop
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,7 @@ def test_a_run_from_the_package_goes_through_its_stages(tmp_path, monkeypatch) -
     train.train("join", run, 2)
     train.train("join", run, 3)
     assert run.load("join")["step"] == 3
-    shop = train.Workshop(run)
+    shop = Workshop(run)
     assert shop.features[0].shape == (40, GRID**2, 128)
     own = shop.networks["former_clip"].state_dict()
     assert all(torch.equal(own[name], began[f"clip.{name}"]) for name in own)

@@ -20,7 +20,8 @@ from torch import nn
 
 from vtp_plugin.tiny.fitting import Run, parameter_groups, update
 from vtp_plugin.tiny.pool import draw_pool
-from vtp_plugin.tiny.train import LOSSES, PLANS, TRAINS, Workshop, start_from_package
+from vtp_plugin.tiny.train import LOSSES, PLANS, start_from_package
+from vtp_plugin.tiny.workshop import TRAINS, Workshop
 
 STAGE, PICTURES, FEWEST = "join", 200, 2
 

@@ -8,7 +8,7 @@ from vtp_plugin import files
 from vtp_plugin.reporting.tables import Table
 
 from .questions import TASKS
-from .train import TRAINS
+from .workshop import TRAINS
 
 
 def stages(log: Path) -> Table:

@@ -33,7 +33,7 @@ from .modeling import LLAMA_WIDTH
 from .prompts import layouts
 from .questions import CHOICES, TASKS, Question, ask_all
 from .scenes import SHAPES, Scene
-from .train import Workshop
+from .workshop import Workshop
 
 PLAN = Plan(steps=3000, rate=1.5e-3, batch=24, warmup=100)
 WIDTH, HEADS, LAYERS = LLAMA_WIDTH, 6, 3

@@ -14,11 +14,10 @@ and CLIP said before `sharpen`.
 from __future__ import annotations
 
 import argparse
-import copy
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,24 +28,17 @@ from . import testset
 from .checkpoint import WEIGHTS, export, load_weights
 from .examining import score, table
 from .fitting import Metrics, Plan, Run, fit, progress
-from .language import Lesson, Symbols, answer_loss, write_lesson
+from .language import answer_loss
 from .missing import renumber, some_missing, whole
-from .modeling import Projector, build, deepen, normalize
-from .pool import draw, draw_pool, open_features, open_pool, open_scenes, write_features
+from .modeling import deepen, normalize
+from .pool import draw, draw_pool, open_pool, open_scenes, write_features
 from .prompts import layouts, load_llama_tokenizer
-from .questions import CHOICES, Question, ask_all, ask_caption
-from .scenes import Scene
-from .tokenizers import corpus, load_clip_tokenizer, train_clip_tokenizer, train_llama_tokenizer
-from .vision import Captions, DenseHeads, look, show, vision_loss, write_captions
+from .questions import CHOICES
+from .tokenizers import corpus, train_clip_tokenizer, train_llama_tokenizer
+from .vision import look, show, vision_loss
+from .workshop import SHIPPED, TRAINS, Batch, Workshop
 
 POOL = {"validation": 500, "train": 5000}
-TRAINS = {
-    "vision": ("clip", "heads"),
-    "symbols": ("symbols", "llama"),
-    "sharpen": ("clip", "heads"),
-    "fit": ("projector",),
-    "join": ("projector", "llama"),
-}
 PLANS = {
     "vision": Plan(steps=1500, rate=1e-3, batch=32),
     "symbols": Plan(steps=1400, rate=1.5e-3, batch=16),
@@ -56,89 +48,7 @@ PLANS = {
 }
 BLIND, RESIZED = 0.2, 0.2  # shares of the steps of `sharpen` with missing patches and with pictures of other sizes
 HARD = {"count": 4.0}  # weight of a task where all of the picture is there to see: counting is learned last
-VARIED, CAPTIONED = 0.1, 0.25  # shares of the steps of `join` that show either, and that ask for captions
-SHIPPED = ("clip", "projector", "llama")
-
-
-class Workshop:
-    """The pool, the tokenizers and the networks as the stages so far left them."""
-
-    def __init__(self, run: Run, until: str = "") -> None:
-        self.run, self.device = run, run.device
-        self.clip_tokenizer = load_clip_tokenizer(run.path / "clip")
-        self.llama_tokenizer = load_llama_tokenizer(run.path)
-        self.layouts = layouts(self.llama_tokenizer)
-        self.images, self.labels = open_pool(run.path, "train")
-        self.scenes = open_scenes(run.path, "train")
-        self.features = open_features(run.path)
-        networks = build(len(self.clip_tokenizer), len(self.llama_tokenizer))
-        self.networks = nn.ModuleDict(networks | {"heads": DenseHeads(), "symbols": Symbols()}).to(self.device)
-        if begun := run.load("shipped"):
-            self.networks.update({"former_clip": copy.deepcopy(networks["clip"]), "former_projector": Projector()})
-            self.adopt(begun["modules"], SHIPPED)
-            self.adopt(begun["modules"], ("clip", "projector"), "former_")
-        for stage in list(TRAINS)[: list(TRAINS).index(until) if until else None]:
-            if state := run.load(stage):
-                self.adopt(state["modules"], TRAINS[stage])
-        self.networks.to(self.device).eval().requires_grad_(False)
-
-    def adopt(self, modules: dict[str, Tensor], names: tuple[str, ...], into: str = "") -> None:
-        """Take over what was trained."""
-        for name in names:
-            prefix = f"{name}."
-            own = {key.removeprefix(prefix): value for key, value in modules.items() if key.startswith(prefix)}
-            self.networks[into + name].load_state_dict(own)
-
-    def batch(self, stage: str, size: int, step: int) -> Batch:
-        rng = np.random.default_rng([20 + list(TRAINS).index(stage), step])
-        return Batch(self, np.sort(rng.choice(len(self.images), size, replace=False)), rng)
-
-
-@dataclass
-class Batch:
-    """Some scenes of the pool; what a stage does not read is not made."""
-
-    shop: Workshop
-    chosen: np.ndarray  # [B] seeds
-    rng: np.random.Generator
-
-    def tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values[self.chosen]).to(self.shop.device)
-
-    @cached_property
-    def scenes(self) -> list[Scene]:
-        return [self.shop.scenes[seed] for seed in self.chosen]
-
-    @cached_property
-    def pixels(self) -> Tensor:  # [B, 3, H, W]
-        return normalize(self.tensor(self.shop.images))
-
-    @cached_property
-    def labels(self) -> Tensor:  # [B, 4, N]
-        return self.tensor(self.shop.labels).long()
-
-    @cached_property
-    def captions(self) -> Captions:
-        return write_captions(self.scenes, self.shop.clip_tokenizer, self.rng).to(self.shop.device)
-
-    @cached_property
-    def view(self) -> tuple[Tensor, Tensor]:
-        """Features [B, N, D] and attention of CLS [B, N], written down or made now."""
-        if self.shop.features is None:
-            view = look(self.shop.networks["clip"], self.pixels)
-            return view.patches, view.attention
-        features, attention = (self.tensor(values).float() for values in self.shop.features)
-        return features, attention
-
-    @cached_property
-    def lesson(self) -> Lesson:
-        """A question of every task about each scene, sometimes a caption, in one of the hosts' layouts."""
-        prompts = list(self.shop.layouts.values())
-        layout, captioned = prompts[self.rng.integers(len(prompts))], self.rng.random() < CAPTIONED
-        return write_lesson(layout, [self.ask(scene, captioned) for scene in self.scenes]).to(self.shop.device)
-
-    def ask(self, scene: Scene, captioned: bool) -> list[Question]:
-        return [*ask_all(scene, self.rng).values()] + [ask_caption(scene)] * captioned
+VARIED = 0.1  # share of the steps of `join` that show patches missing in the tower, or another size
 
 
 # -- what each stage minimises -----------------------------------------------------------------------------------------
