@@ -310,7 +310,7 @@ def test_pruning_causes_no_warning(unpruned: Session, mixed: Session) -> None:
 
 
 def test_help_shows_the_flags(tmp_path: Path) -> None:
-    said = lmms.call([*warm.python(), "-m", "lmms_eval", "--help"], tmp_path)
+    said = lmms.call([*warm.python(), "-m", "lmms_eval", "eval", "--help"], tmp_path)
     assert said.returncode == 0
     for flag in ("--pruning", "--pruning_args", "--pruning-args"):
         assert re.search(rf"(^|[\s,]){flag}[\s,]", said.stdout), flag
