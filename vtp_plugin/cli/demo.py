@@ -11,7 +11,7 @@ from vtp_plugin import files
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting.terminal import console
 
-STRATEGIES = "atp,vprune,l2,fastv,visionzip,random"
+STRATEGIES = "atp,vprune,l2,fastv,visionzip,vtp,random"
 
 
 def command(
