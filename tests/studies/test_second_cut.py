@@ -31,7 +31,7 @@ ROWS = {
     "two cuts": {"enters": 2, "cut": {"strategy": "coreprune", "layer": 2}},
     "fastv": {"cut": {"strategy": "fastv", "layer": 2}},
     "stages": {"cut": {"strategy": "pyramiddrop", "layers": "1 3 5"}},
-    "labels": {"cut": {"strategy": "sparsevlm", "layers": "1 2 4"}},
+    "labels": {"cut": {"strategy": "sparsevlm", "layers": "1 2 4"}, "keep": [0.5]},
 }
 
 
@@ -40,6 +40,7 @@ def test_every_row_costs_its_budget(tmp_path: Path) -> None:
     record = json.loads(conduct("vtp-second-cut", said, tmp_path / "study", Console(quiet=True)).read_text())
     rows = {(row["row"], row["keep"]): row for row in record["results"]["rows"]}
     never = {("two cuts", 0.5), ("fastv", 0.25)}  # everything would enter; two whole layers are the budget
+    never |= {("labels", 0.25)}  # not asked for
     assert set(rows) == {("unpruned", 1), *((name, keep) for name in ROWS for keep in (0.5, 0.25))} - never
     for (_, keep), row in rows.items():
         assert row["spent"] == pytest.approx(sum(row["layers"]) / TOKENS / LAYERS)
@@ -91,8 +92,9 @@ def cost(events) -> float:
         ({"rows": {"two cuts": ROWS["two cuts"]}}, "rows need one called 'vtp'"),
         ({"rows": {"vtp": ROWS["vtp"]}}, "rows need one called 'two cuts'"),
         ({"rows": {**ROWS, "unpruned": {"enters": 1}}}, "cannot be called 'unpruned'"),
-        ({"rows": {**ROWS, "bad": {}}}, "expected enters and cut of row 'bad'"),
-        ({"rows": {**ROWS, "bad": {"enter": 2}}}, "expected enters and cut of row 'bad'"),
+        ({"rows": {**ROWS, "bad": {}}}, "expected enters, cut, keep of row 'bad'"),
+        ({"rows": {**ROWS, "bad": {"keep": [0.5]}}}, "expected enters, cut, keep of row 'bad'"),
+        ({"rows": {**ROWS, "bad": {"enter": 2}}}, "expected enters, cut, keep of row 'bad'"),
         ({"rows": {**ROWS, "bad": {"enters": 0}}}, "enters of row 'bad' must be a number above 0, got 0"),
         ({"rows": {**ROWS, "bad": {"enters": "all"}}}, "enters of row 'bad' must be a number"),
         (
@@ -100,6 +102,7 @@ def cost(events) -> float:
             "must cut at the llm stage, divprune does not",
         ),
         ({"rows": {**ROWS, "bad": {"cut": {"strategy": "fastv", "layers": 2}}}}, "unknown field 'layers'"),
+        ({"rows": {**ROWS, "bad": {"enters": 2, "keep": [0.3]}}}, "keep of row 'bad' must be some of"),
         ({"keep": [0]}, "keep must be keep ratios"),
         ({"batch": 0}, "batch must be a whole number"),
         ({"limit": 1001}, "limit must be from 1 to the 1000"),

@@ -2,9 +2,9 @@
 
 Source: this package; the idea of the second cut is CoRePrune's. A budget is the share of the unpruned model's tokens x
 layers, text not counted. `vtp` lets so many times the budget enter the language model (`enters`; without it everything
-enters), and the cut of a row leaves as many as then cost the budget. Every strategy is attached to the embedded model
-as it is to any other; how much a row spent is read from the pruned calls. The scenes are validation scenes: other
-seeds and other photographs than those of the tests.
+enters), and the cut of a row leaves as many as then cost the budget. A row may be for some budgets only (`keep`). Every
+strategy is attached to the embedded model as it is to any other; how much a row spent is read from the pruned calls.
+The scenes are validation scenes: other seeds and other photographs than those of the tests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 LEADER, WHOLE = "vtp", "unpruned"
 SCENES = 1000  # that there are, of the validation seeds
-FIELDS = ("enters", "cut")
+FIELDS = ("enters", "cut", "keep")
 
 
 class VTPSecondCut(Study):
@@ -52,9 +52,11 @@ class VTPSecondCut(Study):
 
     def _check_row(self, name: str, row: Any) -> None:
         """Refuse a row that says no cut, or a cut that is none between decoder layers."""
-        if not isinstance(row, Mapping) or not row or set(row) - set(FIELDS):
-            raise PruningError(f"{self.name}: expected {' and '.join(FIELDS)} of row '{name}', got {row!r}")
-        enters = row.get("enters", 1)
+        if not isinstance(row, Mapping) or not {"enters", "cut"} & set(row) or set(row) - set(FIELDS):
+            raise PruningError(f"{self.name}: expected {', '.join(FIELDS)} of row '{name}', got {row!r}")
+        enters, budgets = row.get("enters", 1), row.get("keep", self.settings["keep"])
+        if not isinstance(budgets, list) or not set(budgets) <= set(self.settings["keep"]):
+            raise PruningError(f"{self.name}: keep of row '{name}' must be some of {self.settings['keep']}")
         if not (whole(enters) or isinstance(enters, float)) or not 0 < enters < 100:
             raise PruningError(f"{self.name}: enters of row '{name}' must be a number above 0, got {enters!r}")
         for strategy in self._strategies(row, 0.5 / enters, 1)["enters" in row :]:
@@ -76,10 +78,14 @@ class VTPSecondCut(Study):
         self.asked = Questions(self.seeds, self.settings["batch"])
         rows = [self.once(WHOLE, lambda: {"row": WHOLE, "keep": 1, **self.asked.answered([])})]
         for keep in self.settings["keep"]:
-            for name in self.settings["rows"]:
+            for name in self._asked_at(keep):
                 found = self.once(f"{name}-{keep:g}".replace(" ", "-"), lambda of=(name, keep): self._row(*of))
                 rows += [found] if found else []
         return {"scenes": len(self.seeds), "rows": rows}
+
+    def _asked_at(self, keep: float) -> list[str]:
+        """The rows of one budget."""
+        return [name for name, row in self.settings["rows"].items() if keep in row.get("keep", [keep])]
 
     def _row(self, name: str, keep: float) -> dict[str, Any] | None:
         """A row of the table; None if the budget cannot be had with its layers, or everything would enter."""
@@ -128,7 +134,7 @@ class VTPSecondCut(Study):
                 f"{100 * _mean(row['right']):.1f}",
                 *("" if name == other else _gain(row["right"], rows[other]["right"]) for other in against),
             )
-        absent = [name for name in self.settings["rows"] if name not in rows]
+        absent = [name for name in self._asked_at(keep) if name not in rows]
         table.caption = (
             f"{results['scenes']} validation scenes, a question of every task about each. Tokens: in the first layer "
             f"and behind every cut. Accuracy in %, positions {self.settings['positions']}; differences of the mean, in "
