@@ -10,6 +10,7 @@ The scenes are validation scenes: other seeds and other photographs than those o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from vtp_plugin.strategy import PruningStrategy
+    from vtp_plugin.tiny.questioning import Questions
 
 LEADER, WHOLE = "vtp", "unpruned"
 SCENES = 1000  # that there are, of the validation seeds
@@ -73,15 +75,18 @@ class VTPSecondCut(Study):
         return [s for one in chosen for s in config.resolve({"positions": self.settings["positions"], **one})]
 
     def measure(self) -> dict[str, Any]:
-        from vtp_plugin.tiny.questioning import Questions
-
-        self.asked = Questions(self.seeds, self.settings["batch"])
         rows = [self.once(WHOLE, lambda: {"row": WHOLE, "keep": 1, **self.asked.answered([])})]
         for keep in self.settings["keep"]:
             for name in self._asked_at(keep):
                 found = self.once(f"{name}-{keep:g}".replace(" ", "-"), lambda of=(name, keep): self._row(*of))
                 rows += [found] if found else []
         return {"scenes": len(self.seeds), "rows": rows}
+
+    @cached_property
+    def asked(self) -> Questions:
+        from vtp_plugin.tiny.questioning import Questions
+
+        return Questions(self.seeds, self.settings["batch"])
 
     def _asked_at(self, keep: float) -> list[str]:
         """The rows of one budget."""
