@@ -31,7 +31,8 @@ def test_a_layer_that_the_model_does_not_have_is_known_from_its_configuration() 
     assert said == "atp: layer must be in -6 ... 5 for this model, got 9: its vision tower has 6 blocks"
     said = refusal(fits.refuse, config.resolve("hiprune"), model)
     assert said == "hiprune: shallow must be in -6 ... 5 for this model, got 8: its vision tower has 6 blocks"
-    said = refusal(fits.refuse, config.resolve("coreprune"), model)
+    fits.refuse(config.resolve("coreprune"), model)  # at a quarter of any depth
+    said = refusal(fits.refuse, config.resolve("coreprune", {"layer": 8}), model)
     assert said == "coreprune: layer must be in 1 ... 3 for this model, got 8: its language model has 4 layers"
     fits.refuse(config.resolve("fastv", {"layer": 99}), {"num_hidden_layers": True})
 

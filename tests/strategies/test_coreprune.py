@@ -65,3 +65,9 @@ def test_receivers_that_see_nothing_else_are_finite():
     values = torch.randn(1, 2, 8, 4)
     seen = slow.visual(torch.zeros(1, 8, 3), head_attention=attention, values=values, outputs=attention @ values)
     slow.check_exact(get_strategy("coreprune")(keep_tokens=5, step=2).decide(seen), 8, 5)
+
+
+@pytest.mark.parametrize(("depth", "layer"), [(32, 8), (28, 7), (8, 2), (3, 1)])
+def test_it_cuts_at_a_quarter_of_any_depth_unless_told_where(depth: int, layer: int):
+    assert get_strategy("coreprune")().cut_layers(depth) == (layer,)
+    assert get_strategy("coreprune")(layer=2).cut_layers(depth) == (2,)

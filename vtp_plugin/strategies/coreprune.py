@@ -1,8 +1,9 @@
 """CoRePrune, second stage: what leaves must not move the answers that the question's tokens get from attention.
 
-Source: the paper; between decoder layers, behind layer 7 (0-based), that is `layer` = 8. Receivers are the text tokens
-behind the image. Per head, a receiver's output is Y = sum_j a_j V_j. Without the tokens of a set S, and with attention
-summing to one again, it moves by |sum_S a_i (V_i - Y)| / (1 - sum_S a_i); D(S) is the mean over heads and receivers.
+Source: the paper; between decoder layers, behind layer 7 (0-based) of 32, that is `layer` = 8; None is a quarter of any
+model's depth. Receivers are the text tokens behind the image. Per head, a receiver's output is Y = sum_j a_j V_j.
+Without the tokens of a set S, and with attention summing to one again, it moves by
+|sum_S a_i (V_i - Y)| / (1 - sum_S a_i); D(S) is the mean over heads and receivers.
 1. S begins with all visual tokens of the image;
 2. the `step` (4) tokens with the largest D(S) - D(S without i) are rescued, both sums follow, until K are back.
 The budget K here counts what is left behind the cut; the paper's number that enters the language model is larger (its
@@ -36,16 +37,20 @@ class CoRePrune(PruningStrategy):
     needs = ("head_attention", "values", "outputs")
     default_keep_ratio = 64 / 256
 
-    layer: int = 8  # the first decoder layer that does not see the dropped tokens
+    layer: int | None = None  # the first decoder layer that does not see the dropped tokens; None: at a quarter
     step: int = 4  # tokens that are rescued at a time
 
     def validate(self) -> None:
-        self.check_whole("layer", 1)
+        if self.layer is not None:
+            self.check_whole("layer", 1)
         self.check_whole("step", 1)
 
     @property
-    def decoder_layer(self) -> int:
+    def decoder_layer(self) -> int | None:
         return self.layer
+
+    def cut_layers(self, depth: int) -> tuple[int, ...]:
+        return (max(1, depth // 4) if self.layer is None else self.layer,)
 
     def select(self, visual: VisualTokens) -> Selection:
         k = self.wanted(visual)
