@@ -205,11 +205,16 @@ class PackedEarly(Cutting):
             video = bool(passing.grid[image, 0] > 1)
             view = PatchesView(self._unit_pixels(levels, where, video)[None], (picture.fingerprint,))
             tokens = view.pixels.flatten(2)
-        else:  # rotary positions are added to no embedding
+        else:
             tokens = embedded[where][None]
-            view = EmbeddingView(tokens, (picture.fingerprint,), lambda: colourless()[where][None])
+            placed = self._positioned(tokens, where)
+            view = EmbeddingView(placed, (picture.fingerprint,), lambda: colourless()[where][None])
         found = self.vision.found_in(cut.strategy, view)
         return cut.ask(tokens, units[None], picture.grid, found, [(number, 0)]).sources[0]
+
+    def _positioned(self, tokens: Tensor, where: Tensor) -> Tensor:
+        """Embedded units [1, K, b * b * D] with their positions: rotary ones are added to no embedding."""
+        return tokens
 
     def _embedded(self, values: Tensor) -> Tensor:
         """Patch embeddings, one unit a row: [S, C] -> [U, b * b * D]."""
