@@ -281,6 +281,7 @@ def test_positions_are_the_hosts(name: str, layout: str) -> None:
     prompts = prompts_of(name, layout)
     inputs = batched(family, prompts)
     names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+    names += ("target_sizes", "target_sizes_videos")
     told = {k: inputs[k] for k in names if k in inputs}
     if "video_second_per_grid" in inputs:
         told["second_per_grids"] = inputs["video_second_per_grid"]
