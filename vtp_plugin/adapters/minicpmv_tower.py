@@ -80,6 +80,10 @@ class SquaresEarly(PackedEarly):
             patches = pixel_values[0].unflatten(-1, (-1, self.tower.patch_size)).permute(2, 0, 1, 3)  # [S, 3, p, p]
             squares = by_square(patches, side, grids)
             passing.values = squares.flatten(0, 1).flatten(1)
+        if self._cutting:
+            table = self.tower.embeddings.num_patches_per_side
+            places = function_of(self.tower.module, PLACES)(target_sizes, table)
+            passing.places = by_square(places, side, grids).to(pixel_values.device)
         kept = self._decided(passing)
         passing.packed = [len(units) * self._unit for units in kept]
         if sum(map(len, kept)) == passing.offsets[-1]:
@@ -87,30 +91,23 @@ class SquaresEarly(PackedEarly):
         else:
             kept = torch.cat([units + start for units, start in zip(kept, passing.offsets[:-1], strict=True)])
             there = torch.zeros(passing.offsets[-1], dtype=torch.bool, device=kept.device).index_fill_(0, kept, True)
-            passing.alive, places = there.repeat_interleave(self._unit), self._places()
+            passing.alive = there.repeat_interleave(self._unit)
             rows = run_grids(passing, side)
             columns = by_raster(squares[kept], side, rows).permute(1, 2, 0, 3).flatten(2)
             sizes = torch.tensor(rows).to(target_sizes) * side
-            kwargs |= {"target_sizes": sizes, "position_ids": by_raster(places[kept], side, rows)}
+            kwargs |= {"target_sizes": sizes, "position_ids": by_raster(passing.places[kept], side, rows)}
             output = self.forward(columns[None], **kwargs)
-        for read in (passing.maps, passing.outputs):
-            for key, signal in read.items():
-                read[key] = self._spread(signal.squeeze(0) if signal.ndim == 3 else signal)
+        passing.maps = {key: self._spread(signal) for key, signal in passing.maps.items()}
+        passing.outputs = {key: self._spread(hidden[0]) for key, hidden in passing.outputs.items()}
         return output
 
     @property
     def _cutting(self) -> bool:
         return bool(self.vision.at(Stage.PIXELS, Stage.VIT))
 
-    def _places(self) -> Tensor:
-        """The entries of the table of position embeddings, [U, side^2]."""
-        table, grid = self.tower.embeddings.num_patches_per_side, self.passing.grid[:, 1:]
-        places = function_of(self.tower.module, PLACES)(grid, table)
-        return by_square(places, self.tower.block, whole_grids(self.passing, self.tower.block)).to(self.session.device)
-
     def _positioned(self, tokens: Tensor, where: Tensor) -> Tensor:
         """Embedded squares [1, K, side^2 D] with their position embeddings."""
-        return tokens + self.tower.embeddings.position_embedding(self._places()[where]).flatten(1)
+        return tokens + self.tower.embeddings.position_embedding(self.passing.places[where]).flatten(1)
 
     def _embedded(self, values: Tensor) -> Tensor:
         """Patch embeddings, one square a row: [S, 3 p p] -> [U, side^2 D]."""
