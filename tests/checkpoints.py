@@ -127,7 +127,9 @@ def _minicpmv() -> Any:
     return MiniCPMV4_6Processor(
         MiniCPMV4_6ImageProcessor(**sizes, **MEANS),
         MiniCPMV4_6VideoProcessor(**sizes, **MEANS),
-        tokenizer(dict(zip(ids, marks.values(), strict=True)), **{f"{name}_token": mark for name, mark in marks.items()}),
+        tokenizer(
+            dict(zip(ids, marks.values(), strict=True)), **{f"{name}_token": mark for name, mark in marks.items()}
+        ),
         chat_template=template("<|image|>", "<|video|>"),
     )
 

@@ -1,9 +1,9 @@
 """Qwen2.5-Omni's thinker: the packed tower of Qwen2.5-VL with windows, 2x2 merger, audio in the same prompt.
 
 Pictures and videos are pruned, audio is not: its tokens stay where they are, between the frames of a video, too.
-Original positions are kept. Of the whole model the thinker is pruned, and answers in text: `model.thinker`, of transformers
-5.21 or later, where its parts lie as in the other families. What speaks reads the thinker's hidden states, column by
-column, and of tokens that were dropped there are none.
+Original positions are kept. Of the whole model the thinker is pruned, and answers in text: `model.thinker`, of
+transformers 5.21 or later, where its parts lie as in the other families. What speaks reads the thinker's hidden states,
+column by column, and of tokens that were dropped there are none.
 """
 
 from __future__ import annotations
