@@ -122,14 +122,13 @@ def _minicpmv() -> Any:
 
     marks = {"image_start": "<image>", "image_end": "</image>", "slice_start": "<slice>", "slice_end": "</slice>"}
     marks |= {"image_id_start": "<image_id>", "image_id_end": "</image_id>", "image": "<|image|>", "video": "<|video|>"}
+    named = {f"{name}_token": mark for name, mark in marks.items()}
     ids = (185, 186, 187, 188, 189, 192, IMAGE, VIDEO)
     sizes = {"patch_size": 4, "scale_resolution": 64, "max_slice_nums": 4}
     return MiniCPMV4_6Processor(
         MiniCPMV4_6ImageProcessor(**sizes, **MEANS),
         MiniCPMV4_6VideoProcessor(**sizes, **MEANS),
-        tokenizer(
-            dict(zip(ids, marks.values(), strict=True)), **{f"{name}_token": mark for name, mark in marks.items()}
-        ),
+        tokenizer(dict(zip(ids, marks.values(), strict=True)), **named),
         chat_template=template("<|image|>", "<|video|>"),
     )
 
