@@ -86,17 +86,15 @@ class SquaresEarly(PackedEarly):
             passing.places = by_square(places, side, grids).to(pixel_values.device)
         kept = self._decided(passing)
         passing.packed = [len(units) * self._unit for units in kept]
-        if sum(map(len, kept)) == passing.offsets[-1]:
-            output = self.forward(pixel_values, target_sizes=target_sizes, **kwargs)
-        else:
+        if sum(map(len, kept)) < passing.offsets[-1]:
             kept = torch.cat([units + start for units, start in zip(kept, passing.offsets[:-1], strict=True)])
             there = torch.zeros(passing.offsets[-1], dtype=torch.bool, device=kept.device).index_fill_(0, kept, True)
             passing.alive = there.repeat_interleave(self._unit)
             rows = run_grids(passing, side)
-            columns = by_raster(squares[kept], side, rows).permute(1, 2, 0, 3).flatten(2)
-            sizes = torch.tensor(rows).to(target_sizes) * side
-            kwargs |= {"target_sizes": sizes, "position_ids": by_raster(passing.places[kept], side, rows)}
-            output = self.forward(columns[None], **kwargs)
+            pixel_values = by_raster(squares[kept], side, rows).permute(1, 2, 0, 3).flatten(2)[None]
+            target_sizes = torch.tensor(rows, dtype=target_sizes.dtype) * side
+            kwargs["position_ids"] = by_raster(passing.places[kept], side, rows)
+        output = self.forward(pixel_values, target_sizes=target_sizes.to(pixel_values.device), **kwargs)
         passing.maps = {key: self._spread(signal) for key, signal in passing.maps.items()}
         passing.outputs = {key: self._spread(hidden[0]) for key, hidden in passing.outputs.items()}
         return output
