@@ -345,3 +345,6 @@ HOSTS = {
     "gemma4": Host("gemma4", "gemma4", _saved("gemma4", _gemma4), f"{CPU},max_soft_tokens=70", 3),
     "mistral3_vl": Host("mistral3_vl", "mistral3", _saved("mistral3", _mistral3), CPU, 3),
 }
+HOSTS = {
+    key: host for key, host in HOSTS.items() if not key.startswith("hf-minicpmv") or host.family in families.FAMILIES
+}

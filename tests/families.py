@@ -556,6 +556,13 @@ def _minicpmv4_7(attention: str) -> nn.Module:
     return _cpm(MiniCPMV4_7Config, MiniCPMV4_7ForConditionalGeneration, attention, newline_id=184, **marks)
 
 
+def _minicpmv4_6_4x(attention: str) -> nn.Module:
+    """MiniCPM-V-4.6 as it can be told to read details: nothing is merged inside its tower."""
+    from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration
+
+    return _cpm(MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration, attention, downsample_mode="4x")
+
+
 def _cpm(config: type, model: type, attention: str, **more: Any) -> nn.Module:
     vision = VISION | {"num_hidden_layers": 4, "patch_size": 4, "image_size": 40}
     built = config(
@@ -574,11 +581,16 @@ def _cpm(config: type, model: type, attention: str, **more: Any) -> nn.Module:
 CPM_MARKS = 185, 186, 187, 188  # in front of a picture and behind it, and the same of a slice
 
 
-def _cpm_sample(seed: int, images: int) -> Prompt:
+def _cpm_sample(seed: int, images: int, square: int = 16) -> Prompt:
     """Pictures; the second is a slice of the first."""
     sizes = [CPM_SIZES[(seed + n) % len(CPM_SIZES)] for n in range(images)]
     values = torch.cat([_side_by_side(size, seed * 10 + n) for n, size in enumerate(sizes)], dim=-1)
-    return Prompt(*_cpm_text(sizes, IMAGE, seed, {"pixel_values": values, "target_sizes": torch.tensor(sizes)}))
+    seen = {"pixel_values": values, "target_sizes": torch.tensor(sizes)}
+    return Prompt(*_cpm_text(sizes, IMAGE, seed, seen, square=square))
+
+
+def _cpm_sample_4x(seed: int, images: int) -> Prompt:
+    return _cpm_sample(seed, images, square=4)
 
 
 def _cpm_video(seed: int) -> Prompt:
@@ -589,9 +601,9 @@ def _cpm_video(seed: int) -> Prompt:
 
 
 def _cpm_text(
-    sizes: list[tuple[int, int]], token: int, seed: int, seen: dict[str, Tensor], slices: bool = True
+    sizes: list[tuple[int, int]], token: int, seed: int, seen: dict[str, Tensor], slices: bool = True, square: int = 16
 ) -> tuple[list[int], dict[str, Tensor], list[int]]:
-    totals = [rows * columns // 16 for rows, columns in sizes]
+    totals = [rows * columns // square for rows, columns in sizes]
     first, last, begin, end = CPM_MARKS
     block = []
     for n, total in enumerate(totals):
@@ -1008,8 +1020,6 @@ FAMILIES = {
 }
 if Version(version("transformers")) < Version("5.21"):  # its parts lie otherwise
     del FAMILIES["qwen2_5_omni"], FAMILIES["qwen3_omni_moe"]
-if Version(version("transformers")) < Version("5.19"):  # whose tower takes pictures of one size
-    del FAMILIES["minicpmv4_6"], FAMILIES["minicpmv4_7"]
 VARIANTS = {
     family.name: family
     for family in (
@@ -1017,5 +1027,8 @@ VARIANTS = {
         Family("llava_next_vicuna", _llava_next_vicuna, _next_sample, stacked),
         Family("internvl3_5", _internvl3_5, _internvl_sample, stacked),
         Family("internvl_6b", _internvl_6b, _internvl_sample, stacked),
+        Family("minicpmv4_6_4x", _minicpmv4_6_4x, _cpm_sample_4x, _cpm_batch, stages=STAGES[:3]),
     )
 }
+if Version(version("transformers")) < Version("5.19"):  # whose tower takes pictures of one size
+    del FAMILIES["minicpmv4_6"], FAMILIES["minicpmv4_7"], VARIANTS["minicpmv4_6_4x"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import families
@@ -667,13 +669,37 @@ def _images(ids: Tensor) -> tuple[Tensor, ...]:
     return (ids == families.IMAGE).nonzero().flatten().split(16)
 
 
-@pytest.mark.parametrize("name", families.VARIANTS)
-@pytest.mark.parametrize("stage", families.STAGES)
+@pytest.mark.parametrize(
+    ("name", "stage"), [(n, stage) for n, one in families.VARIANTS.items() for stage in one.stages]
+)
 def test_structures_that_others_publish(name: str, stage: str) -> None:
     family = families.VARIANTS[name]
     model, prompts = family.build("sdpa"), (family.sample(0, 2), family.sample(1, 1))
     for strategy, fields in strategies(family, stage):
         check_reference(model, family, prompts, stage, strategy, fields)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("minicpmv")])
+def test_a_call_that_merges_otherwise_is_refused(name: str) -> None:
+    """What a token is was read from the configuration; a call that says the same is like one that says nothing."""
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    inputs = batched(family, prompts_of(name, "single"))
+    with vtp.prune(model, "l2", processor=Processor()):
+        expected = generated(model, dict(inputs)).sequences
+        assert torch.equal(generated(model, dict(inputs), downsample_mode="16x").sequences, expected)
+        with pytest.raises(PruningError, match=rf"^{name}: it was pruned with downsample_mode=16x, this call says 4x"):
+            generated(model, dict(inputs), downsample_mode="4x")
+
+
+def test_a_tower_of_pictures_of_one_size_is_told() -> None:
+    """Up to transformers 5.18."""
+    old = sys.modules.setdefault("an_older_minicpmv", ModuleType("an_older_minicpmv"))
+    old.get_vision_merged_shape = None
+    model = type("MiniCPMV4_6ForConditionalGeneration", (nn.Module,), {"__module__": old.__name__})()
+    with pytest.raises(
+        PruningError, match=r"is nearly what MiniCPM-V 4.6 is known as, but up to transformers 5.18 its"
+    ):
+        vtp.prune(model, "stride")
 
 
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm"])

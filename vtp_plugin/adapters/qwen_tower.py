@@ -137,8 +137,7 @@ class PackedEarly(Cutting):
 
     def _frames_left(self, passing: TowerPass, kept: Tensor) -> Tensor:
         """The frames of which some unit is among those kept [K], [F] bool."""
-        grid = passing.grid
-        units = (grid[:, 1:].prod(-1) // self._unit).repeat_interleave(grid[:, 0])
+        units = (passing.grid[:, 1:].prod(-1) // self._unit).repeat_interleave(passing.grid[:, 0])
         frame = torch.arange(len(units), device=units.device).repeat_interleave(units)
         return torch.zeros(len(units), dtype=torch.bool, device=units.device).index_fill_(0, frame[kept], True)
 
@@ -207,8 +206,9 @@ class PackedEarly(Cutting):
             tokens = view.pixels.flatten(2)
         else:
             tokens = embedded[where][None]
-            placed = self._positioned(tokens, where)
-            view = EmbeddingView(placed, (picture.fingerprint,), lambda: colourless()[where][None])
+            view = EmbeddingView(
+                self._positioned(tokens, where), (picture.fingerprint,), lambda: colourless()[where][None]
+            )
         found = self.vision.found_in(cut.strategy, view)
         return cut.ask(tokens, units[None], picture.grid, found, [(number, 0)]).sources[0]
 
