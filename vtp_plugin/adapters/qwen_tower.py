@@ -200,15 +200,13 @@ class PackedEarly(Cutting):
         """The columns of the units [K] of an image that one more strategy leaves."""
         passing, number = self.passing, self.passing.batch[image]
         where, picture = units + passing.offsets[image], self.call.images[number]
+        mark = (picture.fingerprint,)
         if cut.strategy.stage is Stage.PIXELS:
-            video = bool(passing.grid[image, 0] > 1)
-            view = PatchesView(self._unit_pixels(levels, where, video)[None], (picture.fingerprint,))
-            tokens = view.pixels.flatten(2)
+            pixels = self._unit_pixels(levels, where, bool(passing.grid[image, 0] > 1))[None]
+            tokens, view = pixels.flatten(2), PatchesView(pixels, mark)
         else:
             tokens = embedded[where][None]
-            view = EmbeddingView(
-                self._positioned(tokens, where), (picture.fingerprint,), lambda: colourless()[where][None]
-            )
+            view = EmbeddingView(self._positioned(tokens, where), mark, lambda: colourless()[where][None])
         found = self.vision.found_in(cut.strategy, view)
         return cut.ask(tokens, units[None], picture.grid, found, [(number, 0)]).sources[0]
 
