@@ -20,7 +20,7 @@ from vtp_plugin.hosts.compatibility import TRANSFORMERS
 from vtp_plugin.hosts.transformers import contract
 from vtp_plugin.stages import Stage
 
-PARTS = "speech is made of what its thinker made of every token: prune its `thinker`, and let it answer in text by that"
+PARTS = "speech is made of what its thinker made of every token: prune its `thinker`, and let it answer in text"
 COUNTED = ("input_ids", "image_grid_thw", "video_grid_thw", "attention_mask")  # what positions follow from
 COUNTED += ("use_audio_in_video", "audio_seqlens", "second_per_grids")
 
