@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from families import FAMILIES, Processor
+from families import FAMILIES, Processor, pixels
 from family_runs import batched, model_of, prompts_of
 from torch import Tensor, nn
 
 import vtp_plugin as vtp
 from vtp_plugin import PruningStrategy, Selection, Stage, VisualTokens
+from vtp_plugin.reporting.observations import Observer
 
 pytestmark = pytest.mark.skipif("minicpmv4_6" not in FAMILIES, reason="transformers 5.19 or later")
 
@@ -80,3 +81,16 @@ def test_attention_in_the_tower_is_told_of_the_right_token(name: str, cut: bool,
         with torch.no_grad():
             expected = squares(received(attention, hidden), rows * side, columns * side, side)
         torch.testing.assert_close(told, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_every_picture_of_a_prompt_can_be_looked_at() -> None:
+    """Patches lie side by side; what is shown are the levels that they were made of."""
+    family, found = FAMILIES["minicpmv4_6"], []
+    inputs = family.batch([family.sample(0, 2)])
+    with vtp.prune(model_of("minicpmv4_6", "sdpa"), "stride", processor=Processor()) as pruned, torch.no_grad():
+        observer = Observer(pruned)
+        pruned.finished.append(lambda call: found.extend(observer.observe(call)))
+        pruned.model(**inputs)
+    for number, (rows, columns) in enumerate(inputs["target_sizes"].tolist()):
+        levels = (pixels(3, rows * 4, columns * 4, seed=number) * 0.25 + 0.5) * 255
+        assert torch.equal(found[number].pixels, levels.round().to(torch.uint8))
