@@ -116,6 +116,23 @@ def _next_video() -> Any:
     )
 
 
+def _minicpmv() -> Any:
+    """A picture of more than 64 x 64 is shown as a whole, and in slices."""
+    from transformers import MiniCPMV4_6ImageProcessor, MiniCPMV4_6Processor, MiniCPMV4_6VideoProcessor
+
+    marks = {"image_start": "<image>", "image_end": "</image>", "slice_start": "<slice>", "slice_end": "</slice>"}
+    marks |= {"image_id_start": "<image_id>", "image_id_end": "</image_id>", "image": "<|image|>", "video": "<|video|>"}
+    named = {f"{name}_token": mark for name, mark in marks.items()}
+    ids = (185, 186, 187, 188, 189, 192, IMAGE, VIDEO)
+    sizes = {"patch_size": 4, "scale_resolution": 64, "max_slice_nums": 4}
+    return MiniCPMV4_6Processor(
+        MiniCPMV4_6ImageProcessor(**sizes, **MEANS),
+        MiniCPMV4_6VideoProcessor(**sizes, **MEANS),
+        tokenizer(dict(zip(ids, marks.values(), strict=True)), **named),
+        chat_template=template("<|image|>", "<|video|>"),
+    )
+
+
 def _paligemma() -> Any:
     from transformers import PaliGemmaProcessor, SiglipImageProcessor
 
@@ -317,6 +334,7 @@ HOSTS = {
     "hf-next_video": Host(
         "huggingface", "llava_next_video", _saved("llava_next_video", _next_video), ANY, text_only=False
     ),
+    "hf-minicpmv4_6": Host("huggingface", "minicpmv4_6", _saved("minicpmv4_6", _minicpmv), ANY, text_only=False),
     "hf-paligemma": Host("huggingface", "paligemma", _saved("paligemma", _paligemma), ANY, text_only=False),
     "hf-aya_vision": Host("huggingface", "aya_vision", _saved("aya_vision", _aya_vision), ANY, text_only=False),
     "hf-cohere2_vision": Host(
@@ -326,4 +344,7 @@ HOSTS = {
     "gemma3": Host("gemma3", "gemma3", _saved("gemma3", _gemma3), CPU, 3),
     "gemma4": Host("gemma4", "gemma4", _saved("gemma4", _gemma4), f"{CPU},max_soft_tokens=70", 3),
     "mistral3_vl": Host("mistral3_vl", "mistral3", _saved("mistral3", _mistral3), CPU, 3),
+}
+HOSTS = {
+    key: host for key, host in HOSTS.items() if not key.startswith("hf-minicpmv") or host.family in families.FAMILIES
 }

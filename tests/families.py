@@ -534,6 +534,103 @@ def _glm_batch(prompts: list[Prompt]) -> dict[str, Any]:
     return inputs | {"mm_token_type_ids": kind * (inputs["input_ids"] == IMAGE).int()}
 
 
+# -- MiniCPM-V --------------------------------------------------------------------------------------------------------
+
+CPM_SIZES = [(8, 12), (12, 4), (4, 8)]  # rows and columns of patches; 4 x 4 of them are a token
+CPM_TEXT = QWEN3_5_TEXT | {"linear_num_key_heads": 4}
+
+
+def _minicpmv4_6(attention: str) -> nn.Module:
+    """MiniCPM-V-4.6: Qwen3.5 (heads as in its 0.8B: 8 / 2, and as many for keys as for values in recurrent layers) with
+    a tied output layer; 2 x 2 patches are merged behind an early block of the tower, 2 x 2 of these behind it."""
+    from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration
+
+    return _cpm(MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration, attention)
+
+
+def _minicpmv4_7(attention: str) -> nn.Module:
+    """As MiniCPM-V-4.6, with three axes of positions, which marks around a picture and its slices tell."""
+    from transformers import MiniCPMV4_7Config, MiniCPMV4_7ForConditionalGeneration
+
+    marks = dict(zip(("image_start_id", "image_end_id", "slice_start_id", "slice_end_id"), CPM_MARKS, strict=True))
+    return _cpm(MiniCPMV4_7Config, MiniCPMV4_7ForConditionalGeneration, attention, newline_id=184, **marks)
+
+
+def _minicpmv4_6_4x(attention: str) -> nn.Module:
+    """MiniCPM-V-4.6 as it can be told to read details: nothing is merged inside its tower."""
+    from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration
+
+    return _cpm(MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration, attention, downsample_mode="4x")
+
+
+def _cpm(config: type, model: type, attention: str, **more: Any) -> nn.Module:
+    vision = VISION | {"num_hidden_layers": 4, "patch_size": 4, "image_size": 40}
+    built = config(
+        vision_config=vision | {"model_type": f"{config.model_type}_vision"},
+        text_config=CPM_TEXT | {"model_type": "qwen3_5_text", "tie_word_embeddings": True},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        insert_layer_id=1,
+        image_size=40,
+        tie_word_embeddings=True,
+        **more,
+    )
+    return _model(model, built, attention)
+
+
+CPM_MARKS = 185, 186, 187, 188  # in front of a picture and behind it, and the same of a slice
+
+
+def _cpm_sample(seed: int, images: int, square: int = 16) -> Prompt:
+    """Pictures; the second is a slice of the first."""
+    sizes = [CPM_SIZES[(seed + n) % len(CPM_SIZES)] for n in range(images)]
+    values = torch.cat([_side_by_side(size, seed * 10 + n) for n, size in enumerate(sizes)], dim=-1)
+    seen = {"pixel_values": values, "target_sizes": torch.tensor(sizes)}
+    return Prompt(*_cpm_text(sizes, IMAGE, seed, seen, square=square))
+
+
+def _cpm_sample_4x(seed: int, images: int) -> Prompt:
+    return _cpm_sample(seed, images, square=4)
+
+
+def _cpm_video(seed: int) -> Prompt:
+    sizes = [(8, 8)] * 3
+    values = torch.cat([_side_by_side(size, seed * 10 + n) for n, size in enumerate(sizes)], dim=-1)
+    seen = {"pixel_values_videos": values, "target_sizes_videos": torch.tensor(sizes)}
+    return Prompt(*_cpm_text(sizes, VIDEO, seed, seen, slices=False))
+
+
+def _cpm_text(
+    sizes: list[tuple[int, int]], token: int, seed: int, seen: dict[str, Tensor], slices: bool = True, square: int = 16
+) -> tuple[list[int], dict[str, Tensor], list[int]]:
+    totals = [rows * columns // square for rows, columns in sizes]
+    first, last, begin, end = CPM_MARKS
+    block = []
+    for n, total in enumerate(totals):
+        marks = (begin, end) if n and slices else (first, last)
+        block += [marks[0], *[token] * total, marks[1]]
+    return _text([block], seed), seen, totals
+
+
+def _side_by_side(size: tuple[int, int], seed: int) -> Tensor:
+    """Patches in raster order, [1, 3, 4, 4 h w]."""
+    image = pixels(3, size[0] * 4, size[1] * 4, seed=seed)
+    return image.unfold(1, 4, 4).unfold(2, 4, 4).flatten(1, 2).transpose(1, 2).flatten(2)[None]
+
+
+def _cpm_batch(prompts: list[Prompt]) -> dict[str, Any]:
+    inputs = padded(prompts)
+    for name in dict.fromkeys(name for prompt in prompts for name in prompt.images):
+        dim = -1 if name.startswith("pixel") else 0
+        inputs[name] = torch.cat([prompt.images[name] for prompt in prompts if name in prompt.images], dim)
+    return inputs
+
+
+def _cpm_typed(prompts: list[Prompt]) -> dict[str, Any]:
+    inputs = _cpm_batch(prompts)
+    return inputs | {"mm_token_type_ids": (inputs["input_ids"] == IMAGE).int() + 2 * (inputs["input_ids"] == VIDEO)}
+
+
 # -- LLaVA-OneVision --------------------------------------------------------------------------------------------------
 
 
@@ -891,6 +988,22 @@ FAMILIES = {
             Family(name, build, _qwen_sample, _glm_batch, video=_glm_video, mrope=True)
             for name, build in (("glm4v", _glm4v), ("glm46v", _glm46v), ("glm4v_moe", _glm4v_moe))
         ),
+        *(
+            Family(
+                name,
+                build,
+                _cpm_sample,
+                batch,
+                stages=STAGES[:3],
+                video_stages=STAGES[:3],
+                video=_cpm_video,
+                mrope=name == "minicpmv4_7",
+            )
+            for name, build, batch in (
+                ("minicpmv4_6", _minicpmv4_6, _cpm_batch),
+                ("minicpmv4_7", _minicpmv4_7, _cpm_typed),
+            )
+        ),
         Family("internvl", _internvl, _internvl_sample, stacked),
         Family("gemma3", _gemma3, _gemma3_sample, _gemma3_batch),
         Family("gemma4", _gemma4, _gemma4_sample, _gemma4_batch, stages=STAGES[2:3]),
@@ -914,5 +1027,8 @@ VARIANTS = {
         Family("llava_next_vicuna", _llava_next_vicuna, _next_sample, stacked),
         Family("internvl3_5", _internvl3_5, _internvl_sample, stacked),
         Family("internvl_6b", _internvl_6b, _internvl_sample, stacked),
+        Family("minicpmv4_6_4x", _minicpmv4_6_4x, _cpm_sample_4x, _cpm_batch, stages=STAGES[:3]),
     )
 }
+if Version(version("transformers")) < Version("5.19"):  # whose tower takes pictures of one size
+    del FAMILIES["minicpmv4_6"], FAMILIES["minicpmv4_7"], VARIANTS["minicpmv4_6_4x"]

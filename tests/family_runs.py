@@ -53,7 +53,7 @@ class Shifted(PruningStrategy):
 
 # One family for every way in which images are arranged, where a check is dear.
 KINDS = ("llava", "llava_hf", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe", "glm4v")
-KINDS += ("internvl", "gemma3", "idefics3", "mistral3", "paligemma")
+KINDS += ("internvl", "gemma3", "idefics3", "mistral3", "minicpmv4_6", "paligemma")
 
 
 def by_kind(names: Iterable[str]) -> list[str]:

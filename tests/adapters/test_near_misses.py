@@ -15,7 +15,10 @@ from vtp_plugin import plugins
 from vtp_plugin.errors import PruningError
 from vtp_plugin.promises.state import state
 
-FACTS = [(adapter.family, path) for adapter in plugins.adapters() for path in adapter.facts]
+LATER = {"minicpmv4_6", "minicpmv4_7"} - families.FAMILIES.keys()  # than the installed release
+FACTS = [
+    (adapter.family, path) for adapter in plugins.adapters() for path in adapter.facts if adapter.family not in LATER
+]
 OTHER = {"vision_feature_layer": [-2, -1], "vision_feature_select_strategy": "cls"}  # else a tower of another kind
 
 

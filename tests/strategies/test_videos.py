@@ -24,7 +24,8 @@ from vtp_plugin.promises.reference import Dropped
 from vtp_plugin.surgery.undo import Undo
 
 FOUR = ("qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video")
-VIDEOS = dear([name for name, family in FAMILIES.items() if family.video is not None], FOUR)
+FRAMES = ("minicpmv4_6", "minicpmv4_7")  # to which every frame is an image of its own
+VIDEOS = dear([n for n, family in FAMILIES.items() if family.video is not None and n not in FRAMES], FOUR)
 CUTTING = ("evs", "vidcom2")
 FLASH = {"keep_tokens": 5, "segments": 1, "scene": -1.0, "join": 0.1}
 METHODS = [(name, {"keep_tokens": k}) for name in CUTTING for k in (5, 9)] + [("flashvid", FLASH)]
@@ -231,3 +232,11 @@ def test_flashvid_in_two_stages(name: str) -> None:
     total = 24 if family.mrope else 12
     assert pruned.events[0].after[0] == total // 2
     assert pruned.events[1].after[0] == round(0.3 * pruned.events[1].before[0])
+
+
+@pytest.mark.parametrize("name", [name for name in FRAMES if name in FAMILIES])
+def test_frames_that_are_images_are_not_compared(name: str) -> None:
+    with pytest.raises(
+        PruningError, match=r"^evs: it compares the frames of a video, MiniCPM-V 4.\d is shown pictures"
+    ):
+        vtp.prune(model_of(name, "sdpa"), "evs")

@@ -31,7 +31,7 @@ def projector_of(model: nn.Module) -> nn.Module:
     core = model.model
     if hasattr(core, "embed_vision"):
         return core.vision_tower.pooler
-    found = (getattr(core, name, None) for name in ("multi_modal_projector", "connector"))
+    found = (getattr(core, name, None) for name in ("multi_modal_projector", "connector", "merger"))
     return next((one for one in found if one is not None), None) or getattr(
         core.visual, "downsample", core.visual.merger
     )
@@ -39,6 +39,7 @@ def projector_of(model: nn.Module) -> nn.Module:
 
 def encoded(model: nn.Module, inputs: dict[str, Any]) -> Any:
     names = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask", "image_position_ids")
+    names += ("target_sizes",)
     return model.model.get_image_features(**{n: inputs[n] for n in names if n in inputs}, return_dict=True)
 
 
@@ -127,7 +128,7 @@ class Spy(PruningStrategy):
 SEEN: list[VisualTokens] = []
 
 
-@pytest.mark.parametrize("name", [n for n in MERGING if n.startswith("qwen")])
+@pytest.mark.parametrize("name", [n for n in MERGING if n.startswith(("qwen", "minicpmv"))])
 def test_units_behind_a_cut_in_the_tower(name: str) -> None:
     """The merger makes of the units what the strategy sees as tokens; of a video, too."""
     family, model = FAMILIES[name], model_of(name, "eager")
@@ -137,7 +138,8 @@ def test_units_behind_a_cut_in_the_tower(name: str) -> None:
             model(**batched(family, prompts))
             merger = projector_of(model)
             for visual in SEEN:
-                made = merger(visual.units[0].unflatten(-1, (4, -1)).flatten(0, 1))
+                patches = visual.units[0].unflatten(-1, (4, -1)).flatten(0, 1)
+                made = merger.mlp[0](visual.units[0]) if name.startswith("minicpmv") else merger(patches)
                 torch.testing.assert_close(made, visual.tokens[0], rtol=1e-4, atol=1e-5)
         assert SEEN
 

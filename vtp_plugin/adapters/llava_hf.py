@@ -90,6 +90,7 @@ class LlavaHf(Adapter):
             if v5_17.is_host():
                 answer = {"image": features}
                 v5_17.repeat_features(self.core, self.model, undo, lambda times: self._expanded(None, answer, times))
+                v5_17.refuse_windows(self.model, undo)
             else:
                 undo.override(self.model, "_expand_multimodal_outputs", self._expanded)
             yield

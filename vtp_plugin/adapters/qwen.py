@@ -24,14 +24,35 @@ from vtp_plugin.surgery.call import Image
 GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
 
-class QwenVL(RowsAdapter):
+class Axes:
+    """Positions on several axes, which the host computes for the full prompt: those that are left keep theirs."""
+
+    core: nn.Module
+    default_positions = "original"
+    carried = ("rope_deltas",)  # what the host keeps on its backbone between the passes over one prompt
+
+    def axes(self, inputs: Mapping[str, Any], ids: Tensor, real: Tensor) -> Tensor:
+        """Positions [3, B, L] of the whole prompt ids [B, L] as the host computes them; it keeps its offset."""
+        if inputs.get("mm_token_type_ids") is None:  # the host counts such a prompt like text
+            self.core.rope_deltas = torch.zeros(len(ids), 1, dtype=torch.long, device=ids.device)
+            return (real.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
+        index = self.core.get_rope_index
+        given = {name: inputs[name] for name in inspect.signature(index).parameters if inputs.get(name) is not None}
+        positions, self.core.rope_deltas = index(**given | {"input_ids": ids, "attention_mask": real.long()})
+        return positions
+
+    def following(self, counted: Tensor) -> Tensor:
+        """Positions of tokens behind the prompt, [3, B, q], of their numbers [B or 1, q] among the real ones."""
+        offset = self.core.rope_deltas
+        return (counted + offset.repeat_interleave(max(1, len(counted) // len(offset)), 0)).expand(3, -1, -1)
+
+
+class QwenVL(Axes, RowsAdapter):
     """A Qwen-VL model; a family adds its name and its tower's own arguments."""
 
     stages = dict.fromkeys(Stage, "")
     videos = True
     layout = PACKED
-    default_positions = "original"
-    carried = ("rope_deltas",)  # what the host keeps on its backbone between the passes over one prompt
     parts = ("visual.merger", "language_model")
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
@@ -83,20 +104,3 @@ class QwenVL(RowsAdapter):
     def windows(self, visual: nn.Module, grid: Tensor) -> tuple[Tensor, Tensor] | None:
         """Order of the merge units inside the tower, and ends of its windows in patches; None: raster, no windows."""
         return None
-
-    # -- positions ------------------------------------------------------------------------------------------------
-
-    def axes(self, inputs: Mapping[str, Any], ids: Tensor, real: Tensor) -> Tensor:
-        """Positions [3, B, L] of the whole prompt ids [B, L] as the host computes them; it keeps its offset."""
-        if inputs.get("mm_token_type_ids") is None:  # the host counts such a prompt like text
-            self.core.rope_deltas = torch.zeros(len(ids), 1, dtype=torch.long, device=ids.device)
-            return (real.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
-        index = self.core.get_rope_index
-        given = {name: inputs[name] for name in inspect.signature(index).parameters if inputs.get(name) is not None}
-        positions, self.core.rope_deltas = index(**given | {"input_ids": ids, "attention_mask": real.long()})
-        return positions
-
-    def following(self, counted: Tensor) -> Tensor:
-        """Positions of tokens behind the prompt, [3, B, q], of their numbers [B or 1, q] among the real ones."""
-        offset = self.core.rope_deltas
-        return (counted + offset.repeat_interleave(max(1, len(counted) // len(offset)), 0)).expand(3, -1, -1)

@@ -1,8 +1,9 @@
 """Qwen2.5-Omni's thinker: the packed tower of Qwen2.5-VL with windows, 2x2 merger, audio in the same prompt.
 
 Pictures and videos are pruned, audio is not: its tokens stay where they are, between the frames of a video, too.
-Original positions are kept. The whole model generates with its thinker, the one that is pruned: `model.thinker`, of
-transformers 5.21 or later, where its parts lie as in the other families.
+Original positions are kept. Of the whole model the thinker is pruned, and answers in text: `model.thinker`, of
+transformers 5.21 or later, where its parts lie as in the other families. What speaks reads the thinker's hidden states,
+column by column, and of tokens that were dropped there are none.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vtp_plugin.hosts.compatibility import TRANSFORMERS
 from vtp_plugin.hosts.transformers import contract
 from vtp_plugin.stages import Stage
 
-PARTS = "it is several models, of which the thinker sees pictures: prune its `thinker`, and let it generate with that"
+PARTS = "speech is made of what its thinker made of every token: prune its `thinker`, and let it answer in text"
 COUNTED = ("input_ids", "image_grid_thw", "video_grid_thw", "attention_mask")  # what positions follow from
 COUNTED += ("use_audio_in_video", "audio_seqlens", "second_per_grids")
 

@@ -137,8 +137,7 @@ class PackedEarly(Cutting):
 
     def _frames_left(self, passing: TowerPass, kept: Tensor) -> Tensor:
         """The frames of which some unit is among those kept [K], [F] bool."""
-        grid = passing.grid
-        units = (grid[:, 1:].prod(-1) // self._unit).repeat_interleave(grid[:, 0])
+        units = (passing.grid[:, 1:].prod(-1) // self._unit).repeat_interleave(passing.grid[:, 0])
         frame = torch.arange(len(units), device=units.device).repeat_interleave(units)
         return torch.zeros(len(units), dtype=torch.bool, device=units.device).index_fill_(0, frame[kept], True)
 
@@ -201,15 +200,19 @@ class PackedEarly(Cutting):
         """The columns of the units [K] of an image that one more strategy leaves."""
         passing, number = self.passing, self.passing.batch[image]
         where, picture = units + passing.offsets[image], self.call.images[number]
+        mark = (picture.fingerprint,)
         if cut.strategy.stage is Stage.PIXELS:
-            video = bool(passing.grid[image, 0] > 1)
-            view = PatchesView(self._unit_pixels(levels, where, video)[None], (picture.fingerprint,))
-            tokens = view.pixels.flatten(2)
-        else:  # rotary positions are added to no embedding
+            pixels = self._unit_pixels(levels, where, bool(passing.grid[image, 0] > 1))[None]
+            tokens, view = pixels.flatten(2), PatchesView(pixels, mark)
+        else:
             tokens = embedded[where][None]
-            view = EmbeddingView(tokens, (picture.fingerprint,), lambda: colourless()[where][None])
+            view = EmbeddingView(self._positioned(tokens, where), mark, lambda: colourless()[where][None])
         found = self.vision.found_in(cut.strategy, view)
         return cut.ask(tokens, units[None], picture.grid, found, [(number, 0)]).sources[0]
+
+    def _positioned(self, tokens: Tensor, where: Tensor) -> Tensor:
+        """Embedded units [1, K, b * b * D] with their positions: rotary ones are added to no embedding."""
+        return tokens
 
     def _embedded(self, values: Tensor) -> Tensor:
         """Patch embeddings, one unit a row: [S, C] -> [U, b * b * D]."""

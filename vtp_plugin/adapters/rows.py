@@ -108,6 +108,7 @@ class RowsAdapter(Adapter):
                 serve(self.pruned, self.core, f"get_{kind}_features", output, undo)
             if features and v5_17.is_host():
                 v5_17.repeat_features(self.core, self.model, undo, lambda times: self._expanded(None, features, times))
+                v5_17.refuse_windows(self.model, undo)
             elif features:
                 undo.override(self.model, "_expand_multimodal_outputs", self._expanded)
             undo.callback(self.served.clear)  # features end with their call

@@ -1,7 +1,8 @@
 """What transformers 5.17 does otherwise than 5.18 and later with the features of images; no family itself.
 
 Up to 5.17 a host repeats the pixels for beams and returned sequences and encodes them again; later it repeats the
-features. Families hand their features over in other forms, too: each asks `is_host()` where its own differ.
+features. Its assistants fail behind a sliding window. Families hand their features over in other forms, too: each asks
+`is_host()` where its own differ.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from packaging.version import Version
 from torch import nn
 
+from vtp_plugin.errors import PruningError
 from vtp_plugin.surgery.undo import Undo
 
 FIRST_WITH_FEATURES = Version("5.18")
@@ -61,3 +63,28 @@ def repeat_features(core: nn.Module, model: nn.Module, undo: Undo, repeat: Calla
         return input_ids, kwargs | aside
 
     original = undo.override(model, "_expand_inputs_for_generation", expanded)
+
+
+def refuse_windows(model: nn.Module, undo: Undo) -> None:
+    """Refuse an assistant that drafts beyond its sliding window: 5.17 gives it more keys than its mask has columns."""
+
+    def candidates(*args: Any, generation_config: Any, assistant_model: Any = None, **kwargs: Any) -> Any:
+        longest, window = generation_config.max_length, _window(assistant_model)
+        if window is not None and longest > window:
+            raise PruningError(
+                f"in transformers 5.17 an assistant_model fails behind its sliding window ({window} tokens, and prompt "
+                f"and answer may have {longest}): take transformers {FIRST_WITH_FEATURES} or later"
+            )
+        return original(*args, generation_config=generation_config, assistant_model=assistant_model, **kwargs)
+
+    original = undo.override(model, "_get_candidate_generator", candidates)
+
+
+def _window(assistant: Any) -> int | None:
+    """Tokens of the shortest window in the cache of an assistant, if it has any."""
+    if assistant is None:
+        return None
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=assistant.config).layers
+    return min((layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)), default=None)

@@ -123,8 +123,10 @@ def _embedded(tensor: Tensor) -> tuple[int, int]:
     return (len(tensor), tensor.shape[2:].numel()) if tensor.ndim == 4 else _rows(tensor)
 
 
-def _rows(tensor: Tensor) -> tuple[int, int]:
-    """Rows and tokens per row of [B, N, D], [B, rows, columns, D] or [S, D]."""
+def _rows(tensor: Tensor | list[Tensor]) -> tuple[int, int]:
+    """Rows and tokens per row of [B, N, D], [B, rows, columns, D] or [S, D], or of [n, D] per image."""
+    if isinstance(tensor, list):
+        return 1, sum(map(len, tensor))
     return (len(tensor), tensor.shape[1:-1].numel()) if tensor.ndim > 2 else (1, len(tensor))
 
 

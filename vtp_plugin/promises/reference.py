@@ -170,14 +170,13 @@ def _without(parts: Parts, dead: Tensor | None) -> Iterator[None]:
     if dead is None:
         yield
         return
-    cursor = [0]
-    kernels.register(KERNEL, _kernel(dead, cursor))
+    kernels.register(KERNEL, _attention)
     owners = [m.config for m in parts.tower.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
     configs = list({id(config): config for config in owners}.values())
     original = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation = KERNEL
-    handle = parts.block.register_forward_pre_hook(_poison(dead, cursor), with_kwargs=True)
+    handle = parts.block.register_forward_pre_hook(_poison(dead), with_kwargs=True)
     try:
         yield
     finally:
@@ -186,9 +185,8 @@ def _without(parts: Parts, dead: Tensor | None) -> Iterator[None]:
             config._attn_implementation = name
 
 
-def _poison(dead: Tensor, cursor: list[int]) -> Callable[..., Any]:
+def _poison(dead: Tensor) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        cursor[0] = 0
         name = "" if args else "hidden_states"
         hidden = args[0] if args else kwargs[name]
         poisoned = hidden.masked_fill(dead.view(*hidden.shape[:-1], 1), float("nan"))
@@ -197,21 +195,12 @@ def _poison(dead: Tensor, cursor: list[int]) -> Callable[..., Any]:
     return hook
 
 
-def _kernel(dead: Tensor, cursor: list[int]) -> Callable[..., Any]:
-    """Eager attention over the tokens that are left; towers of one sequence call it picture by picture."""
-
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        gone, length = dead, key.shape[2]
-        if dead.ndim == 1 or length != dead.shape[1]:
-            start = cursor[0] % dead.numel()
-            cursor[0] += length
-            gone = dead.flatten()[None, start : start + length]
-        gone = gone[:, None, :, None]
-        weights = query @ key.masked_fill(gone, 0).mT * kwargs["scaling"]
-        weights = weights.masked_fill(gone.mT, float("-inf")).softmax(-1)
-        return (weights @ value.masked_fill(gone, 0)).transpose(1, 2), None
-
-    return attention
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Eager attention over the tokens that are left, which are no nan, whatever became of them on the way."""
+    gone = key.isnan().any(-1).any(1)[:, None, :, None]
+    weights = query @ key.masked_fill(gone, 0).mT * kwargs["scaling"]
+    weights = weights.masked_fill(gone.mT, float("-inf")).softmax(-1)
+    return (weights @ value.masked_fill(gone, 0)).transpose(1, 2), None
 
 
 # -- between decoder layers -------------------------------------------------------------------------------------------

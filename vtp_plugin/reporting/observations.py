@@ -95,6 +95,9 @@ class Observer:
             return None
         if values[0].ndim == 2:
             return self._unpacked(call, number, grid, torch.cat(list(values)))
+        size, block = self.pruned.adapter.tower.patch_size, self.pruned.adapter.tower.block
+        if values[0].ndim == 4 and values[0].shape[2] == size < grid[0] * block * size:
+            return self._in_a_row(call, number, grid, values[0][0])
         tiles = [tile for batch in values for tile in batch]
         first = sum(image.tiles for image in call.images[:number])
         if len(tiles) != sum(image.tiles for image in call.images):
@@ -103,6 +106,14 @@ class Observer:
         if tile.ndim == 2:
             return self._placed(tile, grid)
         return self._unpadded(self.pixels.levels(tile[None])[0].cpu(), call.images[number], grid)
+
+    def _in_a_row(self, call: Call, number: int, grid: tuple[int, int], values: Tensor) -> Tensor:
+        """The picture of patches side by side [3, p, S p], those of every image in raster order."""
+        size, block = self.pruned.adapter.tower.patch_size, self.pruned.adapter.tower.block
+        start, (rows, columns) = sum(other.patches for other in call.images[:number]), (side * block for side in grid)
+        patches = values.unflatten(-1, (-1, size))[:, :, start : start + rows * columns]  # [3, p, N, p]
+        image = patches.unflatten(2, (rows, columns)).permute(0, 2, 1, 3, 4)  # [3, R, p, C, p]
+        return self.pixels.levels(image.reshape(1, 3, rows * size, columns * size))[0].cpu()
 
     def _placed(self, tile: Tensor, grid: tuple[int, int]) -> Tensor:
         """The picture of patches in raster order [N, p * p * 3], behind which the host may have filled up."""

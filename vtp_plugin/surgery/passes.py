@@ -42,6 +42,7 @@ class TowerPass:
     lengths: list[int] = field(default_factory=list)  # towers of one sequence: patches of every image
     sequences: list[tuple[Tensor, list[int]]] = field(default_factory=list)  # packed towers: ends of sequences, lengths
     packed: list[int] | None = None  # packed towers: patches that are left of every image
+    places: Tensor | None = None  # packed towers with a table of positions: its entries, unit by unit [U, b * b]
     alive: Tensor | None = None  # map, bool: the patches that are left; None: all
     maps: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # signals by name and block
     whole: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # the same of signals with one entry per tile

@@ -75,7 +75,12 @@ def lookup(positions: Tensor, valid: Tensor, lengths: Tensor) -> Tensor:
 
 
 def looked_up(table: Tensor, counted: Tensor) -> Tensor:
-    """Original positions of what the host counted, [B or 1, L]; rows of the table [B', n + 1] repeat for beams."""
+    """Original positions of what the host counted, [B or 1, L], or the same on several axes, [A, B or 1, L].
+
+    Rows of the table [B', n + 1] repeat for beams.
+    """
+    if counted.ndim == 3:
+        return torch.stack([looked_up(table, axis) for axis in counted])
     rows = max(len(table), len(counted))
     table, counted = table.repeat_interleave(rows // len(table), 0), counted.expand(rows, -1)
     last = table.shape[1] - 1

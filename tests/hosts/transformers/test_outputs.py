@@ -24,7 +24,8 @@ CASES = {
     "fastv": ("fastv", {"layer": 3, "keep_ratio": 0.5}),
 }
 NEW = 3
-WITHOUT = ("qwen", "glm", "llava_onevision", "llava_next_video")  # families whose output never had image_hidden_states
+# Families whose output never had image_hidden_states.
+WITHOUT = ("qwen", "glm", "llava_onevision", "llava_next_video", "minicpmv")
 RUNS = [
     pytest.param(name, case, id=f"{name}-{case}")
     for name in FAMILIES

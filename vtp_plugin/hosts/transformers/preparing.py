@@ -52,6 +52,8 @@ class Preparation:
         values = torch.as_tensor(made["pixel_values"])
         if "image_grid_thw" in made:
             return self._packed(values, torch.as_tensor(made["image_grid_thw"])[0].tolist())
+        if "target_sizes" in made:
+            return self._side_by_side(values[0], torch.as_tensor(made["target_sizes"]).tolist())
         if values.ndim < 4 or values.shape[-3] != 3 or "pixel_attention_mask" in made:
             raise PruningError(f"{self.name}: pixel values of shape {list(values.shape)} are not known here")
         side = self.patch * self.square
@@ -65,6 +67,16 @@ class Preparation:
         levels = self.pixels.levels(values.unflatten(1, (3, -1, self.patch)))
         units = squares(levels.unflatten(0, (-1, self.square**2)), self.square, self.patch, video=False)
         return [seen(units[None], (rows // self.square, columns // self.square))]
+
+    def _side_by_side(self, values: Tensor, grids: list[list[int]]) -> list[VisualTokens]:
+        """Patches of one picture and its slices in a row, [3, p, S p], every one in raster order."""
+        levels = self.pixels.levels(values[None])[0].unflatten(-1, (-1, self.patch)).permute(2, 0, 1, 3)  # [S, 3, p, p]
+        views = []
+        for tile, (rows, columns) in zip(levels.split([r * c for r, c in grids]), grids, strict=True):
+            image = tile.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+            units = patches(image[None], self.patch * self.square)
+            views.append(seen(units, (rows // self.square, columns // self.square)))
+        return views
 
     @cached_property
     def padding(self) -> Color | None:
