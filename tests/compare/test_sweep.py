@@ -461,14 +461,15 @@ def test_the_real_host_killed_and_resumed(tmp_path: Path) -> None:
         command = vtp("compare", "sweep.yaml", "-o", folder, *more)
         return subprocess.Popen(command, cwd=tmp_path, env=OFFLINE, stdout=log, stderr=log)
 
-    first = start("whole", "--launch", " ".join(warm.python()))
+    soon = ("--launch", " ".join(warm.python()))
+    first = start("whole", *soon)
     killed = start("killed")
     wait_for((tmp_path / "killed" / "cells" / "none" / "cell.json").is_file, 280)
     killed.send_signal(signal.SIGKILL)
     assert first.wait() == 1, (tmp_path / "whole.log").read_text()  # one cell fails
     done = {cell.id: stamp_of(cell) for cell in runs.load(tmp_path / "killed")}
     assert "none" in done
-    assert start("killed").wait() == 1
+    assert start("killed", *soon).wait() == 1
     whole, resumed = runs.load(tmp_path / "whole"), runs.load(tmp_path / "killed")
     assert done.items() <= {cell.id: stamp_of(cell) for cell in resumed}.items()
     assert [cell.id for cell in whole] == [cell.id for cell in resumed] == ["none", "random-0.25", "l2"]
