@@ -16,6 +16,7 @@ from PIL import Image
 pytest.importorskip("skimage", reason="backgrounds are the photographs of scikit-image")
 pytest.importorskip("rich")
 
+from vtp_plugin.errors import PruningError
 from vtp_plugin.tiny import clip_missing, clip_testset, clip_train, clips
 from vtp_plugin.tiny.checkpoint import CLIP_FACTORS, WEIGHTS, load_weights, resolve
 from vtp_plugin.tiny.clip_missing import LEFT, PATTERNS, Shown
@@ -26,6 +27,7 @@ from vtp_plugin.tiny.lowrank import adapt, merged
 from vtp_plugin.tiny.modeling import llama_config
 from vtp_plugin.tiny.scenes import MIDLINE, NUMBERS, PLATE, SHAPES, SIZE, Scene
 
+TRAINED = pytest.mark.skipif(not (WEIGHTS / CLIP_FACTORS).exists(), reason="vtp-tiny-video is not trained yet")
 CLIPS = [sample_clip("train", seed) for seed in range(40)]
 ROWS = parquet.read_table(PARQUET).to_pylist()
 
@@ -93,6 +95,16 @@ def test_a_clip_at_other_times_shows_its_own_frames(clip: Clip) -> None:
     assert len(other.changes) == len(clip.changes)
 
 
+@pytest.mark.parametrize("clip", CLIPS[:20])
+def test_an_excerpt_shows_one_change(clip: Clip) -> None:
+    part, order = clip.excerpt(np.random.default_rng(clip.grain))
+    assert all(things(part, time) == things(clip, int(order[time])) for time in range(FRAMES))
+    assert len(part.changes) == 1
+    what, first, digit = part.one_change()
+    assert what.answer == getattr(clip, what.task)
+    assert (first.answer, digit.answer) == (part.first, str(clip.digit))
+
+
 @pytest.mark.parametrize("clip", CLIPS)
 def test_no_frame_tells_by_itself(clip: Clip) -> None:
     """Four shapes at the beginning, four at the end; what came and what went are on opposite sides."""
@@ -136,8 +148,8 @@ def test_a_clip_is_read_as_it_was_written() -> None:
 
 
 def test_the_addition_is_small() -> None:
-    folder = clip_testset.FOLDER
-    assert sum(file.stat().st_size for file in (WEIGHTS / CLIP_FACTORS, *folder.iterdir()) if file.is_file()) < 2e6
+    files = (WEIGHTS / CLIP_FACTORS, *clip_testset.FOLDER.iterdir())
+    assert sum(file.stat().st_size for file in files if file.is_file()) < 2e6
 
 
 # -- tokens that are missing ------------------------------------------------------------------------------------------
@@ -256,6 +268,7 @@ def ask(model: Any, processor: Any, asked: list[tuple[np.ndarray, str]]) -> list
     return [text.strip() for text in said]
 
 
+@TRAINED
 def test_the_prompt_is_what_training_showed(video_model: tuple[Any, Any]) -> None:
     _, processor = video_model
     before, behind = clip_train.layout().split("left or right first")
@@ -265,6 +278,7 @@ def test_the_prompt_is_what_training_showed(video_model: tuple[Any, Any]) -> Non
     assert inputs["input_ids"][0].tolist() == [*before, *video, *behind]
 
 
+@TRAINED
 def test_only_the_language_model_and_the_projector_differ(video_model: tuple[Any, Any]) -> None:
     model, _ = video_model
     tower = {name.removeprefix("vision_model."): value for name, value in load_weights("clip").items()}
@@ -278,6 +292,15 @@ def test_only_one_layout_is_offered() -> None:
         resolve("vtp-tiny-video", "llava")
 
 
+def test_without_factors_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vtp_plugin.tiny.checkpoint.CLIP_FACTORS", "none.safetensors")
+    with pytest.raises(
+        PruningError, match=r"^vtp-tiny-video is not trained yet: python -m vtp_plugin\.tiny\.clip_train"
+    ):
+        resolve("vtp-tiny-video", "hf")
+
+
+@TRAINED
 def test_time_is_what_it_answers_from(video_model: tuple[Any, Any]) -> None:
     """Far above what the question gives away, and above what the last frame or shuffled ones give away."""
     right: dict[str, list[bool]] = {"in time": [], "last": [], "shuffled": []}

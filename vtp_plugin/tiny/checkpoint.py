@@ -37,6 +37,8 @@ def resolve(name: str = NAME, layout: Layout = "llava") -> Path:
     offered = [known for model, known in WRITERS if model == name]
     if layout not in offered:
         raise ValueError(f"unknown layout {layout!r} of {name}. Available: {', '.join(offered)}")
+    if name == VIDEO_NAME and not (WEIGHTS / CLIP_FACTORS).exists():
+        raise PruningError(f"{name} is not trained yet: python -m vtp_plugin.tiny.clip_train --out DIR trains it")
     if name == NAME and layout != "clip":
         resolve(name, "clip")  # both others name it as their tower
     try:
@@ -84,7 +86,8 @@ def digests(folder: Path) -> dict[str, str]:
 def fingerprint() -> str:
     """A hash of everything that a written folder depends on."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    for file in (*(WEIGHTS / name for name in (*FILES, CLIP_FACTORS)), Path(__file__).with_name("clip_checkpoint.py")):
+    others = (WEIGHTS / CLIP_FACTORS, Path(__file__).with_name("clip_checkpoint.py"))
+    for file in (*(WEIGHTS / name for name in FILES), *filter(Path.exists, others)):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -130,6 +130,27 @@ class Clip:
         order = np.concatenate([rng.integers(*was, size=now[1] - now[0]) for was, now in spans])
         return Clip(self.ground, stays, self.grain), order
 
+    def excerpt(self, rng: np.random.Generator) -> tuple[Clip, np.ndarray]:
+        """One of the changes at another time, and nothing else; and which of this clip's frames shows every new one."""
+        times = [0, *self.changes, FRAMES]
+        number, time = int(rng.integers(1, len(times) - 1)), int(rng.integers(1, FRAMES))
+        at, stays = times[number], []
+        for stay in self.stays:
+            before, after = (stay.start <= t < stay.stop for t in (at - 1, at))
+            if before or after:
+                stays.append(replace(stay, start=0 if before else time, stop=FRAMES if after else time))
+        spans = (times[number - 1], at, time), (at, times[number + 1], FRAMES - time)
+        order = np.concatenate([rng.integers(start, stop, size=size) for start, stop, size in spans])
+        return Clip(self.ground, tuple(stays), self.grain), order
+
+    def one_change(self) -> list[Question]:
+        """Of an excerpt: what it was that happened, on which side, and the digit."""
+        (shape,) = {stay.thing.shape for stay in self.stays if (stay.start, stay.stop) != (0, FRAMES)}
+        stays = self.of_shape[shape]
+        verb = "moved" if len(stays) == 2 else "came" if stays[0].start else "went"
+        asked = {verb: shape, "first": self.first, "digit": str(self.digit)}
+        return [Question(task, ASKED[task][0], answer) for task, answer in asked.items()]
+
     def questions(self) -> dict[str, Question]:
         """One of every kind; `digit` needs no time."""
         answers = {"moves": NUMBERS[self.moves - 1], "first": self.first, "digit": str(self.digit)}
