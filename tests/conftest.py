@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
+from importlib.util import find_spec
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # bf16 layers crash where AMX is promised and missing
@@ -11,8 +14,19 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # bf16 layers c
 import matrix
 import pytest
 import torch
+import warm
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled() -> None:
+    """What is there before a file's tests, above all imported packages, is not searched for garbage again.
+
+    Half of a short run of lmms-eval would be its two collections of the whole heap.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +47,6 @@ def anyres(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
 def waiting_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sweeps of this test start lmms-eval in the process that waits with it: see tests/warm.py."""
     pytest.importorskip("lmms_eval")
-    import warm
 
     from vtp_plugin.compare import sweep
 
@@ -47,3 +60,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     matrix.select(config, items)
     early = Counter(i.path for i in items if i.get_closest_marker("slow") or i.get_closest_marker("long"))
     items.sort(key=lambda item: -early[item.path])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """One lmms-eval waits for all processes that run tests beside each other."""
+    if find_spec("lmms_eval"):
+        node.workerinput["warm"] = warm.door()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    warm.shared[:] = filter(None, [getattr(config, "workerinput", {}).get("warm")])

@@ -105,15 +105,13 @@ def generated(model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> Any:
 
 @contextmanager
 def new_tensors() -> Iterator[list[Tensor]]:
-    """Those that were made inside and are alive at its end; what was there before is frozen, out of sight."""
+    """Those that were made inside and are alive at its end; what was there before is frozen, now and afterwards."""
     found: list[Tensor] = []
-    gc.freeze()  # with the garbage in it: to collect that first would take most of the time
-    try:
-        yield found
-        gc.collect()
-        found += [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
-    finally:
-        gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    yield found
+    gc.collect()
+    found += [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
 
 
 def kept_by_sample(events: list[Any], prompts: tuple[Prompt, ...], stage: str, positions: str = "") -> list[Kept]:

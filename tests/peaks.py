@@ -7,7 +7,7 @@ in the real model. Weights are not multiplied (see `pretend.Device`): a peak cos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -41,8 +41,8 @@ def shape(name: str, part: int = PART) -> Shape:
     return replace(whole, vision=vision | {k: v for k, v in BLOCKS.items() if k in vision}, text=text | depth)
 
 
-def peaks(shape: Shape, keep: float | None = None) -> Iterator[tuple[str | None, int]]:
-    """Of the unpruned model (None) and of every strategy that it can run: the most bytes of one call.
+def peaks(shape: Shape, keep: float | None = None, strategies: Iterable[str] = ()) -> Iterator[tuple[str | None, int]]:
+    """Of the unpruned model (None) and of every strategy, or those named, that it can run: the most bytes of one call.
 
     `keep`: the share of the tokens that is left, where a method has no other label for it; None: its default.
     """
@@ -50,7 +50,7 @@ def peaks(shape: Shape, keep: float | None = None) -> Iterator[tuple[str | None,
     inputs = shape.inputs(model, 1)
     with Device(lazy=True) as device:
         device.move(model)
-        for name in [None, *plugins.strategies()]:
+        for name in [None, *(strategies or plugins.strategies())]:
             given = device.put(inputs)
             try:
                 attached = name and vtp.prune(model, fitting(name, keep), processor=Processor())

@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 from configurations import Case
+from matrix import FULL
 
 from vtp_plugin import cli
 from vtp_plugin.compare import sweep
 
-SEEDS = 120
+SEEDS = 120 if FULL else 60
 SLOW = 5  # seconds, said by the program below
 
 

@@ -52,7 +52,7 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
 }
 PAIRS = list(product(DTYPES, LAYOUTS))
-WHOLE = dear(STAGES, ["llava", "qwen2_5_vl"])
+WHOLE = dear(STAGES, ["llava"])
 COMBINATIONS = [(name, stage) for name, stages in STAGES.items() for stage in stages]
 
 

@@ -1,13 +1,15 @@
 """lmms-eval without the fourteen seconds of its start: forked from a process that has it imported and its tasks read.
 
 `python()` is what stands for `python` in `python -m lmms_eval ...`: a client that hands its arguments, folder,
-environment and output to a waiting process and ends as the one that is forked there. One waits for every test process
-that asks. Whoever tests the start itself, brings packages of its own or kills processes calls the interpreter.
+environment and output to a waiting process and ends as the one that is forked there. One waits for all test processes
+of a run, or for the single one. Whoever tests the start itself, brings packages of its own or kills processes calls the
+interpreter.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -16,22 +18,24 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+PATIENCE = 300  # seconds for the start
+shared: list[str] = []  # the door of the process that waits for all, where there is one
 
 
 @cache
-def python() -> list[str]:
-    """The command in front of `-m lmms_eval`; the first call starts the process that waits."""
+def door() -> str:
+    """Start the process that waits; it ends with this one. Where it is asked, from now or a little later on."""
     folder = TemporaryDirectory(prefix="vtp-warm-")
-    door = str(Path(folder.name) / "door")
-    command, pipe = [sys.executable, __file__, "serve", door], subprocess.PIPE
-    server = subprocess.Popen(command, env=os.environ | OFFLINE, stdin=pipe, stdout=pipe)
-    assert server.stdout.readline() == b"ready\n"
+    path = str(Path(folder.name) / "door")
+    command = [sys.executable, __file__, "serve", path]
+    server = subprocess.Popen(command, env=os.environ | OFFLINE, stdin=subprocess.PIPE)
 
     def end() -> None:
         server.stdin.close()
@@ -39,7 +43,19 @@ def python() -> list[str]:
         folder.cleanup()
 
     atexit.register(end)
-    return [sys.executable, "-S", "-E", __file__, door]
+    return path
+
+
+@cache
+def python() -> list[str]:
+    """The command in front of `-m lmms_eval`."""
+    path = Path(shared[0] if shared else door())
+    until = time.monotonic() + PATIENCE
+    while not path.exists():
+        if time.monotonic() > until:
+            raise TimeoutError(f"lmms-eval was not imported within {PATIENCE} s: see the process behind {path}")
+        time.sleep(0.05)
+    return [sys.executable, "-S", "-E", __file__, str(path)]
 
 
 def ask(door: str, arguments: list[str]) -> int:
@@ -56,10 +72,11 @@ def serve(door: str) -> None:
     """Fork for every client, until the process that started this one closes its input or is gone."""
     import_module("lmms_eval.__main__")
     import_module("lmms_eval.tasks").TaskManager()
+    gc.freeze()  # a run collects garbage twice: its own, not that of the imported packages
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(door)
+        listener.bind(f"{door}.new")
         listener.listen()
-        print("ready", flush=True)
+        os.rename(f"{door}.new", door)
         signal.signal(signal.SIGCHLD, reap)
         while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
             line, _ = listener.accept()

@@ -59,6 +59,7 @@ def test_flops_agree_with_torchs_counter(spec: str) -> None:
     assert (report["prefill_flops"]["after"] == report["prefill_flops"]["before"]) is (spec == "none")
 
 
+@pytest.mark.covering("name")
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "none"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_ideal_computes_what_a_pruned_model_computes(name: str, stage: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import fake_host
 import pytest
 import runfolder
+import warm
 import yaml
 from paths import TESTS
 from rich.console import Console
@@ -455,13 +456,12 @@ def test_the_real_host_killed_and_resumed(tmp_path: Path) -> None:
     pytest.importorskip("lmms_eval")
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(REAL))
 
-    def start(folder: str) -> subprocess.Popen[str]:
+    def start(folder: str, *more: str) -> subprocess.Popen[str]:
         log = (tmp_path / f"{folder}.log").open("w")
-        return subprocess.Popen(
-            vtp("compare", "sweep.yaml", "-o", folder), cwd=tmp_path, env=OFFLINE, stdout=log, stderr=log
-        )
+        command = vtp("compare", "sweep.yaml", "-o", folder, *more)
+        return subprocess.Popen(command, cwd=tmp_path, env=OFFLINE, stdout=log, stderr=log)
 
-    first = start("whole")
+    first = start("whole", "--launch", " ".join(warm.python()))
     killed = start("killed")
     wait_for((tmp_path / "killed" / "cells" / "none" / "cell.json").is_file, 280)
     killed.send_signal(signal.SIGKILL)

@@ -1,13 +1,17 @@
-"""Every strategy on every family: it runs and cuts, or is refused at once with the list of those that would."""
+"""Every strategy on every kind of family: it runs and cuts, or is refused at once with the list of those that would.
+
+The full matrix: on every family.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import families
 import pytest
 import torch
-from family_runs import SHALLOW, model_of
+from family_runs import KINDS, SHALLOW, model_of
 
 import vtp_plugin as vtp
 from vtp_plugin.errors import PruningError
@@ -29,6 +33,11 @@ def ran(family: str, name: str) -> list[Any]:
     return list(pruned.events)
 
 
+def kind(case: Mapping[str, Any]) -> str:
+    return case["family"] if case["family"] in KINDS else "like one of these"
+
+
+@pytest.mark.covering("name kind", kind=kind)
 @pytest.mark.parametrize("family", families.FAMILIES)
 @pytest.mark.parametrize("name", vtp.list_strategies())
 def test_it_cuts_or_is_refused_at_once(family: str, name: str):

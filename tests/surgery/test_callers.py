@@ -196,7 +196,7 @@ def test_a_copy_of_a_part_computes_with_its_own_weights():
 @pytest.mark.parametrize("way", ["peft", "compiled"])
 @torch.no_grad()
 def test_a_copy_of_a_wrapper_is_a_wrapper(way: str):
-    """Wrappers hand on attributes of the model inside, its way of being copied among them."""
+    """Wrappers hand on attributes of the model inside, its way of being copied among them; nothing need be traced."""
     host = build_hf("sdpa")
     first = host.inputs(prompts("single"))
     if way == "peft":
@@ -206,7 +206,7 @@ def test_a_copy_of_a_wrapper_is_a_wrapper(way: str):
     else:
         wrapper = torch.compile(host.model, backend="eager")
     whole = host.model(**first).logits
-    with host.prune("stride"):
+    with host.prune("stride"), torch.compiler.set_stance("force_eager"):
         twin = copy.deepcopy(wrapper)
         assert type(twin) is type(wrapper)
         assert twin(**first).logits.allclose(whole, atol=1e-4)

@@ -16,6 +16,7 @@ from typing import Any
 import lmms
 import numpy as np
 import pytest
+import warm
 import yaml
 from lmms import GRID, LOOSE, SETTINGS, TINY, VPRUNE, answers, kept_by_vprune, lines
 from paths import ROOT
@@ -239,7 +240,7 @@ def unpruned_runs() -> list[dict[str, Any]]:
 def unpruned(tmp_path_factory: pytest.TempPathFactory) -> Session:
     """Both models without pruning, the plugin installed."""
     folder = tmp_path_factory.mktemp("unpruned")
-    return Session(lmms.call_runs(folder, unpruned_runs(), lmms.COMMAND), folder)
+    return Session(lmms.call_runs(folder, unpruned_runs()), folder)
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +310,7 @@ def test_pruning_causes_no_warning(unpruned: Session, mixed: Session) -> None:
 
 
 def test_help_shows_the_flags(tmp_path: Path) -> None:
-    said = lmms.call([*lmms.COMMAND, "--help"], tmp_path)
+    said = lmms.call([*warm.python(), "-m", "lmms_eval", "eval", "--help"], tmp_path)
     assert said.returncode == 0
     for flag in ("--pruning", "--pruning_args", "--pruning-args"):
         assert re.search(rf"(^|[\s,]){flag}[\s,]", said.stdout), flag
