@@ -18,7 +18,7 @@ RESULTS = Path("docs/results")
 STUDIES = RESULTS / "studies"
 LEADERBOARD = RESULTS / "leaderboard.html"
 DEMO, BENCH = RESULTS / "demo" / "summary.json", RESULTS / "bench_cpu.json"
-GPU, TRAINING, CLIPS = RESULTS / "gpu", RESULTS / "tiny" / "log.json", RESULTS / "clips"
+GPU, TRAINING = RESULTS / "gpu", RESULTS / "tiny" / "log.json"
 HEADLINE = "fastv-0.25"
 SALIENT, CONTROL, COUNT = ("atp-0.25", "visionzip-0.25", "l2-0.25"), "random-0.25", "vtp_scenes_count"
 
@@ -40,7 +40,6 @@ def parts() -> dict[str, Callable[[], str]]:
         "gpu": lambda: gpu_page.short(GPU),
         "tiny stages": lambda: page.stages(TRAINING).markdown(),
         "tiny accuracy": lambda: page.accuracy(TRAINING).markdown(),
-        "clips accuracy": lambda: page.clips(CLIPS / "training" / "log.json").markdown(),
         **{f"study {path.parent.name}": path.read_text for path in sorted(STUDIES.glob("*/table.md"))},
     }
 

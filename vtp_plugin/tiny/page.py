@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from vtp_plugin import files
 from vtp_plugin.reporting.tables import Table
 
-from .clips import ASKED
 from .questions import TASKS
 from .workshop import TRAINS
 
@@ -26,16 +24,7 @@ def stages(log: Path) -> Table:
 
 def accuracy(log: Path) -> Table:
     """Percent of the questions that are answered right, by task."""
-    return _accuracy(log, (*TASKS, "all"))
-
-
-def clips(log: Path) -> Table:
-    """The same of `vtp-tiny-video`; `time` is the mean over the tasks that need it."""
-    return _accuracy(log, (*ASKED, "time"))
-
-
-def _accuracy(log: Path, columns: Sequence[str]) -> Table:
-    table = Table(["accuracy, %", *columns])
+    table = Table(["accuracy, %", *TASKS, "all"])
     for name, row in files.read_json(log)["accuracy"].items():
-        table.add(name, *(f"{100 * row[task]:.1f}" if task in row else "" for task in columns))
+        table.add(name, *(f"{100 * row[task]:.1f}" if task in row else "" for task in (*TASKS, "all")))
     return table
