@@ -16,7 +16,7 @@ from PIL import Image
 import vtp_plugin
 from vtp_plugin.errors import PruningError
 from vtp_plugin.tiny import checkpoint
-from vtp_plugin.tiny.checkpoint import FOLDERS, WEIGHTS, resolve
+from vtp_plugin.tiny.checkpoint import NAME, WEIGHTS, WRITERS, resolve
 from vtp_plugin.tiny.modeling import LLAMA_LAYERS
 
 pytestmark = pytest.mark.long
@@ -153,7 +153,9 @@ def test_concurrent_processes_agree(tmp_path):
     folder = Path(found.pop())
     assert "llava" in folder.name
     assert (folder / "model.safetensors").exists()
-    assert sorted(path.name for path in folder.parent.iterdir()) == sorted([FOLDERS["clip"], FOLDERS["llava"]])
+    assert sorted(path.name for path in folder.parent.iterdir()) == sorted(
+        WRITERS[NAME, layout][0] for layout in ("clip", "llava")
+    )
 
 
 @pytest.mark.parametrize("wrong", [{"name": "vtp-huge"}, {"layout": "gguf"}])

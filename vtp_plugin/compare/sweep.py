@@ -130,7 +130,7 @@ def check_limit(limit: Any, tasks: Sequence[str]) -> None:
 def check_host(model: str, tasks: Sequence[str]) -> None:
     """Refuse a model or a task that the host does not have; what the plugin brings is known without asking it."""
     compatibility.refuse_broken(model)
-    if _foreign(tasks) or model not in TINY_LAYOUTS:
+    if _foreign(tasks) or not any(model in layouts for layouts in TINY_LAYOUTS.values()):
         lmms_eval.check_names(model, _foreign(tasks))
 
 
@@ -142,7 +142,8 @@ def _foreign(tasks: Sequence[str]) -> list[str]:
 
 def _embedded(settings: Mapping[str, Any]) -> bool:
     """Whether model and tasks come with the plugin, so that nothing is wanted from the hub."""
-    return f"pretrained={checkpoint.NAME}" in settings["model_args"].split(",") and not _foreign(settings["tasks"])
+    said = settings["model_args"].split(",")
+    return any(f"pretrained={name}" in said for name in checkpoint.NAMES) and not _foreign(settings["tasks"])
 
 
 def _joined(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

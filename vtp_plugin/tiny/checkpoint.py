@@ -1,4 +1,4 @@
-"""`vtp-tiny` on disk: one file of weights in the package, laid out in a cache folder the way each host wants it."""
+"""The embedded models on disk: weights in the package, laid out in a cache folder the way each host wants them."""
 
 from __future__ import annotations
 
@@ -9,37 +9,43 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from vtp_plugin.errors import PruningError
 
 Layout = Literal["llava", "hf", "clip"]
-NAME = "vtp-tiny"
+NAME, VIDEO_NAME = "vtp-tiny", "vtp-tiny-video"
+NAMES = (NAME, VIDEO_NAME)
 WEIGHTS = Path(__file__).parent / "weights"
+CLIP_FACTORS = "clips.safetensors"
 FILES = ("model.safetensors", "tokenizer.model", "clip/vocab.json", "clip/merges.txt")
 DIGEST = "digest.json"  # beside the files: name -> hash, so that a damaged cache is noticed
-FOLDERS = {"llava": "llava-vtp-tiny", "hf": "llava-vtp-tiny-hf", "clip": "clip-vtp-tiny"}
 
 
 def resolve(name: str = NAME, layout: Layout = "llava") -> Path:
-    """The folder of the embedded model in a layout, written on first use.
+    """The folder of an embedded model in a layout, written on first use.
 
-    `llava`: the authors' format. `hf`: transformers' LlavaForConditionalGeneration and LlavaProcessor. `clip`: the
-    CLIP with both towers, both projections, image processor and tokenizer. The folder appears whole or
-    not at all, and is made again if a file of it is damaged (DIGEST).
-    PruningError if the cache cannot be written.
+    `llava`: the authors' format. `hf`: transformers' LlavaForConditionalGeneration and LlavaProcessor, of
+    `vtp-tiny-video` LlavaNextVideoForConditionalGeneration and its processor. `clip`: the CLIP with both towers, both
+    projections, image processor and tokenizer. The folder appears whole or not at all, and is made again if a file of
+    it is damaged (DIGEST). ValueError for an unknown name or layout, PruningError if the cache cannot be written.
     """
-    if name != NAME:
-        raise ValueError(f"unknown embedded model {name!r}. Available: {NAME}")
-    if layout not in get_args(Layout):
-        raise ValueError(f"unknown layout {layout!r}. Available: {', '.join(get_args(Layout))}")
-    if layout != "clip":
+    if name not in NAMES:
+        raise ValueError(f"unknown embedded model {name!r}. Available: {', '.join(NAMES)}")
+    offered = [known for model, known in WRITERS if model == name]
+    if layout not in offered:
+        raise ValueError(f"unknown layout {layout!r} of {name}. Available: {', '.join(offered)}")
+    if name == VIDEO_NAME and not (WEIGHTS / CLIP_FACTORS).exists():
+        raise PruningError(f"{name} is not trained yet: python -m vtp_plugin.tiny.clip_train --out DIR trains it")
+    if name == NAME and layout != "clip":
         resolve(name, "clip")  # both others name it as their tower
     try:
-        folder = cache_folder() / FOLDERS[layout]
+        place, write = WRITERS[name, layout]
+        folder = cache_folder() / place
         if not whole(folder):
-            appear(folder, WRITERS[layout])
+            appear(folder, write)
     except (OSError, RuntimeError) as error:
         said = getattr(error, "strerror", None) or error
         raise PruningError(
@@ -80,8 +86,9 @@ def digests(folder: Path) -> dict[str, str]:
 def fingerprint() -> str:
     """A hash of everything that a written folder depends on."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    for file in FILES:
-        digest.update((WEIGHTS / file).read_bytes())
+    others = (WEIGHTS / CLIP_FACTORS, Path(__file__).with_name("clip_checkpoint.py"))
+    for file in (*(WEIGHTS / name for name in FILES), *filter(Path.exists, others)):
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
@@ -274,7 +281,16 @@ def write_json(file: Path, value: dict) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n")
 
 
-WRITERS: dict[str, Callable[[Path], None]] = {"llava": write_llava, "hf": write_hf, "clip": write_clip}
+def write_video(folder: Path) -> None:
+    import_module("vtp_plugin.tiny.clip_checkpoint").write_video(folder)
+
+
+WRITERS: dict[tuple[str, str], tuple[str, Callable[[Path], None]]] = {  # model and layout: folder, and what fills it
+    (NAME, "llava"): ("llava-vtp-tiny", write_llava),
+    (NAME, "hf"): ("llava-vtp-tiny-hf", write_hf),
+    (NAME, "clip"): ("clip-vtp-tiny", write_clip),
+    (VIDEO_NAME, "hf"): ("llava-next-vtp-tiny-video-hf", write_video),
+}
 
 
 def export(clip, projector, llama, source: Path, target: Path = WEIGHTS) -> None:

@@ -24,7 +24,10 @@ from vtp_plugin.pruning import Pruned
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.tiny import checkpoint
 
-TINY_LAYOUTS = {"llava": "llava", "llava_hf": "hf"}
+TINY_LAYOUTS = {  # by model class, the layout of an embedded model that it reads
+    "vtp-tiny": {"llava": "llava", "llava_hf": "hf"},
+    "vtp-tiny-video": dict.fromkeys(generic.NAMES, "hf"),
+}
 VLLM = ("vllm", "vllm_generate")  # models that live in the processes of an engine: hooks do not reach them
 CPU_ARGUMENTS = {"llava": {"device": "cpu", "device_map": "auto"}}  # what a class needs beside a CUDA-only default
 CPU_DEFAULT = {"device": "cpu", "device_map": "cpu"}
@@ -39,11 +42,11 @@ def build(host: type, arguments: Mapping[str, Any]) -> Any:
         refuse_checkpoint(strategies, _checkpoint(host, model_id, rest))
     if model_id in VLLM:
         return _served(host, strategies, arguments, rest)
-    tiny = rest.get("pretrained") == checkpoint.NAME
+    tiny = rest.get("pretrained") in checkpoint.NAMES
     if strategies is None and not tiny:
         return host(**rest)
     if tiny:
-        rest["pretrained"] = str(_tiny(model_id))
+        rest["pretrained"] = str(_tiny(rest["pretrained"], model_id))
     with without_report() if tiny else nullcontext():
         with generic.building(host, model_id):
             lm = host(**_with_device(host, model_id, rest))
@@ -58,8 +61,8 @@ def _checkpoint(host: type, model_id: str, arguments: Mapping[str, Any]) -> str:
         parameter = inspect.signature(host.__init__).parameters.get(name)
         if parameter is not None or name in arguments:
             said = arguments.get(name, getattr(parameter, "default", ""))
-            tiny = said == checkpoint.NAME
-            return str(checkpoint.resolve(layout=TINY_LAYOUTS.get(model_id, "hf")) if tiny else said or "")
+            tiny = said in checkpoint.NAMES
+            return str(checkpoint.resolve(said, TINY_LAYOUTS[said].get(model_id, "hf")) if tiny else said or "")
     return ""
 
 
@@ -106,11 +109,11 @@ def _processor(lm: Any) -> Any:
     return SimpleNamespace(image_processor=found[0] if found else None, tokenizer=getattr(lm, "_tokenizer", None))
 
 
-def _tiny(model_id: str) -> Path:
-    """The embedded model in the layout that this model class reads."""
-    if model_id not in TINY_LAYOUTS:
-        raise unknown("model for vtp-tiny", model_id, TINY_LAYOUTS)
-    return checkpoint.resolve(layout=TINY_LAYOUTS[model_id])
+def _tiny(name: str, model_id: str) -> Path:
+    """An embedded model in the layout that this model class reads."""
+    if model_id not in TINY_LAYOUTS[name]:
+        raise unknown(f"model for {name}", model_id, TINY_LAYOUTS[name])
+    return checkpoint.resolve(name, TINY_LAYOUTS[name][model_id])
 
 
 def _with_device(host: type, model_id: str, arguments: dict[str, Any]) -> dict[str, Any]:

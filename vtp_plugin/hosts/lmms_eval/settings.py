@@ -148,10 +148,10 @@ def yaml_scalar(value: Any) -> str:
 
 
 def concern(model_args: Any, known: Iterable[str]) -> bool:
-    """Whether model arguments ask for pruning or for the embedded model; `known` are the model class's own."""
+    """Whether model arguments ask for pruning or for an embedded model; `known` are the model class's own."""
     pairs = [part.partition("=") for part in str(model_args or "").split(",")]
     refuse_alike({key.strip(): value for key, equals, value in pairs if equals}, known)
-    return bool(said_in(model_args)) or any(value.strip() == checkpoint.NAME for _, _, value in pairs)
+    return bool(said_in(model_args)) or any(value.strip() in checkpoint.NAMES for _, _, value in pairs)
 
 
 def said_in(model_args: Any) -> dict[str, str]:
