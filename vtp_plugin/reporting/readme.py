@@ -19,7 +19,7 @@ STUDIES = RESULTS / "studies"
 LEADERBOARD = RESULTS / "leaderboard.html"
 DEMO, BENCH = RESULTS / "demo" / "summary.json", RESULTS / "bench_cpu.json"
 GPU, TRAINING = RESULTS / "gpu", RESULTS / "tiny" / "log.json"
-HEADLINE = "vtp-0.25"
+HEADLINE, LINE = "vtp-0.25", "fastv-0.25"
 SALIENT, CONTROL, COUNT = ("atp-0.25", "visionzip-0.25", "l2-0.25"), "random-0.25", "vtp_scenes_count"
 
 
@@ -61,8 +61,8 @@ def headline() -> str:
 
 
 def last_line() -> str:
-    """What that run printed in the end."""
-    record = files.read_json(DEMO)["rows"][HEADLINE]["record"]
+    """What a run of the demo printed in the end."""
+    record = files.read_json(DEMO)["rows"][LINE]["record"]
     return f"```\n{summary.line(record['strategies'], record, 'out/')}\n```"
 
 
