@@ -37,8 +37,8 @@ from .vision import look
 
 POOL = {"validation": 300, "train": 900}
 RANK = 16
-PLAN = Plan(steps=2600, rate=2e-3, batch=6, warmup=40, decay=0.01)
-EXCERPTS = 0.6  # share of the steps whose clips show one change only
+PLAN = Plan(steps=4700, rate=2e-3, batch=6, warmup=40, decay=0.01)
+EXCERPTS = 0.35  # share of the steps whose clips show one change only
 BACKWARDS = 0.5  # share of the clips that run from their end to their beginning
 HALFWAY, NEWS = 4, 0.5  # the decoder layer behind which tokens are asked for news, and how much that weighs
 STAGE = "clips"
