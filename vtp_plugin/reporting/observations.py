@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.surgery.call import Call, Decision, Image
-from vtp_plugin.surgery.pixels import Pixels
+from vtp_plugin.surgery.pixels import Pixels, laid_out
 
 if TYPE_CHECKING:
     from vtp_plugin.pruning import Pruned
@@ -111,9 +111,8 @@ class Observer:
         """The picture of patches side by side [3, p, S p], those of every image in raster order."""
         size, block = self.pruned.adapter.tower.patch_size, self.pruned.adapter.tower.block
         start, (rows, columns) = sum(other.patches for other in call.images[:number]), (side * block for side in grid)
-        patches = values.unflatten(-1, (-1, size))[:, :, start : start + rows * columns]  # [3, p, N, p]
-        image = patches.unflatten(2, (rows, columns)).permute(0, 2, 1, 3, 4)  # [3, R, p, C, p]
-        return self.pixels.levels(image.reshape(1, 3, rows * size, columns * size))[0].cpu()
+        image = laid_out(values[..., size * start : size * (start + rows * columns)], rows, columns)
+        return self.pixels.levels(image[None])[0].cpu()
 
     def _placed(self, tile: Tensor, grid: tuple[int, int]) -> Tensor:
         """The picture of patches in raster order [N, p * p * 3], behind which the host may have filled up."""

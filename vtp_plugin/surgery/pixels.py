@@ -121,3 +121,8 @@ def fingerprints(images: Iterable[Tensor]) -> list[int]:
     """Numbers that stand for the content of uint8 images [3, H, W], coarse enough to survive half precision."""
     small = [torch.nn.functional.adaptive_avg_pool2d(image.float(), 8).round().to(torch.uint8) for image in images]
     return [zlib.crc32(one.contiguous().numpy().tobytes()) for one in torch.stack(small).cpu()]
+
+
+def laid_out(row: Tensor, rows: int, columns: int) -> Tensor:
+    """Patches side by side in raster order [C, p, rows columns p] -> the picture [C, rows p, columns p]."""
+    return row.unflatten(-1, (rows, columns, -1)).permute(0, 2, 1, 3, 4).flatten(3).flatten(1, 2)

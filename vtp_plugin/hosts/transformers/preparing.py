@@ -23,7 +23,7 @@ from vtp_plugin.errors import PruningError, one_line, unknown
 from vtp_plugin.hosts.transformers.checkpoints import TOWER, configuration
 from vtp_plugin.hosts.transformers.zero_shot import opened
 from vtp_plugin.stages import Stage
-from vtp_plugin.surgery.pixels import Pixels, patches, squares
+from vtp_plugin.surgery.pixels import Pixels, laid_out, patches, squares
 from vtp_plugin.tiny import checkpoint
 from vtp_plugin.tokens import VisualTokens
 
@@ -70,11 +70,9 @@ class Preparation:
 
     def _side_by_side(self, values: Tensor, grids: list[list[int]]) -> list[VisualTokens]:
         """Patches of one picture and its slices in a row, [3, p, S p], every one in raster order."""
-        levels = self.pixels.levels(values[None])[0].unflatten(-1, (-1, self.patch)).permute(2, 0, 1, 3)  # [S, 3, p, p]
-        views = []
-        for tile, (rows, columns) in zip(levels.split([r * c for r, c in grids]), grids, strict=True):
-            image = tile.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-            units = patches(image[None], self.patch * self.square)
+        levels, views = self.pixels.levels(values[None])[0], []
+        for row, grid in zip(levels.split([self.patch * r * c for r, c in grids], -1), grids, strict=True):
+            units, (rows, columns) = patches(laid_out(row, *grid)[None], self.patch * self.square), grid
             views.append(seen(units, (rows // self.square, columns // self.square)))
         return views
 
