@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -133,3 +134,13 @@ def select(run: Run, chosen: Callable[[str, int], bool]) -> dict[str, dict[str, 
         hits = [a.correct for task in run.tasks for doc, a in cell.answers(task).items() if chosen(task, doc)]
         found[cell.id] = {"questions": len(hits), "accuracy": float(np.mean(hits)) if hits else None}
     return found
+
+
+def over_tasks(right: Mapping[str, Sequence[float]]) -> float:
+    """The mean of what was right, every task counting the same."""
+    return mean({task: statistics.mean(values) for task, values in right.items()})
+
+
+def gain(right: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> str:
+    """The difference of two such means over the same questions, in points, with its paired interval."""
+    return points(interval([np.subtract(right[task], other[task]) for task in right]))

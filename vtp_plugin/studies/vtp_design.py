@@ -17,7 +17,7 @@ from vtp_plugin import config
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting.tables import Table
 from vtp_plugin.stages import Stage
-from vtp_plugin.studies.evaluated import interval, points
+from vtp_plugin.studies.evaluated import gain, over_tasks
 from vtp_plugin.studies.study import Study, some
 
 if TYPE_CHECKING:
@@ -88,12 +88,11 @@ class VTPDesign(Study):
         tasks = list(rows[WHOLE])
         table = Table(["", *tasks, "mean", f"- {LEADER}"], title=f"Keep {keep:g}")
         for name, right in rows.items():
-            gain = [np.subtract(right[task], rows[LEADER][task]) for task in tasks]
             table.add(
                 name,
                 *(f"{100 * mean(right[task]):.1f}" for task in tasks),
-                f"{100 * _mean(right):.1f}",
-                "" if name == LEADER else points(interval(gain)),
+                f"{100 * over_tasks(right):.1f}",
+                "" if name == LEADER else gain(right, rows[LEADER]),
             )
         table.caption = (
             f"{results['scenes']} validation scenes, a question of every task about each. Accuracy in %, original "
@@ -107,18 +106,13 @@ class VTPDesign(Study):
         figure = Figure(figsize=(6, 3.6), layout="constrained")
         axis, rows = figure.subplots(), results["rows"]
         for name in self.settings["parts"]:
-            line = sorted((row["keep"], 100 * _mean(row["right"])) for row in rows if row["part"] == name)
+            line = sorted((row["keep"], 100 * over_tasks(row["right"])) for row in rows if row["part"] == name)
             axis.plot(*zip(*line, strict=True), "o-", label=name, linewidth=2 if name == LEADER else 0.8)
-        axis.axhline(100 * _mean(rows[0]["right"]), color="grey", linewidth=0.8, label=WHOLE)
+        axis.axhline(100 * over_tasks(rows[0]["right"]), color="grey", linewidth=0.8, label=WHOLE)
         axis.set_xlabel("keep ratio")
         axis.set_ylabel("mean accuracy, %")
         axis.legend(fontsize=6)
         return {"parts": figure}
-
-
-def _mean(right: Mapping[str, list[float]]) -> float:
-    """Over tasks, each counting the same."""
-    return mean(mean(values) for values in right.values())
 
 
 def _chosen(strategy: PruningStrategy | None, tokens: Tensor, view: View) -> Tensor:

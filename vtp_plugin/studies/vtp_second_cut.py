@@ -14,13 +14,11 @@ from functools import cached_property
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from vtp_plugin import config
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting.tables import Table
 from vtp_plugin.stages import Stage
-from vtp_plugin.studies.evaluated import interval, points
+from vtp_plugin.studies.evaluated import gain, over_tasks
 from vtp_plugin.studies.study import Study, some, whole
 
 if TYPE_CHECKING:
@@ -136,8 +134,8 @@ class VTPSecondCut(Study):
                 " → ".join(f"{count:.0f}" for count in dict.fromkeys(row["layers"])),
                 f"{100 * row['spent']:.1f} %",
                 *(f"{100 * mean(row['right'][task]):.1f}" for task in tasks),
-                f"{100 * _mean(row['right']):.1f}",
-                *("" if name == other else _gain(row["right"], rows[other]["right"]) for other in against),
+                f"{100 * over_tasks(row['right']):.1f}",
+                *("" if name == other else gain(row["right"], rows[other]["right"]) for other in against),
             )
         absent = [name for name in self._asked_at(keep) if name not in rows]
         table.caption = (
@@ -153,21 +151,11 @@ class VTPSecondCut(Study):
         figure = Figure(figsize=(6, 3.6), layout="constrained")
         axis, rows = figure.subplots(), results["rows"]
         for name in self.settings["rows"]:
-            line = sorted((row["spent"], 100 * _mean(row["right"])) for row in rows if row["row"] == name)
+            line = sorted((row["spent"], 100 * over_tasks(row["right"])) for row in rows if row["row"] == name)
             wide = name in (LEADER, self.settings["form"])
             axis.plot([x for x, _ in line], [y for _, y in line], "o-", label=name, linewidth=2 if wide else 0.8)
-        axis.axhline(100 * _mean(rows[0]["right"]), color="grey", linewidth=0.8, label=WHOLE)
+        axis.axhline(100 * over_tasks(rows[0]["right"]), color="grey", linewidth=0.8, label=WHOLE)
         axis.set_xlabel("tokens x layers, of the unpruned model's")
         axis.set_ylabel("mean accuracy, %")
         axis.legend(fontsize=6)
         return {"cuts": figure}
-
-
-def _mean(right: Mapping[str, list[float]]) -> float:
-    """Over tasks, each counting the same."""
-    return mean(mean(values) for values in right.values())
-
-
-def _gain(right: Mapping[str, list[float]], other: Mapping[str, list[float]]) -> str:
-    """The difference of the means from another row, with its interval."""
-    return points(interval([np.subtract(right[task], other[task]) for task in right]))
