@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
+from vtp_plugin.hosts.lmms_eval.tasks.vtp_scenes import utils as scenes
 from vtp_plugin.tiny.checkpoint import cache_folder
 from vtp_plugin.tiny.clip_testset import read
 from vtp_plugin.tiny.clips import FRAMES
@@ -15,12 +16,8 @@ from vtp_plugin.tiny.clips import FRAMES
 FRAMES_A_SECOND = 2
 
 
-def task_docs(dataset, task):
-    """Keep the clip; the task's columns become `question` and `answer`."""
-    kept = dataset.select_columns(["clip", "ground", "stays", f"{task}_question", f"{task}_answer"])
-    return kept.rename_columns({f"{task}_question": "question", f"{task}_answer": "answer"})
-
-
+task_docs = partial(scenes.task_docs, shown=("clip", "ground", "stays"))
+doc_to_text, process_results = scenes.doc_to_text, scenes.process_results  # asked and judged as scenes are
 which_docs = partial(task_docs, task="which")
 moves_docs = partial(task_docs, task="moves")
 first_docs = partial(task_docs, task="first")
@@ -79,15 +76,3 @@ def encode(path, frames):
 doc_to_messages, doc_to_visual = partial(messages, order=in_time), partial(file, order=in_time)
 shuffled_to_messages, shuffled_to_visual = partial(messages, order=shuffled), partial(file, order=shuffled)
 last_to_messages, last_to_visual = partial(messages, order=last), partial(file, order=last)
-
-
-def doc_to_text(doc, lmms_eval_specific_kwargs=None):
-    """The word that is asked for stands last: a post_prompt would move it."""
-    around = lmms_eval_specific_kwargs or {}
-    return f"{around.get('pre_prompt', '')}{doc['question']}{around.get('post_prompt', '')}"
-
-
-def process_results(doc, results):
-    """The first word is the answer."""
-    words = results[0].lower().split()
-    return {"exact_match": float(bool(words) and words[0].strip(".,") == doc["answer"])}

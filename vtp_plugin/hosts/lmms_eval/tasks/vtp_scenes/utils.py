@@ -7,9 +7,9 @@ NAMES = {*SHAPES, *"0123456789"}
 Verdict = tuple[bool, bool]  # the truth is yes, the prediction is yes
 
 
-def task_docs(dataset, task):
-    """Keep the picture; the task's columns become `question` and `answer`."""
-    kept = dataset.select_columns(["scene", "image", f"{task}_question", f"{task}_answer"])
+def task_docs(dataset, task, shown=("scene", "image")):
+    """Keep the columns of what is shown; the task's own become `question` and `answer`."""
+    kept = dataset.select_columns([*shown, f"{task}_question", f"{task}_answer"])
     return kept.rename_columns({f"{task}_question": "question", f"{task}_answer": "answer"})
 
 
