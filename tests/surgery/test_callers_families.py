@@ -240,6 +240,13 @@ def test_text_among_pictures_and_beams_over_a_batch(name: str) -> None:
             torch.testing.assert_close(scores[2 * row : 2 * row + 2], own, **CLOSE)
 
 
+def to_compile(name: str, layout: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model of its own, its prompts, and nothing compiled yet."""
+    torch._dynamo.reset()
+    family = FAMILIES[name]
+    return family.build("sdpa"), batched(family, prompts_of(name, layout))
+
+
 COMPILED = ("llava_next", "llava_onevision", "internvl", "gemma3", "qwen3_vl")
 
 
@@ -248,9 +255,7 @@ COMPILED = ("llava_next", "llava_onevision", "internvl", "gemma3", "qwen3_vl")
 @torch.no_grad()
 def test_compiled_before_attaching(name: str) -> None:
     """The logits of a model that is not compiled; detached, the host's."""
-    torch._dynamo.reset()
-    family = FAMILIES[name]
-    model, first = family.build("sdpa"), batched(family, prompts_of(name, "single"))
+    model, first = to_compile(name, "single")
     whole = model(**first).logits
     with pruned_model(model):
         wanted = model(**first).logits
@@ -266,9 +271,7 @@ def test_compiled_before_attaching(name: str) -> None:
 @pytest.mark.parametrize("name", dear(COMPILED, ["llava_onevision"]))
 @torch.no_grad()
 def test_compiled_after_attaching(name: str) -> None:
-    torch._dynamo.reset()
-    family = FAMILIES[name]
-    model, first = family.build("sdpa"), batched(family, prompts_of(name, "single"))
+    model, first = to_compile(name, "single")
     with pruned_model(model):
         wanted = model(**first).logits
         later = torch.compile(model, backend="eager", dynamic=True)
@@ -283,10 +286,7 @@ def pruned_model(model: nn.Module) -> Any:
 @pytest.mark.parametrize("case", dear(CASES, ["fastv"]))
 @torch.no_grad()
 def test_layers_that_were_compiled_one_by_one(case: str) -> None:
-    torch._dynamo.reset()
-    name = "llava_next"
-    family = FAMILIES[name]
-    model, first = family.build("sdpa"), batched(family, prompts_of(name, "batch"))
+    model, first = to_compile("llava_next", "batch")
     with vtp.prune(model, case, **CASES[case]):
         wanted = generated(model, dict(first))
     layers = model.model.language_model.layers
