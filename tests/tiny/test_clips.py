@@ -18,7 +18,7 @@ pytest.importorskip("rich")
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.tiny import clip_missing, clip_testset, clip_train, clips
-from vtp_plugin.tiny.checkpoint import CLIP_FACTORS, WEIGHTS, load_weights, resolve
+from vtp_plugin.tiny.checkpoint import resolve
 from vtp_plugin.tiny.clip_missing import LEFT, PATTERNS, Shown
 from vtp_plugin.tiny.clip_testset import PARQUET, TASKS, Stored, read
 from vtp_plugin.tiny.clips import ASKED, FRAMES, SIDES, Clip, read_stays, sample_clip
@@ -26,8 +26,8 @@ from vtp_plugin.tiny.fitting import Plan, Run
 from vtp_plugin.tiny.lowrank import adapt, merged
 from vtp_plugin.tiny.modeling import llama_config
 from vtp_plugin.tiny.scenes import MIDLINE, NUMBERS, PLATE, SHAPES, SIZE, Scene
+from vtp_plugin.tiny.store import CLIP_FACTORS, WEIGHTS, load_weights
 
-TRAINED = pytest.mark.skipif(not (WEIGHTS / CLIP_FACTORS).exists(), reason="vtp-tiny-video is not trained yet")
 CLIPS = [sample_clip("train", seed) for seed in range(40)]
 ROWS = parquet.read_table(PARQUET).to_pylist()
 
@@ -268,7 +268,6 @@ def ask(model: Any, processor: Any, asked: list[tuple[np.ndarray, str]]) -> list
     return [text.strip() for text in said]
 
 
-@TRAINED
 def test_the_prompt_is_what_training_showed(video_model: tuple[Any, Any]) -> None:
     _, processor = video_model
     before, behind = clip_train.layout().split("left or right first")
@@ -278,7 +277,6 @@ def test_the_prompt_is_what_training_showed(video_model: tuple[Any, Any]) -> Non
     assert inputs["input_ids"][0].tolist() == [*before, *video, *behind]
 
 
-@TRAINED
 def test_only_the_language_model_and_the_projector_differ(video_model: tuple[Any, Any]) -> None:
     model, _ = video_model
     tower = {name.removeprefix("vision_model."): value for name, value in load_weights("clip").items()}
@@ -300,7 +298,6 @@ def test_without_factors_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve("vtp-tiny-video", "hf")
 
 
-@TRAINED
 def test_time_is_what_it_answers_from(video_model: tuple[Any, Any]) -> None:
     """Far above what the question, the last frame or shuffled ones give away; it has not learnt what was first."""
     right: dict[tuple[str, str], list[bool]] = {}

@@ -16,8 +16,9 @@ from PIL import Image
 import vtp_plugin
 from vtp_plugin.errors import PruningError
 from vtp_plugin.tiny import checkpoint
-from vtp_plugin.tiny.checkpoint import NAME, WEIGHTS, WRITERS, resolve
+from vtp_plugin.tiny.checkpoint import NAME, WRITERS, resolve
 from vtp_plugin.tiny.modeling import LLAMA_LAYERS
+from vtp_plugin.tiny.store import WEIGHTS
 
 pytestmark = pytest.mark.long
 

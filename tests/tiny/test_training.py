@@ -12,7 +12,6 @@ pytest.importorskip("rich")
 from transformers import CLIPModel, LlamaForCausalLM
 
 from vtp_plugin.tiny import train
-from vtp_plugin.tiny.checkpoint import WEIGHTS
 from vtp_plugin.tiny.fitting import Run
 from vtp_plugin.tiny.language import answer_loss, by_task, write_lesson
 from vtp_plugin.tiny.missing import whole
@@ -21,6 +20,7 @@ from vtp_plugin.tiny.pool import draw_pool, usable_cores
 from vtp_plugin.tiny.prompts import layouts, load_llama_tokenizer
 from vtp_plugin.tiny.questions import CHOICES, Question, ask_all
 from vtp_plugin.tiny.scenes import GRID, PATCH, SIZE, sample_scene
+from vtp_plugin.tiny.store import WEIGHTS
 from vtp_plugin.tiny.vision import look, show
 from vtp_plugin.tiny.workshop import Workshop
 

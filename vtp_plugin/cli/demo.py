@@ -28,8 +28,8 @@ def command(
     from vtp_plugin.plugins import get_strategy
     from vtp_plugin.reporting import comparison
     from vtp_plugin.reporting.figures import drawn
-    from vtp_plugin.tiny.checkpoint import load_weights
     from vtp_plugin.tiny.modeling import depth
+    from vtp_plugin.tiny.store import load_weights
 
     out = console()
     comparison.check(files.check_folder(output))

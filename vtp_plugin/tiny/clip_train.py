@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .checkpoint import CLIP_FACTORS, WEIGHTS
-from .clip_checkpoint import CELLS, POOLED
+from .clip_folder import CELLS, POOLED
 from .clip_missing import Shown, some_missing
 from .clips import ASKED, FRAMES, Clip, sample_clip
 from .examining import shipped
@@ -33,6 +32,7 @@ from .missing import Sight, whole
 from .modeling import LLAMA_WIDTH, normalize
 from .prompts import Layout, layouts, load_llama_tokenizer
 from .scenes import SHAPES, SIZE, Split, Thing
+from .store import CLIP_FACTORS, WEIGHTS
 from .vision import look
 
 POOL = {"validation": 300, "train": 900}
@@ -157,7 +157,7 @@ def again(clip: Clip, rng: np.random.Generator, simple: bool) -> tuple[Clip, np.
 
 def train(run: Run, steps: int | None = None) -> None:
     pupil, pool, prompts = student(run, torch.bfloat16), Pool(run, "train"), layout()
-    plan = Plan(**{**vars(PLAN), "steps": steps or PLAN.steps})
+    plan = replace(PLAN, steps=steps or PLAN.steps)
     heard: list[Tensor] = []
     pupil.llama.model.layers[HALFWAY - 1].register_forward_hook(lambda layer, args, output: heard.append(output))
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from . import testset
-from .checkpoint import WEIGHTS, load_weights
 from .fitting import Metrics
 from .language import examine, write_lesson
 from .missing import PATTERNS, Sight, renumber
@@ -18,6 +17,7 @@ from .modeling import build, normalize
 from .prompts import Layout, layouts, load_llama_tokenizer
 from .questions import TASKS
 from .scenes import Scene
+from .store import WEIGHTS, load_weights
 from .tokenizers import load_clip_tokenizer
 from .vision import View, look
 

@@ -35,7 +35,7 @@ class Questions:
 
     def __init__(self, seeds: Sequence[int], batch: int) -> None:
         self.model, self.processor = load()
-        asked = [(seed, *pair) for place, seed in enumerate(seeds) for pair in _asked(place, seed)]
+        asked = [(seed, *pair) for place, seed in enumerate(seeds) for pair in _questions(place, seed)]
         self.batches = [self._batch(asked[start : start + batch]) for start in range(0, len(asked), batch)]
 
     def _batch(self, asked: Sequence[tuple[int, str, Any]]) -> Batch:
@@ -99,5 +99,5 @@ def visual(pruned: Pruned, call: Call, row: int) -> Tensor:
     return lengths - lengths[0] + counting.entered(call, row)
 
 
-def _asked(place: int, seed: int) -> list[tuple[str, Any]]:
+def _questions(place: int, seed: int) -> list[tuple[str, Any]]:
     return list(ask(place, seed, sample_scene("validation", seed)).items())

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from . import testset
-from .checkpoint import WEIGHTS, export, load_weights
 from .examining import score, table
 from .fitting import Metrics, Plan, Run, fit, progress
 from .language import answer_loss
@@ -34,6 +33,7 @@ from .modeling import deepen, normalize
 from .pool import draw, draw_pool, open_pool, open_scenes, write_features
 from .prompts import layouts, load_llama_tokenizer
 from .questions import CHOICES
+from .store import WEIGHTS, export, load_weights
 from .tokenizers import corpus, train_clip_tokenizer, train_llama_tokenizer
 from .vision import look, show, vision_loss
 from .workshop import SHIPPED, TRAINS, Batch, Workshop

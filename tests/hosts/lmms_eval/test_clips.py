@@ -14,10 +14,8 @@ pytest.importorskip("lmms_eval")
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.lmms_eval.plugin import TASKS, documents
-from vtp_plugin.tiny.checkpoint import CLIP_FACTORS, WEIGHTS
 from vtp_plugin.tiny.clip_testset import CLIPS, PARQUET, read
 
-TRAINED = pytest.mark.skipif(not (WEIGHTS / CLIP_FACTORS).exists(), reason="vtp-tiny-video is not trained yet")
 VIDEO = "pretrained=vtp-tiny-video,device=cpu"
 TOKENS = 288
 
@@ -37,7 +35,6 @@ def document() -> dict[str, Any]:
     return pyarrow.parquet.read_table(PARQUET).slice(3, 1).to_pylist()[0] | {"question": "what came"}
 
 
-@TRAINED
 @pytest.mark.parametrize("method", ["evs", "vidcom2", "flashvid"])
 def test_methods_for_videos_divide_one_budget(method: str) -> None:
     arguments = f"{VIDEO},pruning={method},pruning.keep_ratio=0.25"
@@ -53,7 +50,6 @@ def test_every_task_has_its_questions() -> None:
     assert {documents(f"vtp_clips{way}_{task}") for way in ("", "_last") for task in ("which", "first")} == {CLIPS}
 
 
-@TRAINED
 def test_another_model_class_is_refused() -> None:
     with pytest.raises(PruningError, match=r"unknown model for vtp-tiny-video 'llava_hf'.*huggingface"):
         lmms.evaluate("llava_hf", "pretrained=vtp-tiny-video,pruning=evs", "vtp_clips", limit=1)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import CLIP_FACTORS, WEIGHTS, load_weights, save_model, use_published_names
+from .folders import composed, save_model, use_published_names
 from .lowrank import merged
 from .prompts import CHAT_TEMPLATE, IMAGE, load_llama_tokenizer
 from .scenes import GRID, PATCH, SIZE
+from .store import CLIP_FACTORS, WEIGHTS, load_weights
 
 VIDEO = "<video>"
 POOLED = 2  # patches on a side of the square that becomes one token of a frame
@@ -51,14 +52,8 @@ def write_video(folder: Path) -> None:
         spatial_pool_stride=POOLED,
         pad_token_id=tokenizer.pad_token_id,
     )
-    weights = {f"model.language_model.{name[6:]}": value for name, value in text.items() if name.startswith("model.")}
-    weights |= {f"model.multi_modal_projector.{name}": value for name, value in learned["projector"].items()}
-    vision = {name: value for name, value in load_weights("clip").items() if name.startswith("vision_model.")}
-    weights |= {f"model.vision_tower.{name[13:]}": value for name, value in vision.items()}
-    weights |= {
-        "lm_head.weight": text["lm_head.weight"],
-        "model.image_newline": torch.zeros(config.text_config.hidden_size),
-    }
+    newline = torch.zeros(config.text_config.hidden_size)
+    weights = composed(text, learned["projector"]) | {"model.image_newline": newline}
     model = LlavaNextVideoForConditionalGeneration(config)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     save_model(model, weights, folder)
