@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -105,6 +106,25 @@ class Host:
         with self.device as device:
             answer, counts = self._generated(self.there, device.put(self.inputs(layout)), strategy, new)
             return answer, counts
+
+    @cache  # noqa: B019 - there is one
+    def _moved(self, device: str) -> nn.Module:
+        return self._build().to(device)
+
+    def on_device(self, device: str, strategy: PruningStrategy | None, layout: str, new: int = 2) -> tuple[Answer, int]:
+        """On a real device, and how often the host waited for it."""
+        inputs = {name: value.to(device) for name, value in self.inputs(layout).items()}
+        torch.backends.cudnn.allow_tf32 = False
+        with warnings.catch_warnings(record=True) as told, sdpa_kernel(SDPBackend.MATH):
+            warnings.simplefilter("always")
+            if device != "cpu":
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                answer, _ = self._generated(self._moved(device), inputs, strategy, new)
+            finally:
+                if device != "cpu":
+                    torch.cuda.set_sync_debug_mode("default")
+        return answer, sum("synchronizing" in str(warning.message) for warning in told)
 
     def _generated(
         self, model: nn.Module, inputs: dict[str, Any], strategy: PruningStrategy | None, new: int

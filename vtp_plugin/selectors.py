@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from vtp_plugin.replay import replayed
 from vtp_plugin.tokens import best
 
 MINMAX_EPS = 1e-6
@@ -79,6 +80,7 @@ def distances(tokens: Tensor) -> Tensor:
     return (sizes[:, :, None] + sizes[:, None]).sub_(inner, alpha=2).clamp_(min=0)
 
 
+@replayed
 def farthest_points(distance: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
     """Max-min diversity: repeatedly the largest weight_j min over picks d_sj; distance [B, N, N], weight [B, N].
 
@@ -107,6 +109,7 @@ def _to_others(distance: Tensor) -> Tensor:
     return nearest
 
 
+@replayed
 def herding(kernel: Tensor, picks: Tensor, k: int) -> Tensor:
     """Add to the picks [B, M] until there are k [B, k], each time argmax_j (M + 1) mean_i k_ij - sum over picks k_sj.
 
@@ -137,6 +140,7 @@ def gaussian(tokens: Tensor, scale: float) -> Tensor:
     return alike.div_(STEP).round_().mul_(STEP)
 
 
+@replayed
 def coverage(
     similarity: Tensor, weight: Tensor, k: int, demand: Tensor | None = None, bonus: Tensor | None = None
 ) -> Tensor:
@@ -158,6 +162,7 @@ def coverage(
     return greedy(gain, pick, torch.zeros_like(weight, dtype=torch.bool), k)
 
 
+@replayed
 def determinantal(kernel: Tensor, k: int, fallback: Tensor) -> Tensor:
     """Greedy MAP of a determinantal point process with kernel [B, N, N], by the Cholesky recursion.
 
@@ -184,9 +189,9 @@ def determinantal(kernel: Tensor, k: int, fallback: Tensor) -> Tensor:
 
 
 def mean_by_owner(tokens: Tensor, owner: Tensor, number: int) -> Tensor:
-    """Mean of the tokens [N, D] of each of `number` owners [N], zero for one that owns none; [number, D]."""
-    member = one_hot(owner, number).to(tokens.dtype)  # [N, number]; a product, because index_add_ is random on CUDA
-    return member.T @ tokens / member.sum(0).clamp(min=1)[:, None]
+    """Mean of the tokens [..., N, D] of each of M = `number` owners [..., N], zero for one with none: [..., M, D]."""
+    member = one_hot(owner, number).to(tokens.dtype)  # [..., N, M]; a product: index_add_ is random on CUDA
+    return member.mT @ tokens / member.sum(-2).clamp(min=1)[..., None]
 
 
 def apportioned(exact: Tensor, room: Tensor, k: int, first: Tensor | None = None) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from vtp_plugin import config, files
 from vtp_plugin.bench import gpu_page, rounds
 from vtp_plugin.bench.journal import Journal, machine, say
-from vtp_plugin.errors import PruningError, sentence
+from vtp_plugin.errors import PruningError, sentence, unknown
 from vtp_plugin.hosts.transformers.architectures import Shape
 from vtp_plugin.hosts.transformers.shapes import shape_of
 from vtp_plugin.plugins import get_strategy
@@ -36,6 +36,7 @@ FOLDER = ROOT / "docs" / "results" / "gpu"
 TOTAL = 520.0  # seconds; under nine minutes with what a process needs to begin and end
 ROW = 6.0  # seconds that the rounds of one row may take
 REPEATS, REHEARSED = 5, 1  # rounds; with small shapes
+SMALL = ("small", "small-next", "small-qwen", "small-qwen3")
 KEEPS, BATCHES = (0.25, 0.11, 0.5), (8, 1)
 STRATEGIES: dict[str, dict[str, Any]] = {
     "l2": {},
@@ -46,6 +47,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "vtp": {},
     "vprune": {},
 }
+MORE: dict[str, dict[str, Any]] = {"atp": {"alpha": 0.0, "keep_ratio": 0.4}}  # at the paper's 60 %, on the first shape
+ENCODED: dict[str, dict[str, Any]] = {"l2": {"keep_ratio": 0.5}}  # towers by themselves, at the poster's budget
+ENCODED_BATCHES = (64, 8)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Options:
     dtype: str
     small: bool  # shapes to try the command with
     again: bool = False
+    only: tuple[str, ...] = ()  # the names of the parts that are run; none: all
 
     @property
     def repeats(self) -> int:
@@ -94,13 +99,28 @@ def bench(name: str, options: Options, until: float) -> None:
             held.append(rounds.built(shape, facts, options.device))
         return held[0]
 
-    for keep in KEEPS:
-        chosen = strategies(shape, keep, budgeted_only=keep != KEEPS[0])
-        journal.fill(rounds.items(shape, model, chosen, BATCHES, options.repeats, options.row), until)
+    wanted = [(strategies(shape, keep, budgeted_only=keep != KEEPS[0]), BATCHES) for keep in KEEPS]
+    if not shape.decodes:
+        wanted = [(built(ENCODED), ENCODED_BATCHES)]
+    elif name in (gpu_page.SHAPES[0], SMALL[0]):
+        wanted.insert(1, (built(MORE), BATCHES))
+    for chosen, batches in wanted:
+        journal.fill(rounds.items(shape, model, chosen, batches, options.repeats, options.row), until, forgiving=True)
     held.clear()
     gc.collect()
     if options.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def built(fields: dict[str, dict[str, Any]]) -> list[PruningStrategy]:
+    """Strategies by name with these fields."""
+    return [config.build(name, own) for name, own in fields.items()]
+
+
+def encoders(options: Options, until: float) -> None:
+    """Towers by themselves."""
+    for name in ("clip-vit-small",) if options.small else gpu_page.ENCODERS:
+        bench(name, options, until)
 
 
 def strategies(shape: Shape, keep: float, budgeted_only: bool) -> list[PruningStrategy]:
@@ -174,14 +194,15 @@ def _write(options: Options, name: str, command: Sequence[str], found: dict[str,
 
 def parts(small: bool) -> list[Part]:
     """In the order of what matters most; the shares add up to the whole."""
-    names = ("small", "small-next", "small-qwen", "small-qwen3") if small else gpu_page.SHAPES
-    ends = dict(zip(names, (0.25, 0.56, 0.72, 0.85), strict=True))
+    names = SMALL if small else gpu_page.SHAPES
+    ends = dict(zip(names, (0.25, 0.58, 0.74, 0.88), strict=True))
     benches = [
         Part(name, end, lambda options, until, name=name: bench(name, options, until)) for name, end in ends.items()
     ]
     return [
         benches[0],
-        Part("tests", 0.37, tests),
+        Part("encoders", 0.28, encoders),
+        Part("tests", 0.40, tests),
         *benches[1:],
         Part("training", 0.98, training),
         Part("vllm", 1.00, vllm),
@@ -193,6 +214,8 @@ def run(options: Options, seconds: float) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     for part in parts(options.small):
+        if options.only and part.name not in options.only:
+            continue
         if _whole(options, part.name):
             say(f"{part.name}: measured already")
             continue
@@ -218,15 +241,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, default=FOLDER, help="folder for the records")
     parser.add_argument("--seconds", type=float, default=TOTAL, help="for all of it")
     parser.add_argument("--small", action="store_true", help="small shapes, to try the command on any machine")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="shapes, encoders, tests, training, vllm")
     parser.add_argument("--again", action="store_true", help="measure anew what the folder has already")
     chosen = parser.parse_args(arguments)
     cuda = torch.cuda.is_available()
     try:
         if not cuda and not chosen.small:
             raise PruningError("there is no CUDA device here; --small tries the command with small shapes on the CPU")
+        names = [part.name for part in parts(chosen.small)]
+        if strange := [name for name in chosen.only if name not in names]:
+            raise unknown("part", strange[0], names)
         device = torch.device("cuda" if cuda else "cpu")
         run(
-            Options(chosen.output, device, "bfloat16" if cuda else "float32", chosen.small, chosen.again),
+            Options(
+                chosen.output, device, "bfloat16" if cuda else "float32", chosen.small, chosen.again, tuple(chosen.only)
+            ),
             chosen.seconds,
         )
     except PruningError as error:

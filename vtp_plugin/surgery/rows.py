@@ -5,7 +5,8 @@ Rows are taken out: those of tokens that were dropped in the tower, and those th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,17 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from vtp_plugin.facts.image import Image
-from vtp_plugin.signals import RowsView, Signal
+from vtp_plugin.signals import RowsView, Signal, needed
 from vtp_plugin.signals.views import tapped
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.arrangement import Arrangement, Group, ImageRows
+from vtp_plugin.surgery.batching import alike
 from vtp_plugin.surgery.columns import Rows
 from vtp_plugin.surgery.judging import Judgement
 from vtp_plugin.surgery.question import CallQuestions
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.surgery.vision import Cutting, space_of
 from vtp_plugin.tokens import true_columns
+
+PAIRS = 2**25  # of rows of one image, of all images that are judged at once: what maps of them may take
 
 
 class RowsLate(Cutting):
@@ -48,49 +52,114 @@ class RowsLate(Cutting):
         for strategy in self.vision.at(Stage.PROJECTOR):
             with self.session.judging(strategy) as cut:
                 before = [len(part.source) for part in parts]
-                groups = made.groups(strategy, parts)
-                pieces = [piece for group in groups for piece in self._decide(cut, made, group)]
+                shown = [self._shown(made, strategy, group) for group in made.groups(strategy, parts)]
+                pieces = [piece for some in _alike(shown) for piece in self._decide(cut, made, some)]
                 for part in parts:
                     part.become([rest for owner, *rest in pieces if owner is part])
                 for part, count in zip(parts, before, strict=True):
                     cut.note(part.number, count, part.source)
         return [self._finished(part, rows) for part, rows in zip(parts, features, strict=True)]
 
-    def _decide(self, cut: Judgement, made: Arrangement, group: Group) -> list[tuple[ImageRows, Tensor, ...]]:
-        """One decision about rows of one or several images: per part source, tokens and features of what is left."""
-        rows = GroupRows(made, cut.strategy, group)
-        features, source, owner = rows.projected[0], rows.source, rows.owner
-        found = self.vision.signals_of(cut.strategy, rows, rows.carried)
-        views = {"views": rows.images[0].views} if found.get("view") is not None else {}
-        owners = [(rows.first, 0)] if len(group) == 1 else ()
-        selection = cut.ask(rows.tokens, rows.index, rows.grid, found, owners, **views)
-        chosen = selection.sources[0]
-        tokens = selection.apply(rows.tokens)[0]
-        if selection.tokens is None:
-            features = features[chosen]
+    def _shown(self, made: Arrangement, strategy: PruningStrategy, group: Group) -> Shown:
+        """Rows that share one budget, with their signals."""
+        rows = GroupRows(made, strategy, group)
+        return Shown(rows, self.vision.signals_of(strategy, rows, rows.carried))
+
+    def _decide(self, cut: Judgement, made: Arrangement, shown: Sequence[Shown]) -> list[tuple[ImageRows, Tensor, ...]]:
+        """One decision about groups that are alike: per part source, tokens and features of what is left."""
+        groups, first = [one.rows for one in shown], shown[0]
+        tokens, index = _joined([rows.tokens for rows in groups]), _joined([rows.index for rows in groups])
+        found = dict(first.found) | {name: _joined([one.found[name] for one in shown]) for name in first.per_image}
+        owners = [(rows.first, 0) for rows in groups] if all(len(rows.group) == 1 for rows in groups) else ()
+        selection = cut.ask(tokens, index, first.rows.grid, found, owners, **first.facts)
+        values = selection.apply(tokens)
+        for part in (part for rows in groups for part, _ in rows.group):
+            part.ordered &= selection.source is None
+        return [
+            piece
+            for rows, chosen, new in zip(groups, selection.sources, values, strict=True)
+            for piece in self._left(made, rows, chosen, new, merged=selection.tokens is not None)
+        ]
+
+    def _left(
+        self, made: Arrangement, rows: GroupRows, chosen: Tensor, tokens: Tensor, *, merged: bool
+    ) -> list[tuple[ImageRows, Tensor, ...]]:
+        """What a decision leaves of one group: the rows `chosen` [K], -1 for one that is none of them, now `tokens`."""
+        if not merged:
+            features = rows.projected[0][chosen]
         else:
             features = self.family.projector(tokens[None])[0] if made.tokenwise else tokens
-        source = torch.where(chosen >= 0, source[chosen.clamp(min=0)], -1)
-        owner = torch.where(chosen >= 0, owner[chosen.clamp(min=0)], 0)
-        if len(group) == 1:
-            return [(group[0][0], source, tokens, features)]
-        left = _owned(owner, len(group))
-        return [(part, source[m], tokens[m], features[m]) for (part, _), m in zip(group, left, strict=True)]
+        if not merged and len(rows.group) == 1:
+            return [(rows.group[0][0], rows.source[chosen], tokens, features)]
+        source = torch.where(chosen >= 0, rows.source[chosen.clamp(min=0)], -1)
+        if len(rows.group) == 1:
+            return [(rows.group[0][0], source, tokens, features)]
+        left = _owned(torch.where(chosen >= 0, rows.owner[chosen.clamp(min=0)], 0), len(rows.group))
+        return [(part, source[m], tokens[m], features[m]) for (part, _), m in zip(rows.group, left, strict=True)]
 
     def _finished(self, part: ImageRows, rows: Tensor) -> tuple[Tensor, Rows]:
         """The rows of an image that enter the prompt, in the order of the host where nothing was merged."""
         image = self.call.images[part.number]
         image.index, image.fixed = part.source, len(part.fixed)
         image.entered = len(part.source) + len(part.fixed)
+        if part.ordered and not image.fixed:
+            return part.features, Rows(part.source)
         source = torch.cat([part.source, part.fixed])
         features = torch.cat([part.features, rows[part.fixed].to(part.features)])
         judged = torch.arange(len(source), device=source.device) < len(part.source)
-        place, fixed = torch.arange(len(source), device=source.device), len(part.fixed)
-        raster = torch.ones_like(judged) if fixed else (source >= 0).all()
-        order = torch.where(raster, source, place).sort(stable=True).indices
-        left = Rows(source[order], judged[order], fixed)
+        if image.fixed or part.ordered:
+            order = source.sort(stable=True).indices
+        else:
+            order = torch.where((source >= 0).all(), source, torch.arange(len(source), device=source.device))
+            order = order.sort(stable=True).indices
+        left = Rows(source[order], judged[order], image.fixed)
         image.index = left.only_judged(left.source)
         return features[order], left
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Rows that share one budget, and what their strategy is shown of them."""
+
+    rows: GroupRows
+    found: Mapping[str, Any]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What tokens are told beside signals."""
+        return {"views": self.rows.images[0].views} if self.found.get("view") is not None else {}
+
+    @property
+    def kind(self) -> Any:
+        """Groups of one kind can be judged at once."""
+        said = [self._said(name, value) for name, value in self.found.items()]
+        return len(self.rows.source), self.rows.grid, str(said), str(self.facts)
+
+    @property
+    def per_image(self) -> list[str]:
+        """The signals that have an entry for every image; others are facts that images of one kind share."""
+        return [
+            signal.name for signal in needed(self.rows.strategy) if "B" in signal.axes and signal.name in self.found
+        ]
+
+    def _said(self, name: str, value: Any) -> Any:
+        """What has to be equal of a signal."""
+        return value.shape if isinstance(value, Tensor) else type(value) if name in self.per_image else value
+
+
+def _alike(shown: Sequence[Shown]) -> Iterator[Sequence[Shown]]:
+    """Groups that are judged at once: of one kind, and no more than a map of all pairs has room for."""
+    for numbers in alike([one.kind for one in shown]):
+        most = max(1, PAIRS // max(1, len(shown[numbers[0]].rows.source)) ** 2)
+        for start in range(0, len(numbers), most):
+            yield [shown[number] for number in numbers[start : start + most]]
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """Of several groups one after the other: tensors [1, ...], or a tuple of one for each."""
+    if len(values) == 1 or values[0] is None:
+        return values[0]
+    return torch.cat(list(values)) if isinstance(values[0], Tensor) else sum(map(tuple, values), ())
 
 
 def _owned(owner: Tensor, parts: int) -> list[Tensor]:
@@ -109,21 +178,26 @@ class GroupRows(RowsView):
         self.images: list[Image] = [arrangement.vision.call.images[part.number] for part, _ in group]
         self.first = group[0][0].number
         self.fingerprint = (self.images[0].fingerprint,)
-        self.owner = torch.cat([torch.full_like(where, n) for n, (_, where) in enumerate(group)])  # [N]
-        self.source = torch.cat([part.source[where] for part, where in group])  # [N]
+        self.source = _together([_chosen(part.source, where) for part, where in group])  # [N]
 
     @property
     def block(self) -> int:
         return self.tower.number(self.strategy.tower_layer)
 
     @cached_property
+    def owner(self) -> Tensor:
+        """Which part every row is of, [N]."""
+        sizes = [len(part.source) if where is None else len(where) for part, where in self.group]
+        return torch.cat([self.source.new_full((size,), n) for n, size in enumerate(sizes)])
+
+    @cached_property
     def tokens(self) -> Tensor:
         """[1, N, D]"""
-        return torch.cat([part.tokens[where] for part, where in self.group])[None]
+        return _together([_chosen(part.tokens, where) for part, where in self.group])[None]
 
     @cached_property
     def projected(self) -> Tensor:
-        return torch.cat([part.features[where] for part, where in self.group])[None]
+        return _together([_chosen(part.features, where) for part, where in self.group])[None]
 
     @cached_property
     def _offsets(self) -> Tensor:
@@ -164,8 +238,8 @@ class GroupRows(RowsView):
 
     @property
     def units(self) -> Tensor:
-        pieces = [self.arrangement.units[part.number][part.source[where]] for part, where in self.group]
-        return torch.cat(pieces)[None]
+        pieces = [self.arrangement.units[part.number] for part, _ in self.group]
+        return self._of_source(pieces)
 
     @property
     def film(self) -> tuple[int, int, int]:
@@ -188,7 +262,7 @@ class GroupRows(RowsView):
         if not self._several_views:
             return None
         (part, where), *_ = self.group
-        tile = part.tiles if len(where) == len(part.source) else part.tiles[where.cpu()]
+        tile = part.tiles if where is None or len(where) == len(part.source) else part.tiles[where.cpu()]
         if (tile != tile.round()).any():
             kind = self.arrangement.kind
             raise self.strategy.error(f"it needs whole tiles, the model interpolates across those of this {kind}")
@@ -211,10 +285,28 @@ class GroupRows(RowsView):
 
     def _gathered(self, key: Any, maps: Tensor) -> Tensor:
         """The rows of the group of a map, [1, N, ...]."""
-        pieces = [self.arrangement.of_image(key, maps, part.number)[part.source[where]] for part, where in self.group]
-        return torch.cat(pieces)[None]
+        return self._of_source([self.arrangement.of_image(key, maps, part.number) for part, _ in self.group])
+
+    def _of_source(self, whole: Sequence[Tensor]) -> Tensor:
+        """The rows of the group of values that have one for every row of the host, per part [n, ...]; [1, N, ...]."""
+        pairs = zip(whole, self.group, strict=True)
+        pieces = [
+            values if part.whole and where is None else values[_chosen(part.source, where)]
+            for values, (part, where) in pairs
+        ]
+        return _together(pieces)[None]
 
     @property
     def _several_views(self) -> bool:
         """Whether the rows are those of one image with several views."""
         return len(self.group) == 1 and self.strategy.budget != "per_tile" and self.images[0].views is not None
+
+
+def _chosen(values: Tensor, where: Tensor | None) -> Tensor:
+    """Values [n, ...] at some places [m]; None: at all of them."""
+    return values if where is None else values[where]
+
+
+def _together(pieces: Sequence[Tensor]) -> Tensor:
+    """Pieces [n, ...] one after the other; one alone as it is."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
