@@ -24,6 +24,37 @@ LAYOUTS = ("single", "batch")  # one prompt; two of unequal length with three pi
 STAGES = {name: family.stages for name, family in families.FAMILIES.items()}
 STAGES |= dict.fromkeys(models.FAMILIES, families.STAGES)
 
+# by stage, a strategy for every signal, with fields that tiny models can spend
+CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "pixels": [("vprune", {"chi2_threshold": 40.0, "cosine_threshold": 0.2}), ("downsample", {"keep_ratio": 0.5})],
+    "vit": [("l2", {}), ("l2", {"center": True}), ("l2", {"positioned": True}), ("tome", {"keep_ratio": 0.6})],
+    "projector": [
+        ("atp", {}),
+        ("divprune", {"keep_ratio": 0.4}),
+        ("visionzip", {"dominant": 3, "contextual": 2}),
+        ("prumerge", {}),
+        ("hired", {"keep_ratio": 0.4}),
+        ("random", {}),
+        ("hiprune", {"shallow": 1, "keep_ratio": 0.4}),
+        ("vscan", {"shallow": 1, "keep_ratio": 0.4}),
+        ("nuwa", {"keep_ratio": 0.4}),
+        ("mmtok", {"keep_ratio": 0.4}),
+        ("vidcom2", {"keep_ratio": 0.4}),
+    ],
+    "llm": [
+        ("fastv", {}),
+        ("fastv", {"layer": 3}),  # some take visual features up in their first layers
+        ("dart", {"layer": 3, "keep_ratio": 0.4}),
+        ("pyramiddrop", {"layers": "2 3"}),
+        ("fitprune", {"keep_ratio": 0.6}),
+        ("sparsevlm", {}),
+        ("sparsevlm", {"version": 2}),
+        ("dart", {"keep_ratio": 0.4}),
+        ("vtp", {"at": "llm", "focus": 1.0}),
+        ("coreprune", {"layer": 2, "keep_ratio": 0.4}),
+    ],
+}
+
 
 @dataclass
 class Answer:
@@ -154,3 +185,9 @@ class Host:
 @cache
 def host(name: str, dtype: torch.dtype = torch.float32) -> Host:
     return Host(name, dtype)
+
+
+def can(name: str, strategy: str, fields: dict[str, Any]) -> bool:
+    """Whether the family gives the strategy what it needs."""
+    one = host(name)
+    return not one.lacks(one.strategy(strategy, **fields))

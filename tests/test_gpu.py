@@ -21,8 +21,7 @@ from typing import Any
 
 import pretend_hosts
 import pytest
-import test_pretend
-import test_syncs
+import syncs
 import torch
 from torch import Tensor, nn
 from transformers.utils import is_flash_attn_2_available
@@ -435,7 +434,7 @@ def test_both_positions_run(model: nn.Module, positions: str):
 
 COMBINATIONS = [(name, stage) for name, stages in pretend_hosts.STAGES.items() for stage in stages]
 ALIKE = 1e-3  # of logits in fp32, between the CPU and a device
-WAITS = test_syncs.WAITS + test_syncs.COPIES  # a device that is given numbers of the host is waited for, too
+WAITS = syncs.WAITS + syncs.COPIES  # a device that is given numbers of the host is waited for, too
 
 
 @pytest.mark.gpu
@@ -446,14 +445,14 @@ def test_a_family_answers_as_on_the_cpu(name: str, stage: str) -> None:
     if name == "llava":
         pytest.importorskip("llava")
     one, turn = pretend_hosts.host(name), list(pretend_hosts.STAGES).index(name)
-    able = [case for case in test_pretend.CASES[stage] if test_pretend.can(name, *case)]
+    able = [case for case in pretend_hosts.CASES[stage] if pretend_hosts.can(name, *case)]
     _, unpruned = one.on_device("cuda", None, "batch")
     for strategy, fields in (able[turn % len(able)], able[(turn + 1) % len(able)]):
         chosen = one.strategy(strategy, **fields)
         (there, waits), here = one.on_device("cuda", chosen, "batch"), one.here(chosen, "batch")
         assert there.kept == here.kept, strategy
         assert error(there.logits.cpu(), here.logits) < ALIKE, strategy
-        if chosen.budgeted and strategy not in test_syncs.ON_HOST:
+        if chosen.budgeted and strategy not in syncs.ON_HOST:
             assert waits - unpruned <= WAITS, strategy
 
 

@@ -22,7 +22,7 @@ from vtp_plugin.surgery import attention
 from vtp_plugin.surgery.judging import Judgement
 from vtp_plugin.surgery.layout import Block, Layout, sequences_view
 from vtp_plugin.surgery.passes import TowerPass
-from vtp_plugin.surgery.pixels import fingerprints, squares
+from vtp_plugin.surgery.pixels import embedded, fingerprints, squares
 from vtp_plugin.surgery.rows import RowsLate
 from vtp_plugin.surgery.tiles import refuse_shared_number
 from vtp_plugin.surgery.undo import Undo
@@ -226,28 +226,6 @@ class PackedEarly(Cutting):
     @property
     def _unit(self) -> int:
         return self.tower.block**2
-
-
-def embedded(module: nn.Module, values: Tensor) -> Tensor:
-    """Patches [S, C] embedded by a module, [S, D]; its convolution, over one patch at a time, is a product.
-
-    Some GPUs compute the latter a hundred times faster.
-    """
-    convolution = next((m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
-    if (
-        convolution is None
-        or convolution.weight.is_meta
-        or convolution.weight[0].numel() * len(values) != values.numel()
-    ):
-        return module(values)
-
-    def product(patches: Tensor) -> Tensor:
-        made = torch.nn.functional.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
-        return made.view(*made.shape, *[1] * (patches.ndim - 2))
-
-    with Undo() as undo:
-        undo.override(convolution, "forward", product)
-        return module(values)
 
 
 def _copied(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -58,7 +58,8 @@ class Call:
     events: list[PruningEvent] = field(default_factory=list)
     wanted: list[tuple[Tensor, Callable[[Tensor], Any]]] = field(default_factory=list)  # see `afterwards`
     measured: bool = False  # its parts are timed: the clock waits for the device
-    seen: list[Any] = field(default_factory=list)  # shapes that passed the tower: metrics.counting.Seen
+    seen: list[Any] = field(default_factory=list)  # shapes that passed the tower: metrics.watching.Seen
+    counted: dict[Any, Any] = field(default_factory=dict)  # what metrics.counting worked out of these
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by part, see metrics.latency
     running: list[list[Any]] = field(default_factory=list)  # parts that are being timed, the innermost last
     started: float = 0.0  # on the clock of metrics.latency
