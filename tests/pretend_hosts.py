@@ -145,7 +145,6 @@ class Host:
     def on_device(self, device: str, strategy: PruningStrategy | None, layout: str, new: int = 2) -> tuple[Answer, int]:
         """On a real device, and how often the host waited for it."""
         inputs = {name: value.to(device) for name, value in self.inputs(layout).items()}
-        torch.backends.cudnn.allow_tf32 = False
         with warnings.catch_warnings(record=True) as told, sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("always")
             if device != "cpu":

@@ -33,6 +33,7 @@ from vtp_plugin.surgery import cache
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.003, torch.bfloat16: 0.02}  # four layers
 TWICE = 2  # as far as the unpruned host from its own reference: at the depth of a real model
 NEW, IMAGE, LAYER, LAYERS = 4, 5, 2, 4
+torch.backends.cudnn.allow_tf32 = False  # a convolution is computed otherwise for every size of a batch
 STRATEGIES = {
     "l2": {"keep_ratio": 0.5},
     "stride": {"keep_ratio": 0.25},
@@ -67,7 +68,7 @@ def settings() -> Iterator[Any]:
         there += [Setting(family, "real", torch.bfloat16, name, "cuda") for name in ("sdpa", "flash_attention_2")]
         for one in on_cpu + there:
             marks = [*(ON_DEVICE if one.device == "cuda" else ()), *([WITH_FLASH] if "flash" in one.attention else ())]
-            yield pytest.param(one, id=str(one), marks=marks)
+            yield pytest.param(one, id=str(one), marks=[*marks, pytest.mark.xdist_group(str(one))])  # built once
 
 
 @pytest.fixture(params=settings(), scope="module")
@@ -433,6 +434,7 @@ def test_both_positions_run(model: nn.Module, positions: str):
 # -- every family -----------------------------------------------------------------------------------------------------
 
 COMBINATIONS = [(name, stage) for name, stages in pretend_hosts.STAGES.items() for stage in stages]
+ROUNDING = [("l2", {"center": True})]  # patches of one colour, of which rounding alone is left
 ALIKE = 1e-3  # of logits in fp32, between the CPU and a device
 WAITS = syncs.WAITS + syncs.COPIES  # a device that is given numbers of the host is waited for, too
 
@@ -445,7 +447,7 @@ def test_a_family_answers_as_on_the_cpu(name: str, stage: str) -> None:
     if name == "llava":
         pytest.importorskip("llava")
     one, turn = pretend_hosts.host(name), list(pretend_hosts.STAGES).index(name)
-    able = [case for case in pretend_hosts.CASES[stage] if pretend_hosts.can(name, *case)]
+    able = [case for case in pretend_hosts.CASES[stage] if pretend_hosts.can(name, *case) and case not in ROUNDING]
     _, unpruned = one.on_device("cuda", None, "batch")
     for strategy, fields in (able[turn % len(able)], able[(turn + 1) % len(able)]):
         chosen = one.strategy(strategy, **fields)

@@ -19,6 +19,7 @@ from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.session import Session
 from vtp_plugin.surgery.vision import blocks_read
 
+Share = tuple[str, int, int, int]
 PARTS = ("tower", "selector", "projector", "prefill", "decode")
 
 
@@ -55,7 +56,7 @@ def _facts(call: Call, number: int) -> tuple[Any, ...]:
     told = image.total, image.patches, image.tiles, image.grid, image.film, image.kind, image.projectable
     before = [event.before[event.images.index(number)] for event in call.events if number in event.images]
     left = entered(call, number), len(image.index)
-    return *told, *left, image.question, tuple(before), tuple(_shares(call)[number])
+    return *told, *left, image.question, tuple(before), _shares(call)[number]
 
 
 def _accounts(
@@ -121,14 +122,18 @@ def _as_it_ran(adapter: Family, call: Call, images: dict[int, Image]) -> Counter
     return macs
 
 
-def _shares(call: Call) -> dict[int, list[tuple[str, int, int, int]]]:
+def _shares(call: Call) -> dict[int, tuple[Share, ...]]:
     """By image, of all that passed the tower: part, its number, tokens that entered and left."""
     if "shares" not in call.counted:
-        found: dict[int, list[tuple[str, int, int, int]]] = {number: [] for number in range(len(call.images))}
+        found: dict[int, list[Share]] = {number: [] for number in range(len(call.images))}
+        if all(seen.uniform and seen.owners == tuple(found) for seen in call.seen):  # one tile each, all of a length
+            own = tuple((seen.part, seen.number, seen.entering[1], seen.leaving[1]) for seen in call.seen)
+            call.counted["shares"] = dict.fromkeys(found, own)
+            return call.counted["shares"]
         for seen in call.seen:
             for image, entering, leaving in seen.shares():
                 found[image].append((seen.part, seen.number, entering, leaving))
-        call.counted["shares"] = found
+        call.counted["shares"] = {image: tuple(own) for image, own in found.items()}
     return call.counted["shares"]
 
 

@@ -44,9 +44,14 @@ class Seen:
     images: tuple[int, ...]
     ends: Ends | None  # of a packed sequence
 
+    @property
+    def uniform(self) -> bool:
+        """Whether its rows are the tiles, equally long ones."""
+        return self.ends is None and self.entering[0] == len(self.owners)
+
     def shares(self) -> Iterator[tuple[int, int, int]]:
         """(image, tokens that entered, tokens that left) of every sequence."""
-        if self.ends is None and self.entering[0] == len(self.owners):
+        if self.uniform:
             for owner in self.owners:
                 yield owner, self.entering[1], self.leaving[1]
             return

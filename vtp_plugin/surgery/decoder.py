@@ -252,8 +252,10 @@ class DecoderCuts:
 
     def _check_window(self, layer: nn.Module, length: int) -> None:
         """A kernel that counts its window itself would count what is left instead of the prompt's columns."""
+        if not self._flash:
+            return
         window = attention.window(layer.self_attn)
-        if self._flash and window is not None and window < length:
+        if window is not None and window < length:
             raise PruningError(
                 f"{self._names}: a prompt of {length} tokens is longer than the model's sliding window ({window}), "
                 f"which flash attention counts by itself: load the model with attn_implementation=sdpa"
