@@ -86,6 +86,7 @@ WAITS: dict[str, Callable[[Tensor], Any]] = {
     "nonzero": lambda x: x.nonzero(),
     "where": lambda x: torch.where(x > 3),
     "unique": lambda x: x.unique(),
+    "isin": lambda x: torch.isin(x, x[0]),
     "masked_select": lambda x: x.masked_select(x > 3),
     "equal": lambda x: torch.equal(x, x),
     "cpu": lambda x: x.cpu(),

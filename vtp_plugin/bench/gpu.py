@@ -89,8 +89,8 @@ def bench(name: str, options: Options, until: float) -> None:
     """One shape: every strategy at every budget and batch size, the most telling first."""
     shape = shape_of(name)
     facts = {"shape": name, "layers": 0, "attention": "sdpa", "dtype": options.dtype}
-    facts["repeats"] = options.repeats
-    journal = Journal(options.folder / f"{name}.json", facts, options.device, options.again)
+    facts |= {"repeats": options.repeats, "timed": rounds.TIMED}
+    journal = _journal(options, name, facts)
     held: list[Any] = []
 
     def model() -> Any:
@@ -110,6 +110,16 @@ def bench(name: str, options: Options, until: float) -> None:
     gc.collect()
     if options.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _journal(options: Options, name: str, facts: dict[str, Any]) -> Journal:
+    """The record of a shape; one of another device, of other releases or of another bench is begun anew."""
+    path = options.folder / f"{name}.json"
+    try:
+        return Journal(path, facts, options.device, options.again)
+    except PruningError as other:
+        say(f"{name}: begun anew, {sentence(other)}")
+        return Journal(path, facts, options.device, again=True)
 
 
 def built(fields: dict[str, dict[str, Any]]) -> list[PruningStrategy]:
@@ -144,7 +154,7 @@ def tests(options: Options, until: float) -> None:
     chosen = ["-k", "tiny and budgets"] if options.small else ["-m", "gpu"]
     if importlib.util.find_spec("xdist") and not options.small:  # what a test prepares on the host takes longest
         chosen += ["-n", "5", "--dist", "loadgroup"]
-    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", *chosen]
+    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", *chosen]
     ran = _process(command, until)
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", ran["said"])}
     _write(options, "tests", command, {**ran, **counts})
@@ -235,7 +245,10 @@ def _whole(options: Options, name: str) -> bool:
     path = options.folder / f"{name}.json"
     if options.again or not path.exists() or name not in ("tests", "training", "vllm"):
         return False
-    return files.read_json(path).get("code", 0) == 0
+    found, here = files.read_json(path), machine(options.device)
+    return found.get("code", 0) == 0 and all(
+        found.get(fact, here[fact]) == here[fact] for fact in ("device", "versions")
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
