@@ -1,8 +1,9 @@
 """Every `--model` of lmms-eval that the package supports: pruned against unpruned, on checkpoints made by the tests.
 
-One process of the command line runs all of them from a `--config` list, pruned behind the tower and between decoder
-layers, and some with `none` (the full matrix: all of them; the host reads thousands of task files for every run).
-What needs no process of its own (the host that nobody wrapped, pixels, videos) runs in this one.
+One process of the command line runs one of each kind from a `--config` list, pruned behind the tower and between
+decoder layers, and some with `none` (the full matrix: all of them; every run there begins from nothing). What needs no
+process of its own (the host that nobody wrapped, pixels, videos, and by default the models that another one stands for)
+runs in this one.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ OF_EACH_KIND = [
     "internvl_hf",
     "gemma4",
 ]
+COMMANDED = dear(HOSTS, OF_EACH_KIND)
 NO_PIXELS = {"gemma4", "mistral3_vl"}
 TURNED = [[height, width] for width, height in checkpoints.LARGE_PINPOINTS]  # the authors' package says width first
 TILED = {"llava-1.6": (TURNED, 168, 12), "llava_hf-next": (PINPOINTS, 16, 4)}
@@ -109,7 +111,7 @@ class Work:
     def evaluate(self, key: str, model: Any = None, more: str = "", tasks: str = "pictures", **options: Any) -> Any:
         """A run in this process."""
         arguments = ",".join(filter(None, [self.arguments(key), more]))
-        manager = lmms.task_manager(include=str(self.folder / "tasks"))
+        manager = lmms.task_manager(own=True, include=str(self.folder / "tasks"))
         given = {**self.options(key), "task_manager": manager} | options
         return lmms.evaluate(model or HOSTS[key].name, arguments, tasks, **given)
 
@@ -123,7 +125,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 def process(work: Work) -> Any:
     """All runs of the command line."""
     runs = [work.entry(key, "none", pruning="none") for key in UNPRUNED]
-    runs += [work.entry(key, "late", **late_of(key)) for key in HOSTS]
+    runs += [work.entry(key, "late", **late_of(key)) for key in COMMANDED]
     process = lmms.call_runs(work.folder, runs)
     assert process.returncode == 0, process.stderr
     return process
@@ -151,7 +153,10 @@ def _own_caches(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def written(work: Work, name: str, key: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Results and sample lines of one run of the command line."""
+    """Results and sample lines of one run of the command line, or of one in this process."""
+    if key not in COMMANDED:
+        results = work.evaluate(key, more=",".join(f"{name}={value}" for name, value in flat(late_of(key)).items()))
+        return results, lines(results)
     (results,) = lmms.results(work.folder / name / key)
     return results, lmms.samples(work.folder / name / key, "pictures")
 
@@ -162,6 +167,12 @@ def lines(results: dict[str, Any], task: str = "pictures") -> list[dict[str, Any
 
 def late_of(key: str) -> dict[str, Any]:
     return BEHIND if key in NO_LLM else LATE
+
+
+def flat(pruning: dict[str, Any]) -> dict[str, Any]:
+    """As model arguments."""
+    fields = pruning["pruning_args"]
+    return {"pruning": pruning["pruning"]} | {f"pruning.{name}": value for name, value in fields.items()}
 
 
 def images(line: dict[str, Any], which: str) -> list[int]:
@@ -178,7 +189,7 @@ def newlines(key: str, document: int) -> list[int]:
 
 
 @pytest.mark.parametrize("key", HOSTS)
-def test_records_of_the_command_line(key: str, work: Work, process: Any) -> None:
+def test_records(key: str, work: Work, process: Any) -> None:
     """Family, samples, and the exact number of tokens of every picture behind both cuts, and of the prompt."""
     results, said = written(work, "late", key)
     shown = [len(lmms.PICTURES[line["doc_id"]]) for line in said]
@@ -219,7 +230,7 @@ def test_an_error_that_the_host_swallows_ends_the_process_with_a_failure(work: W
 # -- in this process --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", [key for key in dear(HOSTS, OF_EACH_KIND) if HOSTS[key].name not in generic.NAMES])
+@pytest.mark.parametrize("key", [key for key in COMMANDED if HOSTS[key].name not in generic.NAMES])
 def test_counts_and_answers_of_the_host_itself(key: str, work: Work, process: Any) -> None:
     """`none` answers like a model that was never wrapped; counted are the placeholders of the host's processor.
 
@@ -268,7 +279,7 @@ def counting(model: Any) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("key", [key for key in dear(HOSTS, OF_EACH_KIND) if key not in NO_PIXELS])
+@pytest.mark.parametrize("key", [key for key in COMMANDED if key not in NO_PIXELS])
 def test_pixels_come_through_the_real_processor(key: str, work: Work) -> None:
     """Pictures whose upper half is of one colour lose something there, through every processor and precision."""
     for line in lines(work.evaluate(key, more=VPRUNE)):
@@ -279,7 +290,7 @@ def test_pixels_come_through_the_real_processor(key: str, work: Work) -> None:
 @pytest.mark.parametrize("key", VIDEOS)
 def test_videos(key: str, work: Work) -> None:
     """A video is one image of several frames; Gemma 3 is shown its frames as images."""
-    more = ",".join(["pruning=atp+fastv", *(f"pruning.{k}={v}" for k, v in LATE["pruning_args"].items())])
+    more = ",".join(f"{name}={value}" for name, value in flat(LATE).items())
     results = work.evaluate(key, more=more, tasks="clips", batch_size=1, limit=None, force_simple=True)
     assert results["pruning"]["samples"] == {"total": 2, "with_images": 2, "pruned": 2}
     for line, (_, frames) in zip(lines(results, "clips"), lmms.CLIPS, strict=True):
