@@ -715,6 +715,22 @@ def test_the_embedded_model_of_another_class_is_refused() -> None:
         lmms.evaluate("qwen2_vl", TINY, limit=1)
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"model": "llavva"}, "unknown model 'llavva'. Did you mean 'llava'?"),
+        ({"tasks": "popee"}, "unknown task 'popee'. Nearest: pope"),
+    ],
+)
+def test_names_that_the_host_lacks_begin_no_sweep(tmp_path: Path, options: dict[str, str], sentence: str) -> None:
+    from sweeps import Folder
+
+    folder = Folder(tmp_path)
+    with pytest.raises(PruningError, match=re.escape(sentence)):
+        folder.run(**options)
+    assert not [path for path in folder.run_dir.rglob("*") if path.name != ".lock"]
+
+
 # -- the files in plugin_configs --------------------------------------------------------------------------------------
 
 RUNS = sorted((ROOT / "plugin_configs" / "runs").glob("*.yaml"))
