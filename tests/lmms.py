@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -28,7 +27,6 @@ from vtp_plugin.strategies.vprune import VPrune
 from vtp_plugin.surgery.pixels import patches
 from vtp_plugin.tokens import VisualTokens
 
-COMMAND = [str(Path(sys.executable).with_name("lmms-eval")), "eval"]
 SCENES = "vtp_scenes_presence"
 SIZES = ((168, 168), (300, 200), (90, 240), (64, 48))  # width, height
 OWN_TASKS = TESTS / "hosts" / "lmms_eval" / "tasks"

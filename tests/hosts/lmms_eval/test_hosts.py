@@ -9,7 +9,6 @@ runs in this one.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import checkpoints
 import lmms
 import pytest
 import torch
+import warm
 from checkpoints import HOSTS, Host
 from families import PINPOINTS, anyres_rows
 from matrix import dear
@@ -39,7 +39,7 @@ LATE = {
     "pruning_args": {"atp.alpha": 0, "atp.keep_tokens": FIRST, "fastv.layer": CUT, "fastv.keep_tokens": LAST},
 }
 BEHIND = {"pruning": "atp", "pruning_args": {"alpha": 0, "keep_tokens": FIRST}}
-VPRUNE = "pruning=vprune,pruning.chi2_threshold=40,pruning.cosine_threshold=0.2"
+VPRUNE = {"pruning": "vprune", "pruning_args": {"chi2_threshold": 40, "cosine_threshold": 0.2}}
 UNPRUNED = dear(HOSTS, ["llava-1.6", "qwen2_5_vl", "internvl_hf"])
 OF_EACH_KIND = [
     "llava-1.5",
@@ -51,15 +51,17 @@ OF_EACH_KIND = [
     "internvl_hf",
     "gemma4",
 ]
-COMMANDED = dear(HOSTS, OF_EACH_KIND)
+GENERIC = [key for key, host in HOSTS.items() if host.name in generic.NAMES]  # import every family to know one
+COMMANDED = dear(HOSTS, {*OF_EACH_KIND, *GENERIC})
 NO_PIXELS = {"gemma4", "mistral3_vl"}
+PIXELS = [key for key in dear(HOSTS, OF_EACH_KIND) if key not in NO_PIXELS]
 TURNED = [[height, width] for width, height in checkpoints.LARGE_PINPOINTS]  # the authors' package says width first
 TILED = {"llava-1.6": (TURNED, 168, 12), "llava_hf-next": (PINPOINTS, 16, 4)}
 TILED["llava_hf-onevision"] = TILED["hf-next_video"] = TILED["llava_hf-next"]
 VIDEOS = {"llava_hf-onevision": 1, "qwen2_vl": 0, "qwen2_5_vl": 0, "qwen3_vl": 0, "gemma3": 0}  # and newlines of each
 
 TRIPS = '''
-from vtp_plugin import PruningStrategy, Selection, Stage, hookimpl
+from vtp_plugin import PruningStrategy, Selection, Stage
 
 
 class Trips(PruningStrategy):
@@ -69,11 +71,6 @@ class Trips(PruningStrategy):
 
     def select(self, visual) -> Selection:
         raise RuntimeError("the selector tripped")
-
-
-@hookimpl
-def vtp_register_strategies(register):
-    register(Trips)
 '''
 
 
@@ -126,6 +123,7 @@ def process(work: Work) -> Any:
     """All runs of the command line."""
     runs = [work.entry(key, "none", pruning="none") for key in UNPRUNED]
     runs += [work.entry(key, "late", **late_of(key)) for key in COMMANDED]
+    runs += [work.entry(key, "pixels", **VPRUNE) for key in PIXELS if key in GENERIC]
     process = lmms.call_runs(work.folder, runs)
     assert process.returncode == 0, process.stderr
     return process
@@ -133,15 +131,10 @@ def process(work: Work) -> Any:
 
 @pytest.fixture(scope="module")
 def tripping(work: Work) -> Any:
-    """A start of the command line that trips over a strategy which another package registers."""
+    """A process of `lmms-eval eval` that trips over a strategy of somebody's own."""
     (work.folder / "trips.py").write_text(TRIPS)
-    info = work.folder / "trips-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trips\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[vtp]\ntrips = trips\n")
-    runs = [work.entry("internvl_hf", "trips", pruning="trips")]
-    path = os.pathsep.join(filter(None, [str(work.folder), os.environ.get("PYTHONPATH")]))
-    return lmms.call_runs(work.folder, runs, lmms.COMMAND, PYTHONPATH=path)
+    runs = [work.entry("internvl_hf", "trips", pruning="trips", pruning_module="trips.py")]
+    return lmms.call_runs(work.folder, runs, [*warm.python(), "-m", "lmms_eval", "eval"])
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +148,7 @@ def _own_caches(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
 def written(work: Work, name: str, key: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Results and sample lines of one run of the command line, or of one in this process."""
     if key not in COMMANDED:
-        results = work.evaluate(key, more=",".join(f"{name}={value}" for name, value in flat(late_of(key)).items()))
+        results = work.evaluate(key, more=flat(late_of(key)))
         return results, lines(results)
     (results,) = lmms.results(work.folder / name / key)
     return results, lmms.samples(work.folder / name / key, "pictures")
@@ -169,10 +162,10 @@ def late_of(key: str) -> dict[str, Any]:
     return BEHIND if key in NO_LLM else LATE
 
 
-def flat(pruning: dict[str, Any]) -> dict[str, Any]:
+def flat(pruning: dict[str, Any]) -> str:
     """As model arguments."""
-    fields = pruning["pruning_args"]
-    return {"pruning": pruning["pruning"]} | {f"pruning.{name}": value for name, value in fields.items()}
+    fields = (f"pruning.{name}={value}" for name, value in pruning["pruning_args"].items())
+    return ",".join([f"pruning={pruning['pruning']}", *fields])
 
 
 def images(line: dict[str, Any], which: str) -> list[int]:
@@ -230,7 +223,7 @@ def test_an_error_that_the_host_swallows_ends_the_process_with_a_failure(work: W
 # -- in this process --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", [key for key in COMMANDED if HOSTS[key].name not in generic.NAMES])
+@pytest.mark.parametrize("key", [key for key in COMMANDED if key not in GENERIC])
 def test_counts_and_answers_of_the_host_itself(key: str, work: Work, process: Any) -> None:
     """`none` answers like a model that was never wrapped; counted are the placeholders of the host's processor.
 
@@ -279,10 +272,11 @@ def counting(model: Any) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("key", [key for key in COMMANDED if key not in NO_PIXELS])
-def test_pixels_come_through_the_real_processor(key: str, work: Work) -> None:
+@pytest.mark.parametrize("key", PIXELS)
+def test_pixels_come_through_the_real_processor(key: str, work: Work, process: Any) -> None:
     """Pictures whose upper half is of one colour lose something there, through every processor and precision."""
-    for line in lines(work.evaluate(key, more=VPRUNE)):
+    said = written(work, "pixels", key)[1] if key in GENERIC else lines(work.evaluate(key, more=flat(VPRUNE)))
+    for line in said:
         pairs = zip(images(line, "before"), images(line, "after"), strict=True)
         assert all(0 < after < before for before, after in pairs)
 
@@ -290,8 +284,7 @@ def test_pixels_come_through_the_real_processor(key: str, work: Work) -> None:
 @pytest.mark.parametrize("key", VIDEOS)
 def test_videos(key: str, work: Work) -> None:
     """A video is one image of several frames; Gemma 3 is shown its frames as images."""
-    more = ",".join(f"{name}={value}" for name, value in flat(LATE).items())
-    results = work.evaluate(key, more=more, tasks="clips", batch_size=1, limit=None, force_simple=True)
+    results = work.evaluate(key, more=flat(LATE), tasks="clips", batch_size=1, limit=None, force_simple=True)
     assert results["pruning"]["samples"] == {"total": 2, "with_images": 2, "pruned": 2}
     for line, (_, frames) in zip(lines(results, "clips"), lmms.CLIPS, strict=True):
         assert images(line, "after") == [LAST + VIDEOS[key]] * (frames if key == "gemma3" else 1)
