@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-GRAPHS = 8  # that are kept, those that were asked for last
+GRAPHS = 4  # that are kept, those that were asked for last
 NUMBERS = 2**25  # that the arguments of one may hold: a graph keeps its own copies of them
 SEEN = 2  # calls of a shape that are as ever; one that comes back is worth recording
 
