@@ -19,7 +19,7 @@ LLAVA   := llava-torch==1.2.2.post1
 # What is pinned runs on Python 3.11 and newer, as transformers 5.24 does; on 3.10 the bounds of pyproject.toml hold alone.
 pins     = $(shell $(PYTHON) -c 'import sys; print("--constraint $(1)" if sys.version_info >= (3, 11) else "")')
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-ENVIRON  := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
+ENVIRON  := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE PYTHONDONTWRITEBYTECODE=
 
 .PHONY: demo gpu test test-full test-vllm test-hosts lint format setup readme constraints compatibility clean
 .PHONY: lane-oldest lane-pinned lane-newest newest

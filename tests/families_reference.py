@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -80,19 +81,20 @@ class Reference:
         """Logits behind the prompt and every new token but the last, [len(new), V]."""
         return reference.logits(self.model, self.parts, self.inputs, self.dropped, new)
 
+    @cached_property
     def _judged(self) -> list[Tensor]:
         """Per image, the columns of what may be dropped: all but newlines."""
-        every = generate(self.case, self.inputs, Probe(at="projector", keep_ratio=1.0)).kept
+        every = generate(self.case, self.inputs, Probe(at="projector", keep_ratio=1.0), new=1).kept
         return [columns[rows] for columns, rows in zip(self.where, every, strict=True)]
 
     def _without(self, kept: Sequence[Tensor]) -> Tensor:
-        pairs = zip(self._judged(), self.where, kept, strict=True)
+        pairs = zip(self._judged, self.where, kept, strict=True)
         return torch.cat([judged[~torch.isin(judged, columns[rows])] for judged, columns, rows in pairs])
 
     def _merged(self) -> Any:
         if not self.kept.shifted:
             return None
-        judged = self._judged()
+        judged = self._judged
         return torch.cat([columns[:-1] for columns in judged]), torch.cat([columns[1:] for columns in judged])
 
     def _dead(self, units: Sequence[Tensor]) -> Tensor:
@@ -101,7 +103,7 @@ class Reference:
         totals = [(image.patches or image.total) // square for image in images]
         masks = [torch.isin(torch.arange(n), kept) for n, kept in zip(totals, units, strict=True)]
         with entering(self.case) as whole:
-            generate(self.case, told)
+            generate(self.case, told, new=1)
         with entering(self.case) as entered:
-            generate(self.case, told, Repeat(keep_ratio=0.5, masks=masks))
+            generate(self.case, told, Repeat(keep_ratio=0.5, masks=masks), new=1)
         return dead(whole, entered)

@@ -6,8 +6,8 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -27,8 +27,6 @@ from vtp_plugin.strategies.vprune import VPrune
 from vtp_plugin.surgery.pixels import patches
 from vtp_plugin.tokens import VisualTokens
 
-COMMAND = [str(Path(sys.executable).with_name("lmms-eval")), "eval"]
-TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SCENES = "vtp_scenes_presence"
 SIZES = ((168, 168), (300, 200), (90, 240), (64, 48))  # width, height
 OWN_TASKS = TESTS / "hosts" / "lmms_eval" / "tasks"
@@ -43,8 +41,28 @@ CLIPS = (((64, 64), 4), ((64, 32), 8))  # size and frames of every video; decord
 
 def call(command: Sequence[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command in a folder, offline; its data caches stay in that folder."""
-    variables = os.environ | OFFLINE | {"HF_DATASETS_CACHE": str(cwd / "cache")} | environment
+    variables = _variables(cwd) | environment
     return subprocess.run([*command], cwd=cwd, env=variables, capture_output=True, text=True, timeout=900, check=False)
+
+
+def call_together(cwd: Path, arguments: Sequence[str], ranks: int, **environment: str) -> list[tuple[int, str]]:
+    """The waiting host so many times beside each other, told what torchrun tells its processes; how each ended, and
+    what it said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    running = []
+    for rank in map(str, range(ranks)):
+        variables = _variables(cwd) | environment | told | {"RANK": rank, "LOCAL_RANK": rank}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        command = [*warm.python(), "-m", "lmms_eval", *arguments]
+        running.append(subprocess.Popen(command, cwd=cwd, env=variables, **streams))
+    said = [process.communicate(timeout=900)[0] for process in running]
+    return [(process.returncode, text) for process, text in zip(running, said, strict=True)]
+
+
+def _variables(cwd: Path) -> dict[str, str]:
+    return os.environ | OFFLINE | {"HF_DATASETS_CACHE": str(cwd / "cache")}
 
 
 def call_runs(
@@ -72,7 +90,8 @@ def evaluate(model: Any, arguments: str, tasks: str = SCENES, limit: int = 4, **
     from lmms_eval.evaluator import simple_evaluate
 
     given = {"model": model, "model_args": arguments, "tasks": tasks.split(","), "limit": limit, "batch_size": 1}
-    given["task_manager"] = task_manager(model if isinstance(model, str) else "")
+    own = all(task.startswith("vtp_") for task in given["tasks"])
+    given["task_manager"] = options.get("task_manager") or task_manager(model if isinstance(model, str) else "", own)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -82,11 +101,14 @@ def evaluate(model: Any, arguments: str, tasks: str = SCENES, limit: int = 4, **
 
 
 @cache
-def task_manager(model: str = "", include: str | None = None) -> Any:
-    """The host's catalogue of tasks, whose making takes seconds; prompts depend on the model's name."""
+def task_manager(model: str = "", own: bool = False, include: str | None = None) -> Any:
+    """The host's catalogue of tasks, whose making takes seconds, or what is ours in it and below `include`.
+
+    Prompts depend on the model's name.
+    """
     from lmms_eval.tasks import TaskManager
 
-    return TaskManager(model_name=model, include_path=include)
+    return TaskManager(model_name=model, include_path=include, include_defaults=not own)
 
 
 # -- local data in the schema of the host's tasks ---------------------------------------------------------------------

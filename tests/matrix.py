@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from heapq import heappop, heapreplace
 from itertools import combinations
 from typing import Any
 
@@ -46,8 +47,17 @@ def covering(cases: Sequence[Case], *together: str, salt: str = "", full: bool =
     pairs = [_shown(case, [" ".join(pair) for pair in combinations(sorted(case), 2)]) for case in cases]
     turn = [zlib.crc32(f"{salt}{sorted(case.items())}".encode()) for case in cases]
     missing, met, taken = set().union(*wanted), set(), []
+
+    def worth(i: int) -> tuple[int, int, int, int]:
+        return -len(wanted[i] & missing), -len(pairs[i] - met), -turn[i], i
+
+    ahead = sorted(map(worth, range(len(cases))))  # a heap; nothing is worth more than when it was last looked at
     while missing:
-        best = max(range(len(cases)), key=lambda i: (len(wanted[i] & missing), len(pairs[i] - met), turn[i]))
+        best = ahead[0][-1]
+        if (now := worth(best)) != ahead[0]:
+            heapreplace(ahead, now)
+            continue
+        heappop(ahead)
         missing -= wanted[best]
         met |= pairs[best]
         taken.append(best)

@@ -27,6 +27,7 @@ from vtp_plugin.surgery.undo import Undo
 SIDE, PATCH, GRID = 48, 8, 6
 N = GRID * GRID
 PLACEHOLDER = 90
+NEW = 3  # tokens of an answer: of the prefill, of a step behind it, of one that reads what decoding gave the cache
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 VISION |= {"patch_size": PATCH, "image_size": SIDE, "projection_dim": 24}
 TEXT = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -88,7 +89,7 @@ class Tiny:
     def generate(self, rows: Sequence[Row], padded: bool = True, **kwargs: Any) -> Any:
         """The host's own output of `generate`, sequences without the prompt; `logits` holds one [B, V] per step."""
         kwargs = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True} | kwargs
-        output = self.model.generate(**self.inputs(rows, padded), **{"max_new_tokens": 4} | kwargs)
+        output = self.model.generate(**self.inputs(rows, padded), **{"max_new_tokens": NEW} | kwargs)
         output.sequences = output.sequences[:, -len(output.logits) :]
         return output
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import GRID, PATCH, N, Tiny, words
+from models import GRID, NEW, PATCH, N, Tiny, words
 from torch import Tensor, nn
 
 # -- methods ----------------------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def run(
     row: Sequence[Any],
     plan: Plan,
     drawn: Sequence[Sequence[int]] = (),
-    answer: Sequence[int] = (-1,) * 4,
+    answer: Sequence[int] = (-1,) * NEW,
     positions: str = "",
 ) -> Expected:
     """The prompt through the model, pruned as planned.

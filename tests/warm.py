@@ -72,6 +72,7 @@ def serve(door: str) -> None:
     """Fork for every client, until the process that started this one closes its input or is gone."""
     import_module("lmms_eval.__main__")
     import_module("lmms_eval.tasks").TaskManager()
+    import_module("transformers.models.gemma3n.configuration_gemma3n")  # timm, for whoever asks what can be loaded
     gc.freeze()  # a run collects garbage twice: its own, not that of the imported packages
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{door}.new")

@@ -9,7 +9,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from commands import program, vtp
+from commands import ended, vtp
 from example import on_the_path
 from families import FAMILIES, VARIANTS
 from matrix import dear
@@ -18,7 +18,7 @@ from torch import nn
 from vtp_plugin import Stage, plugins
 from vtp_plugin.adapter import Adapter
 from vtp_plugin.errors import PruningError
-from vtp_plugin.outcomes import Outcome
+from vtp_plugin.outcomes import outcomes
 from vtp_plugin.promises import Case, checks, promises
 from vtp_plugin.promises.case import load
 from vtp_plugin.surgery.undo import Undo
@@ -57,14 +57,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         plugins.manager().unregister(plugin)
     plugins.adapters.cache_clear()
     plugins.strategies.cache_clear()
-
-
-def failed(case: Case) -> Iterator[Outcome]:
-    return (outcome for outcome in promises(case) if not outcome.passed)
-
-
-def test_a_strangers_family_keeps_them(small: Any) -> None:
-    assert list(failed(small.build())) == []
 
 
 def without_a_stage(case: Case, cls: type[Adapter], patch: pytest.MonkeyPatch) -> None:
@@ -138,12 +130,10 @@ def test_a_broken_family_is_told_what_is_wrong(
     case = small.build()
     breaking(case, type(case.adapter), monkeypatch)
     vars(case).pop("adapter", None)
-    found: list[Outcome] = []
-    for outcome in failed(case):  # those behind it are not run
-        found.append(outcome)
-        if outcome.name.startswith(check) and said in outcome.remark:
-            return
-    pytest.fail(f"{check}: {said} is not among {found}")
+    (asked,) = (one for one in checks.CHECKS if one.__doc__.startswith(check))
+    (found,) = outcomes([asked], case, needed=asked)  # as `promises` does, without the others
+    assert not found.passed
+    assert said in found.remark
 
 
 def test_a_model_that_no_family_knows_gets_no_further() -> None:
@@ -156,7 +146,7 @@ def test_a_model_that_no_family_knows_gets_no_further() -> None:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_every_check(small: Any) -> None:
+def test_a_strangers_family_keeps_them_and_the_command_prints_every_check(small: Any) -> None:
     said = vtp("check-model", "vtp_example.small:build")
     assert said.count("ok  ") == len(checks.CHECKS)
     assert said.endswith("vtp_example.small:build: all checks passed\n")
@@ -204,7 +194,7 @@ def test_what_is_no_builder_is_refused(builder: str, said: str, tmp_path: Any) -
 def test_a_family_that_fails_ends_with_1(tmp_path: Any) -> None:
     path = tmp_path / "mine.py"
     path.write_text(MINE)
-    ended = program("check-model", f"{path}:build")
-    assert ended.returncode == 1
-    assert "1 checks failed" in ended.stdout
-    assert "Traceback" not in ended.stderr
+    result = ended("check-model", f"{path}:build")
+    assert result.returncode == 1
+    assert "1 checks failed" in result.stdout
+    assert "Traceback" not in result.stderr

@@ -31,7 +31,8 @@ def picture(tmp_path: Path) -> Path:
 def test_list_names_every_strategy_and_family() -> None:
     shown = vtp("list")
     assert all(name in shown for name in plugins.list_strategies())
-    assert all(cls.family in vtp("list", "--models") for cls in plugins.adapters())
+    models = vtp("list", "--models")
+    assert all(cls.family in models for cls in plugins.adapters())
     assert vtp("list", "--markdown").count("\n| ") == len(plugins.list_strategies()) + 1
 
 

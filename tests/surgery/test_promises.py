@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from models import N, Row, Tiny, picture, prompts, tiny
+from models import NEW, N, Row, Tiny, picture, prompts, tiny
 from promises import (
     CASES,
     CLOSE,
@@ -180,7 +180,7 @@ def test_cached_generation_equals_the_slow_reference(host: Tiny, case: str, kind
     check_kept(host, rows, pruned.events, slow)
     longest = [max(s.lengths[layer] for s in slow) for layer in range(len(host.decoder.layers))]
     assert lengths == longest
-    assert [layer.keys.shape[2] for layer in output.past_key_values.layers] == [n + 3 for n in longest]
+    assert [layer.keys.shape[2] for layer in output.past_key_values.layers] == [n + NEW - 1 for n in longest]
     check_answer(output, slow)
 
 

@@ -115,22 +115,16 @@ def matrices(module: nn.Module) -> int:
 
     Of experts, which a router chooses for every token, as many as it chooses.
     """
-    idle = {part for block in module.modules() for part in _experts(block)}
-    active = sum(_own_matrices(part) for part in module.modules() if part not in idle)
-    routed = sum(_routed(block) for block in module.modules() if _experts(block))
-    return active + routed
-
-
-def _experts(block: nn.Module) -> list[nn.Module]:
-    """The expert MLPs of a block that has a router, `gate`, and the modules in them."""
-    routed = hasattr(block, "experts") and hasattr(block, "gate")
-    return list(block.experts.modules()) if routed else []
+    parts = list(module.modules())
+    routers = [part for part in parts if {"experts", "gate"} <= part._modules.keys()]
+    idle = {part for block in routers for part in block.experts.modules()}
+    return sum(_own_matrices(part) for part in parts if part not in idle) + sum(map(_routed, routers))
 
 
 def _routed(block: nn.Module) -> int:
-    """MACs per token of the experts that a token passes."""
-    total, every = sum(map(_own_matrices, _experts(block))), block.experts.num_experts
-    return total * block.gate.top_k // every
+    """MACs per token of the experts that a token passes, by the choice of the block's router, `gate`."""
+    total = sum(map(_own_matrices, block.experts.modules()))
+    return total * block.gate.top_k // block.experts.num_experts
 
 
 def _own_matrices(module: nn.Module) -> int:
@@ -138,7 +132,7 @@ def _own_matrices(module: nn.Module) -> int:
         return 0
     if isinstance(module, nn.Linear):  # packed weights (4 bit) have other shapes
         return module.in_features * module.out_features
-    return sum(weight.numel() for weight in module.parameters(recurse=False) if weight.ndim > 1)
+    return sum(weight.numel() for weight in module._parameters.values() if weight is not None and weight.ndim > 1)
 
 
 def _linear(attention: nn.Module, name: str) -> nn.Module:

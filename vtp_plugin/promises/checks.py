@@ -24,6 +24,7 @@ from vtp_plugin.surgery import cache
 from vtp_plugin.tokens import Selection, VisualTokens
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
+CUT = 1  # new tokens of a call that is asked for its cuts: these fall before the first
 
 
 def promises(case: Case) -> Iterator[Outcome]:
@@ -42,6 +43,11 @@ def _probe(case: Case, stage: Stage, **fields: Any) -> Probe:
 
 def _inputs(case: Case) -> list[Mapping[str, Any]]:
     return [*case.prompts, *([case.batch] if case.batch is not None else [])]
+
+
+def _everywhere(case: Case, stage: Stage, inputs: Mapping[str, Any]) -> list[list[int]]:
+    """Per image, the positions that a probe which keeps everything sees."""
+    return generate(case, inputs, _probe(case, stage, keep_ratio=1.0), new=CUT).kept
 
 
 def _forward(case: Case, inputs: Mapping[str, Any]) -> Tensor:
@@ -123,12 +129,12 @@ def _budget(case: Case) -> str:
     for stage in _stages(case):
         for inputs in _inputs(case):
             probe = _probe(case, stage)
-            whole, cut = generate(case, inputs, _probe(case, stage, keep_ratio=1.0)), generate(case, inputs, probe)
-            for number, (all_, kept) in enumerate(zip(whole.kept, cut.kept, strict=True)):
+            whole, cut = _everywhere(case, stage, inputs), generate(case, inputs, probe, new=CUT)
+            for number, (all_, kept) in enumerate(zip(whole, cut.kept, strict=True)):
                 if kept != sorted(set(kept)) or not set(kept) <= set(all_):
                     raise Broken(f"{stage.value}: image {number} keeps {kept}, which are no ascending part of {all_}")
             _counts(stage, probe, cut)
-            said.append(f"{stage.value} {sum(map(len, whole.kept))} -> {sum(map(len, cut.kept))}")
+            said.append(f"{stage.value} {sum(map(len, whole))} -> {sum(map(len, cut.kept))}")
     return ", ".join(dict.fromkeys(said))
 
 
@@ -191,7 +197,7 @@ def _equals(case: Case, stage: Stage, number: int, positions: str | None) -> Non
     dropped = Dropped(later=case.later, **{"late_positions" if stage is Stage.LLM else "positions": said})
     if stage in (Stage.PIXELS, Stage.VIT):
         with entering(case) as whole:
-            generate(case, inputs)
+            generate(case, inputs, new=CUT)
         dropped.tower = dead(whole, entered)
     elif stage is Stage.PROJECTOR:
         dropped.columns = _missing(case, stage, inputs, found)
@@ -207,7 +213,7 @@ def _equals(case: Case, stage: Stage, number: int, positions: str | None) -> Non
 
 def _missing(case: Case, stage: Stage, inputs: Mapping[str, Any], found: Ran) -> Tensor:
     """The columns whose tokens were judged and dropped; what nobody judges, such as newlines, stays."""
-    judged = generate(case, inputs, _probe(case, stage, keep_ratio=1.0)).kept
+    judged = _everywhere(case, stage, inputs)
     at = placeholders(case, inputs)
     return torch.cat([c[sorted({*a} - {*k})] for c, a, k in zip(at, judged, found.kept, strict=True)])
 
@@ -233,7 +239,7 @@ def _composed(case: Case) -> str:
     probes = [_probe(case, stage, keep_ratio=0.7) for stage in _stages(case)]
     if len(probes) < 2:
         return "left out: there is one stage"
-    events = generate(case, _inputs(case)[-1], *probes).events
+    events = generate(case, _inputs(case)[-1], *probes, new=CUT).events
     cut = {event.stage for event in events}
     if missing := [stage.value for stage in _stages(case) if stage not in cut]:
         raise Broken(f"nothing was cut at {', '.join(missing)}")

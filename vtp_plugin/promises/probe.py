@@ -20,7 +20,7 @@ from vtp_plugin.surgery import cache
 from vtp_plugin.surgery.call import PruningEvent
 from vtp_plugin.tokens import Selection, VisualTokens
 
-NEW = 4
+NEW = 3  # of the prefill, of a step behind it, and of one that reads what decoding gave the cache
 NOISE = 0.01  # on normalised pixel values
 
 
@@ -59,15 +59,15 @@ class Ran:
         return [found[number].tolist() for number in sorted(found)]
 
 
-def generate(case: Case, inputs: Mapping[str, Any], *probes: Probe) -> Ran:
-    """Greedy generation of a few tokens, pruned by the probes, without any of them unpruned."""
+def generate(case: Case, inputs: Mapping[str, Any], *probes: Probe, new: int = NEW) -> Ran:
+    """Greedy generation of `new` tokens, pruned by the probes, without any of them unpruned."""
     events: list[PruningEvent] = []
     with ExitStack() as stack:
         pruned = stack.enter_context(prune(case.model, list(probes), processor=case.processor)) if probes else None
         output = case.model.generate(
             **{name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()},
-            max_new_tokens=NEW,
-            min_new_tokens=NEW,
+            max_new_tokens=new,
+            min_new_tokens=new,
             do_sample=False,
             return_dict_in_generate=True,
             output_logits=True,

@@ -18,10 +18,10 @@ class Places:
     """Where some modules of a model are, and everything above them."""
 
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
-        names = {module: name for name, module in model.named_modules()}
+        every = dict(model.named_modules())
+        names = {module: name for name, module in every.items()}
         paths = {names[module] for module in modules if names.get(module)}
         above = {path.rsplit(".", count)[0] for path in paths for count in range(path.count(".") + 1)}
-        every = dict(model.named_modules())
         self.children = [(path, every[path.rpartition(".")[0]], every[path]) for path in sorted(above)]
 
     def check(self) -> None:

@@ -10,6 +10,7 @@ import checkpoints
 import lmms as hosts
 import pytest
 from checkpoints import HOSTS
+from matrix import dear
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.lmms_eval import generic
@@ -30,6 +31,9 @@ RUNS = {
 }
 
 
+WHOLE = dear(RUNS, [("huggingface", "qwen2_5_vl"), ("async_hf_model", "qwen2_5_vl")])  # run unpruned, too
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the command line wrote, of every run: pruned, and with `none`."""
@@ -38,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for key in {key for _, key in RUNS}:
         HOSTS[key].build(folder / key)
     for name, key in RUNS:
-        for how, pruning in (("late", LATE), ("none", {"pruning": "none"})):
+        for how, pruning in (("late", LATE), ("none", {"pruning": "none"}))[: 1 + ((name, key) in WHOLE)]:
             given = {"model": name, "model_args": f"pretrained={folder / key},device=cpu", "tasks": "pictures"}
             given |= {"include_path": str(folder / "tasks"), "output_path": f"{how}/{name}/{key}", "log_samples": True}
             runs.append(given | {"batch_size": 1, "limit": 3} | pruning)
@@ -47,18 +51,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def said(folder: Path, how: str, name: str, key: str) -> list[dict[str, Any]]:
+    """The lines of one run, which pruned what its checkpoint is."""
+    (results,) = hosts.results(folder / how / name / key)
+    assert results["pruning"]["model"]["family"] == HOSTS[key].family
+    assert results["pruning"]["samples"]["with_images"] == 3
+    return hosts.samples(folder / how / name / key, "pictures")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "key"), RUNS)
 def test_a_generic_id_prunes_what_its_checkpoint_is(name: str, key: str, folder: Path) -> None:
-    read: dict[str, Any] = {}
-    for how in ("late", "none"):
-        (results,) = hosts.results(folder / how / name / key)
-        read[how] = hosts.samples(folder / how / name / key, "pictures")
-        assert results["pruning"]["model"]["family"] == HOSTS[key].family
-        assert results["pruning"]["samples"]["with_images"] == 3
-    for cut, whole in zip(read["late"], read["none"], strict=True):
-        pictures = hosts.PICTURES[cut["doc_id"]]
-        assert [image["after"] for image in cut["pruning"]["images"]] == [LAST] * len(pictures)
+    for line in said(folder, "late", name, key):
+        after = [image["after"] for image in line["pruning"]["images"]]
+        assert after == [LAST] * len(hosts.PICTURES[line["doc_id"]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "key"), WHOLE)
+def test_it_begins_with_what_the_unpruned_run_has(name: str, key: str, folder: Path) -> None:
+    for cut, whole in zip(said(folder, "late", name, key), said(folder, "none", name, key), strict=True):
         before = [image["before"] for image in cut["pruning"]["images"]]
         assert before == [image["after"] for image in whole["pruning"]["images"]]
 

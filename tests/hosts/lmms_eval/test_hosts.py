@@ -1,14 +1,14 @@
 """Every `--model` of lmms-eval that the package supports: pruned against unpruned, on checkpoints made by the tests.
 
-One process of the command line runs all of them from a `--config` list, pruned behind the tower and between decoder
-layers, and some with `none` (the full matrix: all of them; the host reads thousands of task files for every run).
-What needs no process of its own (the host that nobody wrapped, pixels, videos) runs in this one.
+One process of the command line runs one of each kind from a `--config` list, pruned behind the tower and between
+decoder layers, and some with `none` (the full matrix: all of them; every run there begins from nothing). What needs no
+process of its own (the host that nobody wrapped, pixels, videos, and by default the models that another one stands for)
+runs in this one.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import checkpoints
 import lmms
 import pytest
 import torch
+import warm
 from checkpoints import HOSTS, Host
 from families import PINPOINTS, anyres_rows
 from matrix import dear
@@ -38,7 +39,7 @@ LATE = {
     "pruning_args": {"atp.alpha": 0, "atp.keep_tokens": FIRST, "fastv.layer": CUT, "fastv.keep_tokens": LAST},
 }
 BEHIND = {"pruning": "atp", "pruning_args": {"alpha": 0, "keep_tokens": FIRST}}
-VPRUNE = "pruning=vprune,pruning.chi2_threshold=40,pruning.cosine_threshold=0.2"
+VPRUNE = {"pruning": "vprune", "pruning_args": {"chi2_threshold": 40, "cosine_threshold": 0.2}}
 UNPRUNED = dear(HOSTS, ["llava-1.6", "qwen2_5_vl", "internvl_hf"])
 OF_EACH_KIND = [
     "llava-1.5",
@@ -50,14 +51,17 @@ OF_EACH_KIND = [
     "internvl_hf",
     "gemma4",
 ]
+GENERIC = [key for key, host in HOSTS.items() if host.name in generic.NAMES]  # import every family to know one
+COMMANDED = dear(HOSTS, {*OF_EACH_KIND, *GENERIC})
 NO_PIXELS = {"gemma4", "mistral3_vl"}
+PIXELS = [key for key in dear(HOSTS, OF_EACH_KIND) if key not in NO_PIXELS]
 TURNED = [[height, width] for width, height in checkpoints.LARGE_PINPOINTS]  # the authors' package says width first
 TILED = {"llava-1.6": (TURNED, 168, 12), "llava_hf-next": (PINPOINTS, 16, 4)}
 TILED["llava_hf-onevision"] = TILED["hf-next_video"] = TILED["llava_hf-next"]
 VIDEOS = {"llava_hf-onevision": 1, "qwen2_vl": 0, "qwen2_5_vl": 0, "qwen3_vl": 0, "gemma3": 0}  # and newlines of each
 
 TRIPS = '''
-from vtp_plugin import PruningStrategy, Selection, Stage, hookimpl
+from vtp_plugin import PruningStrategy, Selection, Stage
 
 
 class Trips(PruningStrategy):
@@ -67,11 +71,6 @@ class Trips(PruningStrategy):
 
     def select(self, visual) -> Selection:
         raise RuntimeError("the selector tripped")
-
-
-@hookimpl
-def vtp_register_strategies(register):
-    register(Trips)
 '''
 
 
@@ -109,7 +108,7 @@ class Work:
     def evaluate(self, key: str, model: Any = None, more: str = "", tasks: str = "pictures", **options: Any) -> Any:
         """A run in this process."""
         arguments = ",".join(filter(None, [self.arguments(key), more]))
-        manager = lmms.task_manager(include=str(self.folder / "tasks"))
+        manager = lmms.task_manager(own=True, include=str(self.folder / "tasks"))
         given = {**self.options(key), "task_manager": manager} | options
         return lmms.evaluate(model or HOSTS[key].name, arguments, tasks, **given)
 
@@ -123,7 +122,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 def process(work: Work) -> Any:
     """All runs of the command line."""
     runs = [work.entry(key, "none", pruning="none") for key in UNPRUNED]
-    runs += [work.entry(key, "late", **late_of(key)) for key in HOSTS]
+    runs += [work.entry(key, "late", **late_of(key)) for key in COMMANDED]
+    runs += [work.entry(key, "pixels", **VPRUNE) for key in PIXELS if key in GENERIC]
     process = lmms.call_runs(work.folder, runs)
     assert process.returncode == 0, process.stderr
     return process
@@ -131,15 +131,10 @@ def process(work: Work) -> Any:
 
 @pytest.fixture(scope="module")
 def tripping(work: Work) -> Any:
-    """A start of the command line that trips over a strategy which another package registers."""
+    """A process of `lmms-eval eval` that trips over a strategy of somebody's own."""
     (work.folder / "trips.py").write_text(TRIPS)
-    info = work.folder / "trips-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trips\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[vtp]\ntrips = trips\n")
-    runs = [work.entry("internvl_hf", "trips", pruning="trips")]
-    path = os.pathsep.join(filter(None, [str(work.folder), os.environ.get("PYTHONPATH")]))
-    return lmms.call_runs(work.folder, runs, lmms.COMMAND, PYTHONPATH=path)
+    runs = [work.entry("internvl_hf", "trips", pruning="trips", pruning_module="trips.py")]
+    return lmms.call_runs(work.folder, runs, [*warm.python(), "-m", "lmms_eval", "eval"])
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +146,10 @@ def _own_caches(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def written(work: Work, name: str, key: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Results and sample lines of one run of the command line."""
+    """Results and sample lines of one run of the command line, or of one in this process."""
+    if key not in COMMANDED:
+        results = work.evaluate(key, more=flat(late_of(key)))
+        return results, lines(results)
     (results,) = lmms.results(work.folder / name / key)
     return results, lmms.samples(work.folder / name / key, "pictures")
 
@@ -162,6 +160,12 @@ def lines(results: dict[str, Any], task: str = "pictures") -> list[dict[str, Any
 
 def late_of(key: str) -> dict[str, Any]:
     return BEHIND if key in NO_LLM else LATE
+
+
+def flat(pruning: dict[str, Any]) -> str:
+    """As model arguments."""
+    fields = (f"pruning.{name}={value}" for name, value in pruning["pruning_args"].items())
+    return ",".join([f"pruning={pruning['pruning']}", *fields])
 
 
 def images(line: dict[str, Any], which: str) -> list[int]:
@@ -178,7 +182,7 @@ def newlines(key: str, document: int) -> list[int]:
 
 
 @pytest.mark.parametrize("key", HOSTS)
-def test_records_of_the_command_line(key: str, work: Work, process: Any) -> None:
+def test_records(key: str, work: Work, process: Any) -> None:
     """Family, samples, and the exact number of tokens of every picture behind both cuts, and of the prompt."""
     results, said = written(work, "late", key)
     shown = [len(lmms.PICTURES[line["doc_id"]]) for line in said]
@@ -219,7 +223,7 @@ def test_an_error_that_the_host_swallows_ends_the_process_with_a_failure(work: W
 # -- in this process --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", [key for key in dear(HOSTS, OF_EACH_KIND) if HOSTS[key].name not in generic.NAMES])
+@pytest.mark.parametrize("key", [key for key in COMMANDED if key not in GENERIC])
 def test_counts_and_answers_of_the_host_itself(key: str, work: Work, process: Any) -> None:
     """`none` answers like a model that was never wrapped; counted are the placeholders of the host's processor.
 
@@ -268,10 +272,11 @@ def counting(model: Any) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("key", [key for key in dear(HOSTS, OF_EACH_KIND) if key not in NO_PIXELS])
-def test_pixels_come_through_the_real_processor(key: str, work: Work) -> None:
+@pytest.mark.parametrize("key", PIXELS)
+def test_pixels_come_through_the_real_processor(key: str, work: Work, process: Any) -> None:
     """Pictures whose upper half is of one colour lose something there, through every processor and precision."""
-    for line in lines(work.evaluate(key, more=VPRUNE)):
+    said = written(work, "pixels", key)[1] if key in GENERIC else lines(work.evaluate(key, more=flat(VPRUNE)))
+    for line in said:
         pairs = zip(images(line, "before"), images(line, "after"), strict=True)
         assert all(0 < after < before for before, after in pairs)
 
@@ -279,8 +284,7 @@ def test_pixels_come_through_the_real_processor(key: str, work: Work) -> None:
 @pytest.mark.parametrize("key", VIDEOS)
 def test_videos(key: str, work: Work) -> None:
     """A video is one image of several frames; Gemma 3 is shown its frames as images."""
-    more = ",".join(["pruning=atp+fastv", *(f"pruning.{k}={v}" for k, v in LATE["pruning_args"].items())])
-    results = work.evaluate(key, more=more, tasks="clips", batch_size=1, limit=None, force_simple=True)
+    results = work.evaluate(key, more=flat(LATE), tasks="clips", batch_size=1, limit=None, force_simple=True)
     assert results["pruning"]["samples"] == {"total": 2, "with_images": 2, "pruned": 2}
     for line, (_, frames) in zip(lines(results, "clips"), lmms.CLIPS, strict=True):
         assert images(line, "after") == [LAST + VIDEOS[key]] * (frames if key == "gemma3" else 1)

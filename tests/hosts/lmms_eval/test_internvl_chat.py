@@ -67,7 +67,7 @@ def test_pictures_in_tiles(
     lmms.write_own_tasks(tmp_path / "tasks")
     monkeypatch.chdir(tmp_path)
     lm = host.create_from_arg_string(pruning if "=" in pruning else f"pruning={pruning}")
-    options = {"task_manager": lmms.task_manager(include=str(tmp_path / "tasks")), "limit": 3}
+    options = {"task_manager": lmms.task_manager(own=True, include=str(tmp_path / "tasks")), "limit": 3}
     results = lmms.evaluate(lm, "", "pictures", **options, gen_kwargs="max_new_tokens=3")
     record = results["pruning"]
     assert record["model"]["family"] == "internvl_chat"

@@ -188,6 +188,9 @@ import importlib.metadata as metadata, sys
 metadata.entry_points = lambda **chosen: metadata.EntryPoints(
     entry for package in metadata.distributions() for entry in package.entry_points
     if not entry.value.startswith("vtp_plugin")).select(**chosen)
+from functools import partialmethod
+from lmms_eval.tasks import TaskManager  # the 1600 tasks that nobody asks for are not read
+TaskManager.__init__ = partialmethod(TaskManager.__init__, include_defaults=False)
 from lmms_eval.cli.dispatch import main
 main()
 assert "vtp_plugin" not in sys.modules
@@ -367,12 +370,12 @@ def test_the_host_reports_time_to_first_token_with_the_plugin(mixed: Session) ->
 @pytest.mark.slow
 def test_two_processes_make_one_record(tmp_path: Path) -> None:
     """An odd number of documents, of which the host repeats one; and nobody has written the embedded model yet."""
-    command = [*lmms.TWO_PROCESSES, "-m", "lmms_eval", "--model", "llava_hf", "--model_args", TINY]
-    command += ["--tasks", lmms.SCENES, "--limit", "3", "--log_samples", "--output_path", "out", "--pruning", "vprune"]
-    pairs = ",".join(f"{key}={value}" for key, value in LOOSE.items())
-    process = lmms.call([*command, "--pruning-args", pairs], tmp_path, ACCELERATE_USE_CPU="true", VTP_CACHE="models")
-    assert process.returncode == 0, process.stderr
-    assert "Running on rank 1" in process.stdout
+    command = ["--model", "llava_hf", "--model_args", TINY, "--tasks", lmms.SCENES, "--limit", "3", "--log_samples"]
+    command += ["--output_path", "out", "--pruning", "vprune", "--pruning-args"]
+    command += [",".join(f"{key}={value}" for key, value in LOOSE.items())]
+    ended = lmms.call_together(tmp_path, command, 2, ACCELERATE_USE_CPU="true", VTP_CACHE="models")
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "Running on rank 1" in ended[1][1]
     (results,) = lmms.results(tmp_path)
     logged = lmms.samples(tmp_path, lmms.SCENES)
     kept = [kept_by_vprune(document) for document in range(3)]
@@ -710,6 +713,22 @@ def test_a_failed_construction_leaves_the_host_as_it_was() -> None:
 def test_the_embedded_model_of_another_class_is_refused() -> None:
     with pytest.raises(PruningError, match="vtp-tiny"):
         lmms.evaluate("qwen2_vl", TINY, limit=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"model": "llavva"}, "unknown model 'llavva'. Did you mean 'llava'?"),
+        ({"tasks": "popee"}, "unknown task 'popee'. Nearest: pope"),
+    ],
+)
+def test_names_that_the_host_lacks_begin_no_sweep(tmp_path: Path, options: dict[str, str], sentence: str) -> None:
+    from sweeps import Folder
+
+    folder = Folder(tmp_path)
+    with pytest.raises(PruningError, match=re.escape(sentence)):
+        folder.run(**options)
+    assert not [path for path in folder.run_dir.rglob("*") if path.name != ".lock"]
 
 
 # -- the files in plugin_configs --------------------------------------------------------------------------------------

@@ -83,18 +83,21 @@ def _watch_models() -> None:
 def _offer_tasks() -> None:
     """Let every TaskManager find our tasks, as if they had been named with --include_path.
 
-    The host's own tasks, 1600 files that take seconds, are read once for all configurations of a process.
+    The host's own tasks, 1600 files that take seconds, and ours are read once for all configurations of a process.
     """
     from lmms_eval.tasks import TaskManager
 
     defaults: dict[str, Any] = {}
+    ours: dict[str, Any] = {}
 
     def around(original: Callable, manager: Any, include_path: Any = None, include_defaults: bool = True) -> Any:
         paths = [include_path] if isinstance(include_path, str) else list(include_path or [])
         if include_defaults and not defaults:
             defaults.update(original(manager, include_path=None, include_defaults=True))
-        named = original(manager, include_path=[*paths, str(TASKS)], include_defaults=False)
-        return {**named, **(deepcopy(defaults) if include_defaults else {})}
+        if not ours:
+            ours.update(original(manager, include_path=str(TASKS), include_defaults=False))
+        named = original(manager, include_path=[*paths, str(TASKS)], include_defaults=False) if paths else ours
+        return deepcopy({**named, **(defaults if include_defaults else {})})
 
     wrap(TaskManager, "initialize_tasks", around)
 
