@@ -44,6 +44,7 @@ SIZED_BY_VALUES = (
     aten.nonzero.default,
     aten.masked_select.default,
     aten.bincount.default,
+    aten.isin.Tensor_Tensor,  # which sorts, and looks for what is unique
     aten._unique2.default,
     aten.unique_dim.default,
     aten.unique_consecutive.default,

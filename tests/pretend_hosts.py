@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -23,6 +24,37 @@ DTYPES = (torch.float32, torch.bfloat16)
 LAYOUTS = ("single", "batch")  # one prompt; two of unequal length with three pictures, padded on the left
 STAGES = {name: family.stages for name, family in families.FAMILIES.items()}
 STAGES |= dict.fromkeys(models.FAMILIES, families.STAGES)
+
+# by stage, a strategy for every signal, with fields that tiny models can spend
+CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "pixels": [("vprune", {"chi2_threshold": 40.0, "cosine_threshold": 0.2}), ("downsample", {"keep_ratio": 0.5})],
+    "vit": [("l2", {}), ("l2", {"center": True}), ("l2", {"positioned": True}), ("tome", {"keep_ratio": 0.6})],
+    "projector": [
+        ("atp", {}),
+        ("divprune", {"keep_ratio": 0.4}),
+        ("visionzip", {"dominant": 3, "contextual": 2}),
+        ("prumerge", {}),
+        ("hired", {"keep_ratio": 0.4}),
+        ("random", {}),
+        ("hiprune", {"shallow": 1, "keep_ratio": 0.4}),
+        ("vscan", {"shallow": 1, "keep_ratio": 0.4}),
+        ("nuwa", {"keep_ratio": 0.4}),
+        ("mmtok", {"keep_ratio": 0.4}),
+        ("vidcom2", {"keep_ratio": 0.4}),
+    ],
+    "llm": [
+        ("fastv", {}),
+        ("fastv", {"layer": 3}),  # some take visual features up in their first layers
+        ("dart", {"layer": 3, "keep_ratio": 0.4}),
+        ("pyramiddrop", {"layers": "2 3"}),
+        ("fitprune", {"keep_ratio": 0.6}),
+        ("sparsevlm", {}),
+        ("sparsevlm", {"version": 2}),
+        ("dart", {"keep_ratio": 0.4}),
+        ("vtp", {"at": "llm", "focus": 1.0}),
+        ("coreprune", {"layer": 2, "keep_ratio": 0.4}),
+    ],
+}
 
 
 @dataclass
@@ -107,6 +139,24 @@ class Host:
             answer, counts = self._generated(self.there, device.put(self.inputs(layout)), strategy, new)
             return answer, counts
 
+    @cache  # noqa: B019 - there is one
+    def _moved(self, device: str) -> nn.Module:
+        return self._build().to(device)
+
+    def on_device(self, device: str, strategy: PruningStrategy | None, layout: str, new: int = 2) -> tuple[Answer, int]:
+        """On a real device, and how often the host waited for it."""
+        inputs = {name: value.to(device) for name, value in self.inputs(layout).items()}
+        with warnings.catch_warnings(record=True) as told, sdpa_kernel(SDPBackend.MATH):
+            warnings.simplefilter("always")
+            if device != "cpu":
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                answer, _ = self._generated(self._moved(device), inputs, strategy, new)
+            finally:
+                if device != "cpu":
+                    torch.cuda.set_sync_debug_mode("default")
+        return answer, sum("synchronizing" in str(warning.message) for warning in told)
+
     def _generated(
         self, model: nn.Module, inputs: dict[str, Any], strategy: PruningStrategy | None, new: int
     ) -> tuple[Answer, Counts]:
@@ -140,3 +190,9 @@ def _drawn(name: str) -> nn.Module:
 @cache
 def host(name: str, dtype: torch.dtype = torch.float32) -> Host:
     return Host(name, dtype)
+
+
+def can(name: str, strategy: str, fields: dict[str, Any]) -> bool:
+    """Whether the family gives the strategy what it needs."""
+    one = host(name)
+    return not one.lacks(one.strategy(strategy, **fields))

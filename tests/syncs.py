@@ -31,6 +31,12 @@ FIELDS = {  # what tiny models can spend
     "hiprune": {"shallow": 1},
     "vscan": {"shallow": 1},
 }
+WAITS, COPIES = 4, 6  # more than the unpruned host, per call
+OPEN = 2  # waits more for every cut of a picture whose number of tokens only the device knows
+ON_HOST = {  # what works on the host, picture by picture: waits and copies more for each
+    "prunesid": (1, 1),  # walks through its groups token by token
+    "random": (0, 1),  # draws there, so that a seed keeps the same tokens on every device
+}
 NEW = 4
 HOSTS_OWN = "transformers.masking_utils"  # asks about padding where a prompt is shorter than a window, pruned or not
 DEFAULT = ROOT / "docs" / "results" / "syncs.json"

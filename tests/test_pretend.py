@@ -14,7 +14,7 @@ import pytest
 import torch
 from matrix import FULL, dear
 from pretend import Counts, Device, OnDevice
-from pretend_hosts import DTYPES, LAYOUTS, STAGES, host
+from pretend_hosts import CASES, DTYPES, LAYOUTS, STAGES, can, host
 from torch import Tensor, nn
 
 import vtp_plugin as vtp
@@ -22,35 +22,6 @@ from vtp_plugin import Stage, plugins
 
 pytestmark = pytest.mark.long
 
-CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "pixels": [("vprune", {"chi2_threshold": 40.0, "cosine_threshold": 0.2}), ("downsample", {"keep_ratio": 0.5})],
-    "vit": [("l2", {}), ("l2", {"center": True}), ("l2", {"positioned": True}), ("tome", {"keep_ratio": 0.6})],
-    "projector": [
-        ("atp", {}),
-        ("divprune", {"keep_ratio": 0.4}),
-        ("visionzip", {"dominant": 3, "contextual": 2}),
-        ("prumerge", {}),
-        ("hired", {"keep_ratio": 0.4}),
-        ("random", {}),
-        ("hiprune", {"shallow": 1, "keep_ratio": 0.4}),
-        ("vscan", {"shallow": 1, "keep_ratio": 0.4}),
-        ("nuwa", {"keep_ratio": 0.4}),
-        ("mmtok", {"keep_ratio": 0.4}),
-        ("vidcom2", {"keep_ratio": 0.4}),
-    ],
-    "llm": [
-        ("fastv", {}),
-        ("fastv", {"layer": 3}),  # some take visual features up in their first layers
-        ("dart", {"layer": 3, "keep_ratio": 0.4}),
-        ("pyramiddrop", {"layers": "2 3"}),
-        ("fitprune", {"keep_ratio": 0.6}),
-        ("sparsevlm", {}),
-        ("sparsevlm", {"version": 2}),
-        ("dart", {"keep_ratio": 0.4}),
-        ("vtp", {"at": "llm", "focus": 1.0}),
-        ("coreprune", {"layer": 2, "keep_ratio": 0.4}),
-    ],
-}
 PAIRS = list(product(DTYPES, LAYOUTS))
 WHOLE = dear(STAGES, ["llava"])
 COMBINATIONS = [(name, stage) for name, stages in STAGES.items() for stage in stages]
@@ -62,12 +33,6 @@ def test_every_signal_has_a_case() -> None:
     covered = {need for name in named for need in vtp.get_strategy(name)().needs}
     covered |= {n for cases in CASES.values() for name, f in cases for n in vtp.get_strategy(name)(**f).needs}
     assert asked <= covered
-
-
-def can(name: str, strategy: str, fields: dict[str, Any]) -> bool:
-    """Whether the family gives the strategy what it needs."""
-    one = host(name)
-    return not one.lacks(one.strategy(strategy, **fields))
 
 
 @pytest.mark.parametrize(("name", "stage"), COMBINATIONS, ids=lambda value: value)
@@ -123,6 +88,7 @@ WAITS: dict[str, Callable[[Tensor], Any]] = {
     "nonzero": lambda x: x.nonzero(),
     "where": lambda x: torch.where(x > 3),
     "unique": lambda x: x.unique(),
+    "isin": lambda x: torch.isin(x, x[0]),
     "masked_select": lambda x: x.masked_select(x > 3),
     "equal": lambda x: torch.equal(x, x),
     "cpu": lambda x: x.cpu(),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, OrderedDict
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import slow
 import torch
 from torch import Tensor
 
-from vtp_plugin import selectors
+from vtp_plugin import replay, selectors
 
 CLOSE = 1e-5
 
@@ -230,3 +233,53 @@ def test_density_peaks(neighbours: int, some: bool):
         denser = [apart[i, j].item() for j in points if i in density and (density[j], -j) > (density[i], -i)]
         wanted = density[i] * min(denser, default=largest) if i in density else -1.0
         assert found[i].item() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("n", [5, 33, 200])
+def test_what_a_gpu_computes_instead(n: int) -> None:
+    """The same picks and medians, to the last bit, by other sums."""
+    draw = torch.Generator().manual_seed(n)
+    alike = selectors.gaussian(torch.randn(3, n, 8, generator=draw), 0.5)
+    for weight in (torch.ones(3, n), torch.rand(3, n, generator=draw)):
+        expected = selectors.coverage(alike, weight, n // 2)
+        assert selectors.coverage_at_once(alike, weight, n // 2).equal(expected)
+    apart = selectors.distances(torch.randn(3, n, 8, generator=draw)).flatten(1)
+    for k in (0, (apart.shape[1] - 1) // 2, apart.shape[1] - 1):
+        assert selectors.smallest(apart, k).equal(apart.sort(1).values[:, k])
+    assert selectors.lower_median(apart).equal(apart.median(1).values)
+
+
+def test_a_selection_is_recorded_when_its_shapes_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the third call on, once for every shape and number; the oldest graph is given up."""
+    made: list[tuple[int, ...]] = []
+
+    class Recorded:
+        def __init__(self, function: Any, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
+            made.append((*tensors["x"].shape, facts["k"]))
+            self.function, self.facts = function, facts
+
+        def __call__(self, tensors: dict[str, Any]) -> Tensor:
+            return self.function(**tensors, **self.facts)
+
+    @replay.replayed
+    def doubled(x: Tensor, k: int, more: Tensor | None = None) -> Tensor:
+        return 2 * x[:k] if more is None else x[:k] + more[:k]
+
+    monkeypatch.setattr(replay, "Recorded", Recorded)
+    monkeypatch.setattr(replay, "_recorded", OrderedDict())
+    monkeypatch.setattr(replay, "_calls", Counter())
+    x = torch.arange(4.0)
+    assert [doubled(x, 2).tolist() for _ in range(4)] == [[0.0, 2.0]] * 4
+    assert made == []  # not on the host
+    monkeypatch.setattr(replay, "_worthwhile", lambda tensors: True)
+    monkeypatch.setattr(replay.torch.cuda, "current_stream", lambda: SimpleNamespace(device="cuda:0", cuda_stream=0))
+    assert [doubled(x, 2).tolist() for _ in range(4)] == [[0.0, 2.0]] * 4
+    assert made == [(4, 2)]
+    assert [doubled(x, k=3, more=x).tolist() for _ in range(3)] == [[0.0, 2.0, 4.0]] * 3
+    assert made == [(4, 2), (4, 3)]
+    for size in range(5, 5 + replay.GRAPHS):
+        for _ in range(replay.SEEN + 1):
+            doubled(torch.arange(float(size)), 1)
+    assert len(replay._recorded) == replay.GRAPHS
+    doubled(x, 2)
+    assert made[-1] != (4, 2)  # forgotten, and counted anew

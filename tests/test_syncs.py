@@ -14,15 +14,10 @@ import syncs
 from family_runs import by_kind
 from matrix import dear
 from pretend_hosts import LAYOUTS, STAGES, host
+from syncs import COPIES, ON_HOST, OPEN, WAITS
 
 pytestmark = pytest.mark.long
 
-WAITS, COPIES = 4, 6  # more than the unpruned host, per call
-OPEN = 2  # waits more for every cut of a picture whose number of tokens only the device knows
-ON_HOST = {  # what works on the host, picture by picture: waits and copies more for each
-    "prunesid": (1, 1),  # walks through its groups token by token
-    "random": (0, 1),  # draws there, so that a seed keeps the same tokens on every device
-}
 CONSTANTS = 24  # bytes of an image processor's mean and standard deviation, and 8 per patch of a tile, for its place:
 # these stay as long as the strategy
 

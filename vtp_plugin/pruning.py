@@ -16,7 +16,7 @@ from vtp_plugin.clock import clock
 from vtp_plugin.config import NONE, Spec, describe, resolve
 from vtp_plugin.errors import NothingPruned, PruningError
 from vtp_plugin.hookspecs import hookimpl
-from vtp_plugin.metrics import counting, latency
+from vtp_plugin.metrics import latency, watching
 from vtp_plugin.metrics.totals import Totals
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
@@ -94,7 +94,7 @@ class Pruned(OneAtATime):
         self.spaces = vision.spaces
         observed = Undo()
         self._undo.callback(observed.close)
-        counting.watch(self, observed)  # first, so that it sees what the cuts make of a block's output
+        watching.watch(self, observed)  # first, so that it sees what the cuts make of a block's output
         vision.install(self._undo)
         decoder.install(self._undo)
         if self.positions.prompt == "original" and self.adapter.language_model is not None:

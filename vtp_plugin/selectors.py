@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from vtp_plugin.replay import replayed
 from vtp_plugin.tokens import best
 
 MINMAX_EPS = 1e-6
@@ -79,6 +80,7 @@ def distances(tokens: Tensor) -> Tensor:
     return (sizes[:, :, None] + sizes[:, None]).sub_(inner, alpha=2).clamp_(min=0)
 
 
+@replayed
 def farthest_points(distance: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
     """Max-min diversity: repeatedly the largest weight_j min over picks d_sj; distance [B, N, N], weight [B, N].
 
@@ -107,6 +109,7 @@ def _to_others(distance: Tensor) -> Tensor:
     return nearest
 
 
+@replayed
 def herding(kernel: Tensor, picks: Tensor, k: int) -> Tensor:
     """Add to the picks [B, M] until there are k [B, k], each time argmax_j (M + 1) mean_i k_ij - sum over picks k_sj.
 
@@ -132,11 +135,57 @@ def gaussian(tokens: Tensor, scale: float) -> Tensor:
     two tokens that resemble only each other gain `coverage` equally much, and sums that are exact keep this a tie.
     """
     apart = distances(centred(tokens))
-    typical = apart.flatten(1).median(1).values[:, None, None]
+    typical = lower_median(apart.flatten(1))[:, None, None]
     alike = apart.div_(-scale * typical.clamp(min=torch.finfo(apart.dtype).tiny)).exp_()
     return alike.div_(STEP).round_().mul_(STEP)
 
 
+def lower_median(values: Tensor) -> Tensor:
+    """The median [B] of values [B, M] that are not negative, the smaller one of two."""
+    if not values.is_cuda:
+        return values.median(1).values
+    return smallest(values, (values.shape[1] - 1) // 2)  # torch searches a row with one of a hundred multiprocessors
+
+
+@replayed
+def smallest(values: Tensor, k: int) -> Tensor:
+    """The value [B] that k of the values [B, M] of a row come before; fp32, not negative.
+
+    Bit by bit, the largest number that at most k of them are below: bits of such numbers are ordered as they are.
+    """
+    bits = values.view(torch.int32)
+    found = torch.zeros(len(values), 1, dtype=torch.int32, device=values.device)
+    for bit in range(30, -1, -1):
+        more = found | 1 << bit
+        found = torch.where((bits < more).sum(1, keepdim=True) <= k, more, found)
+    return found.view(torch.float32)[:, 0]
+
+
+def stepped_coverage(similarity: Tensor, weight: Tensor, k: int) -> Tensor:
+    """`coverage` of likenesses [B, N, N] in whole steps, whose sums are exact in any order."""
+    return (coverage_at_once if similarity.is_cuda else coverage)(similarity, weight, k)
+
+
+@replayed
+def coverage_at_once(similarity: Tensor, weight: Tensor, k: int) -> Tensor:
+    """The same, reading the likenesses once a pick: what a GPU waits for is memory.
+
+    sum_i max(0, s_ij - c_i) is half of sum_i s_ij - sum_i c_i + sum_i |s_ij - c_i|.
+    """
+    covered, rows = torch.zeros_like(weight), torch.arange(len(weight), device=weight.device)
+    whole, half = similarity.sum(-1), weight / 2
+
+    def gain() -> Tensor:
+        apart = torch.cdist(similarity, covered[:, None], p=1)[..., 0]  # [B, N]
+        return half * (whole - covered.sum(-1, keepdim=True) + apart)
+
+    def pick(best: Tensor) -> None:
+        torch.maximum(covered, similarity[rows, best], out=covered)
+
+    return greedy(gain, pick, torch.zeros_like(weight, dtype=torch.bool), k)
+
+
+@replayed
 def coverage(
     similarity: Tensor, weight: Tensor, k: int, demand: Tensor | None = None, bonus: Tensor | None = None
 ) -> Tensor:
@@ -158,6 +207,7 @@ def coverage(
     return greedy(gain, pick, torch.zeros_like(weight, dtype=torch.bool), k)
 
 
+@replayed
 def determinantal(kernel: Tensor, k: int, fallback: Tensor) -> Tensor:
     """Greedy MAP of a determinantal point process with kernel [B, N, N], by the Cholesky recursion.
 
@@ -184,9 +234,9 @@ def determinantal(kernel: Tensor, k: int, fallback: Tensor) -> Tensor:
 
 
 def mean_by_owner(tokens: Tensor, owner: Tensor, number: int) -> Tensor:
-    """Mean of the tokens [N, D] of each of `number` owners [N], zero for one that owns none; [number, D]."""
-    member = one_hot(owner, number).to(tokens.dtype)  # [N, number]; a product, because index_add_ is random on CUDA
-    return member.T @ tokens / member.sum(0).clamp(min=1)[:, None]
+    """Mean of the tokens [..., N, D] of each of M = `number` owners [..., N], zero for one with none: [..., M, D]."""
+    member = one_hot(owner, number).to(tokens.dtype)  # [..., N, M]; a product: index_add_ is random on CUDA
+    return member.mT @ tokens / member.sum(-2).clamp(min=1)[..., None]
 
 
 def apportioned(exact: Tensor, room: Tensor, k: int, first: Tensor | None = None) -> Tensor:

@@ -120,7 +120,15 @@ class Selection:
         """The surviving rows of `tokens` [B, N, D], per image [K, D]; the method's own values where it merges."""
         if self.tokens is not None:
             return tuple(row.to(tokens.dtype) for row in self.tokens)
+        if self.source is None and self.columns is not None:
+            return at(tokens, self.columns).unbind()
         return tuple(row[columns] for row, columns in zip(tokens, self.sources, strict=True))
+
+    def taken(self, numbers: Tensor) -> tuple[Tensor, ...]:
+        """Numbers of the tokens [B, N] at the survivors, per image [K]; every survivor is one of the tokens."""
+        if self.source is None and self.columns is not None:
+            return numbers.gather(1, self.columns).unbind()
+        return tuple(row[columns] for row, columns in zip(numbers, self.sources, strict=True))
 
     def merged(self, values: Tensor, sizes: Tensor) -> Tensor:
         """Means of `values` [B, N, ...] over the owners, weighted by `sizes` [B, N]: [B, K, ...] fp32."""
@@ -148,3 +156,14 @@ def best(scores: Tensor, k: int) -> Tensor:
 def true_columns(mask: Tensor, k: int) -> Tensor:
     """Where a mask [..., N] with k True in every row is True, ascending: [..., k]; nobody waits for the device."""
     return mask.byte().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def at(values: Tensor, columns: Tensor) -> Tensor:
+    """The rows of values [B, N, D] at columns [B, K]: [B, K, D]."""
+    return values.gather(1, columns[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def without(columns: Tensor, chosen: Tensor, n: int) -> Tensor:
+    """Columns [..., P] of n, ascending as they come, without the chosen ones [..., M] among them: [..., P - M]."""
+    mark = torch.zeros(*columns.shape[:-1], n, dtype=torch.bool, device=columns.device).scatter_(-1, chosen, True)
+    return columns.gather(-1, true_columns(~mark.gather(-1, columns), columns.shape[-1] - chosen.shape[-1]))

@@ -32,7 +32,7 @@ class Spy(PruningStrategy):
         return self.block
 
     def select(self, visual: VisualTokens) -> Selection:
-        self.told.append(visual.cls_attention[0])
+        self.told.extend(visual.cls_attention)
         return Selection.everything(visual.index)
 
 

@@ -17,11 +17,14 @@ from vtp_plugin import prune
 from vtp_plugin.errors import PruningError
 from vtp_plugin.studies import atp_design, vtp_design
 from vtp_plugin.studies.study import conduct
+from vtp_plugin.tiny import probe
 from vtp_plugin.tiny.examining import shipped
+from vtp_plugin.tiny.fitting import Run
 from vtp_plugin.tiny.inference import answer, answers, load
 from vtp_plugin.tiny.modeling import normalize
 from vtp_plugin.tiny.pool import draw
 from vtp_plugin.tiny.scenes import PLATE, SIZE, Thing, sample_scene
+from vtp_plugin.tiny.testset import ask
 from vtp_plugin.tiny.vision import look
 
 SCENE = replace(
@@ -66,7 +69,8 @@ def test_shares_and_moves_by_hand() -> None:
 
 def test_the_class_token_s_attention_does_not_move_and_the_question_does(tmp_path: Path) -> None:
     readings = {"random": {"pruning": "random", "at": "projector"}, "attention": {"alpha": 0}, "text": {"alpha": 1}}
-    found, table = results("atp-design", {"limit": 3, "keep": [0.25], "readings": readings}, tmp_path / "study")
+    said = {"limit": 3, "keep": [0.25], "readings": readings, "reader": {}}
+    found, table = results("atp-design", said, tmp_path / "study")
     rows = {row["reading"]: row for row in found["rows"]}
     assert {rows["unpruned"][where] for where in atp_design.WHERE} == {1}
     assert rows["unpruned"]["moves"] == rows["attention"]["moves"] == 0
@@ -74,11 +78,67 @@ def test_the_class_token_s_attention_does_not_move_and_the_question_does(tmp_pat
     assert all(0 < rows["random"][where] < 1 for where in atp_design.WHERE)
     assert {len(hits) for hits in rows["text"]["right"].values()} == {3}
     assert f"| text | {100 * np.mean(rows['text']['right']['presence']):.1f} |" in table
+    assert "Information" not in table
+
+
+def test_the_reader_is_shown_what_the_language_model_is(tmp_path: Path) -> None:
+    """The rows that were kept, in the study as in the probe by itself; a reader that was trained is used again."""
+    said = {"model": "vtp-tiny", "batch": 2, "reader": {"scenes": 2, "steps": 1}}
+    study, scene = atp_design.AtpDesign(said, tmp_path), sample_scene("validation", 3)
+    asked = list(ask(0, 3, scene).values())[1:2]
+    study.scenes, study.questions = [scene], [atp_design.Asked(0, q.task, q.text, q.answer, "") for q in asked]
+    study.model, study.processor = load()
+    shown, reader = [], study.reader
+    study.reader = lambda tokens, asked: shown.append(tokens[0]) or reader(tokens, asked)
+    stride = {"at": "projector", "keep_ratio": 0.25, "positions": "original"}
+    read = study._read([[*range(0, 144, 4)]])
+    with prune(study.model, "stride", processor=study.processor, **stride):
+        for number, question in enumerate(asked):
+            _, seen = probe.seen_by(study.model, study.processor, scene.render(), question.text)
+            torch.testing.assert_close(shown[number], seen, rtol=1e-4, atol=1e-5)
+            words, answer = probe.encode([[question]])
+            assert read[number] == bool(reader(seen[None], words).argmax(-1) == answer)
+    before = (tmp_path / "reader" / "probe.pt").stat().st_mtime_ns
+    again = probe.trained(Run(tmp_path / "reader"), scenes=2, steps=1)
+    assert (tmp_path / "reader" / "probe.pt").stat().st_mtime_ns == before
+    assert not list((tmp_path / "reader").glob("train-*"))
+    assert all(map(torch.equal, again.state_dict().values(), reader.state_dict().values()))
+
+
+def test_information_and_shift_are_what_is_lost() -> None:
+    """Of ten questions a reading answers five less than all tokens do, of which the reader misses three."""
+
+    def row(name: str, keep: float, right: int, read: int) -> dict:
+        return {
+            "reading": name,
+            "keep": keep,
+            "right": hits(right),
+            "read": hits(read),
+            "moves": 0,
+            "asked": 1,
+            "others": 1,
+            "ground": 1,
+        }
+
+    def hits(number: int) -> dict:
+        return {"count": [True] * number + [False] * (10 - number)}
+
+    study = atp_design.AtpDesign({"keep": [0.5], "readings": {"random": {}, "as printed": {}, "poor": {}}}, Path())
+    rows = [row("unpruned", 1, 10, 9), row("random", 0.5, 8, 8), row("as printed", 0.5, 5, 6), row("poor", 0.5, 2, 0)]
+    *_, split = study.tables({"scenes": 10, "questions": 10, "rows": rows})
+    found = {name: cells for name, *cells in split.rows}
+    assert [cell.split()[0] for cell in found["as printed"]] == ["+50.0", "+30.0", "+20.0"]
+    assert [cell.split()[0] for cell in found["random"]] == ["+20.0", "+10.0", "+10.0"]
+    assert "At 0.5, shown to keep more information than random: none; less: *poor*." in split.caption
 
 
 @pytest.mark.parametrize(
     ("said", "sentence"),
     [
+        ({"reader": {"steps": 3}}, "reader must be {}, or whole numbers of scenes and steps"),
+        ({"reader": {"scenes": 0, "steps": 3}}, "reader must be {}, or whole numbers"),
+        ({"model": "somewhere/else"}, "the reader reads vtp-tiny's tokens: say reader={} with another model"),
+        ({"readings": {"random": {}, "p": {"pruning": "pooling"}}}, "'p' merges tokens, the reader is shown"),
         ({"readings": {"as printed": {}}}, "readings need one called 'random'"),
         ({"readings": {"random": {}, "unpruned": {}}}, "cannot be called 'unpruned'"),
         ({"readings": {"random": {"alhpa": 1}}}, "alhpa"),

@@ -21,8 +21,9 @@ import vtp_plugin as vtp
 from vtp_plugin import PruningStrategy, Selection, Stage, VisualTokens, get_strategy, list_strategies
 from vtp_plugin.errors import PruningError
 
-WHOLE = [name for name in FAMILIES if name.startswith("llava") or name.startswith("paligemma")]  # a token is one patch
-MERGING = [name for name in FAMILIES if name not in WHOLE]
+VIDEO = "llava_next_video"  # which merges the patches of a video's frames, and none of a picture
+WHOLE = [name for name in FAMILIES if name.startswith(("llava", "paligemma")) and name != VIDEO]  # a token is one patch
+MERGING = [name for name in FAMILIES if name not in (*WHOLE, VIDEO)]
 JUDGING = [name for name in list_strategies() if "judge" in get_strategy(name).fields()]
 RANK = {"at": "projector", "keep_ratio": 0.4}  # l2 there
 
@@ -160,6 +161,73 @@ def test_units_behind_a_cut_in_a_tower_of_tiles(name: str) -> None:
                 made = projector.mm_soft_emb_norm(mean) @ projector.mm_input_projection_weight
             torch.testing.assert_close(made, visual.tokens[0], rtol=1e-4, atol=1e-5)
     assert SEEN
+
+
+# -- LLaVA-NeXT-Video: squares of a frame's patches are averaged in front of the projector -----------------------------
+
+SIDE, POOL, FRAMES = 4, 2, 3  # patches of a frame, of a square; of the tiny model
+
+
+def film_of(model: nn.Module) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Two clips: their pixels, the features of their patches by frame, row and column, and the host's rows."""
+    values = torch.cat([FAMILIES[VIDEO].video(seed).images["pixel_values_videos"] for seed in (3, 4)])
+    with torch.no_grad():
+        tower = model.model.vision_tower(values.flatten(0, 1), output_hidden_states=True)
+        rows = model.model.get_video_features(values, return_dict=True).pooler_output
+    patches = tower.hidden_states[model.config.vision_feature_layer][:, 1:]
+    return {"pixel_values_videos": values}, patches.view(2, FRAMES, SIDE, SIDE, -1), rows.view(2, 12, -1)
+
+
+def watched(model: nn.Module, inputs: dict[str, Any], **fields: Any) -> tuple[list[list[int]], list[Tensor]]:
+    """What a pruned call keeps of every clip, and the rows that the language model is shown of each."""
+    given: list[Tensor] = []
+    with torch.no_grad(), vtp.prune(model, "l2", at="projector", keep_ratio=0.4, **fields) as pruned:
+        hook = model.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True
+        )
+        model(**inputs)
+        hook.remove()
+        (event,) = pruned.events
+    kept = [own.tolist() for own in event.kept]
+    start = inputs["input_ids"][0].tolist().index(families.VIDEO)
+    return kept, [rows[start : start + len(own)] for rows, own in zip(given[0], kept, strict=True)]
+
+
+def test_squares_of_a_frame_are_judged_and_the_rows_are_the_hosts() -> None:
+    """Of two clips in one call: the norm of four patches, picked out one by one; the rows are equal bit by bit."""
+    family, model, chosen = FAMILIES[VIDEO], model_of(VIDEO, "eager"), []
+    pixels, patches, rows = film_of(model)
+    inputs = batched(family, (family.video(3), family.video(3))) | pixels
+    places = [(t, y, x) for t in range(FRAMES) for y in range(0, SIDE, POOL) for x in range(0, SIDE, POOL)]
+    for judge in ("before", "after"):
+        kept, shown = watched(model, inputs, judge=judge)
+        for clip in range(2):
+            squares = [patches[clip, t, y : y + POOL, x : x + POOL].flatten() for t, y, x in places]
+            norms = torch.stack(squares).norm(dim=-1) if judge == "before" else rows[clip].norm(dim=-1)
+            assert kept[clip] == sorted(norms.topk(5).indices.tolist())
+            assert torch.equal(shown[clip], rows[clip][kept[clip]])
+        chosen.append(kept)
+    assert chosen[0] != chosen[1]
+
+
+def test_the_mean_of_a_unit_is_projected_to_its_row() -> None:
+    family, model = FAMILIES[VIDEO], model_of(VIDEO, "eager")
+    SEEN.clear()
+    with torch.no_grad(), vtp.prune(model, Spy()):
+        model(**batched(family, (family.video(3),)))
+        (visual,) = SEEN
+        means = visual.units.unflatten(-1, (POOL**2, -1)).mean(2)
+        torch.testing.assert_close(model.model.multi_modal_projector(means), visual.tokens, rtol=1e-4, atol=1e-5)
+
+
+def test_a_unit_of_a_picture_is_its_patch() -> None:
+    """Which is what strategies see of it anyway: behind newlines and crops, too."""
+    family, model = FAMILIES[VIDEO], model_of(VIDEO, "eager")
+    SEEN.clear()
+    with torch.no_grad(), vtp.prune(model, Spy()):
+        model(**batched(family, prompts_of(VIDEO, "batch")))
+    assert sum(len(visual.tokens) for visual in SEEN) == 3
+    assert all(torch.equal(visual.units, visual.tokens) for visual in SEEN)
 
 
 def test_every_method_that_compares_features_can_judge_before() -> None:

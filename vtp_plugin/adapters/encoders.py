@@ -61,9 +61,10 @@ class Encoder(Adapter):
         with self.pruned.calling() as call:
             call.images = [Image(total=len(raster), index=raster, sample=n) for n in everything]
             outputs = []
-            for batch in [[n] for n in everything] if self.pruned.one_by_one else [everything]:
-                with call.in_tower(batch):
-                    outputs.append(self.forward(pixel_values[batch], *args, **kwargs))
+            size = 1 if self.pruned.one_by_one else len(everything)
+            for start in everything[::size]:
+                with call.in_tower(everything[start : start + size]):
+                    outputs.append(self.forward(pixel_values[start : start + size], *args, **kwargs))
         return outputs[0] if len(outputs) == 1 else _together(outputs)
 
 

@@ -1,7 +1,8 @@
 """LLaVA-NeXT-Video in transformers: images as in LLaVA-NeXT; a video is one image whose tiles are its frames.
 
 The host averages squares of patches of every frame and projects the means: rows of a video are judged and merged as
-projected rows, the llm stage works, the pixels and vit stages are refused when a video arrives.
+projected rows, or judged as the patches that are averaged (`judge=before`); the llm stage works, the pixels and vit
+stages are refused when a video arrives. A token of a picture is one patch, which is what goes into the projector.
 """
 
 from __future__ import annotations
@@ -11,13 +12,36 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtp_plugin.adapters.llava_next import LlavaNext
 from vtp_plugin.contract import TouchPoint
 from vtp_plugin.hosts.compatibility import TRANSFORMERS
 from vtp_plugin.hosts.transformers.contract import FAMILIES
+from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
+from vtp_plugin.surgery.layout import Layout
+from vtp_plugin.surgery.rows import RowsLate
+from vtp_plugin.surgery.tiles import TiledEarly
+from vtp_plugin.surgery.undo import Undo
+
+
+class FramesLate(RowsLate):
+    """Cuts of the projector stage. What is merged into a video's rows enters the pooling in front of the projector."""
+
+    def install(self, undo: Undo) -> None:
+        super().install(undo)
+        if self.vision.at(Stage.PROJECTOR):
+            undo.before(self.family.core.vision_resampler, self._pooling)
+
+    def _pooling(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Keep the patches of all frames; signals are pooled later in the pass."""
+        if self.passing is not None and self.passing.features is None:
+            super()._projecting(module, args, kwargs)
+
+    def _projecting(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.passing is not None and self.passing.kind == "image":
+            super()._projecting(module, args, kwargs)
 
 
 class LlavaNextVideo(LlavaNext):
@@ -33,6 +57,7 @@ class LlavaNextVideo(LlavaNext):
     )
     models = "LLaVA-NeXT-Video (transformers)"
     names = ("LlavaNextVideoForConditionalGeneration",)
+    layout = Layout(TiledEarly, FramesLate)
     videos = True
     facts = {**LlavaNext.facts, "spatial_pool_mode": "average"}
 
@@ -61,6 +86,17 @@ class LlavaNextVideo(LlavaNext):
             return super().arrange(maps, kind, inputs)
         rows = self.core.vision_resampler(maps)  # [T, n, C]
         return list(rows.unflatten(0, inputs["pixel_values_videos"].shape[:2]).flatten(1, 2))
+
+    def units(self, entering: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """[frames, N, D] -> what is averaged per video, [n, m D]; a picture's rows are patches, newlines nan."""
+        if kind == "image":
+            return self.arrange(entering, kind, inputs)
+        (rows, columns), pool = self.tower.grid, self.model.config.spatial_pool_stride
+        down, across = rows // pool, columns // pool  # the host leaves over what is no whole square
+        whole = entering.unflatten(1, (rows, columns))[:, : down * pool, : across * pool]
+        squares = whole.unflatten(1, (down, pool)).unflatten(3, (across, pool)).transpose(2, 3)
+        units = squares.flatten(3).flatten(1, 2)  # [frames, n, m D]
+        return list(units.unflatten(0, inputs["pixel_values_videos"].shape[:2]).flatten(1, 2))
 
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         """Rows per image; transformers 5.17 keeps the frames of a video apart, [frames, n, D]."""

@@ -25,7 +25,7 @@ import torch
 from vtp_plugin import config, files
 from vtp_plugin.bench import gpu_page, rounds
 from vtp_plugin.bench.journal import Journal, machine, say
-from vtp_plugin.errors import PruningError, sentence
+from vtp_plugin.errors import PruningError, sentence, unknown
 from vtp_plugin.hosts.transformers.architectures import Shape
 from vtp_plugin.hosts.transformers.shapes import shape_of
 from vtp_plugin.plugins import get_strategy
@@ -36,6 +36,7 @@ FOLDER = ROOT / "docs" / "results" / "gpu"
 TOTAL = 520.0  # seconds; under nine minutes with what a process needs to begin and end
 ROW = 6.0  # seconds that the rounds of one row may take
 REPEATS, REHEARSED = 5, 1  # rounds; with small shapes
+SMALL = ("small", "small-next", "small-qwen", "small-qwen3")
 KEEPS, BATCHES = (0.25, 0.11, 0.5), (8, 1)
 STRATEGIES: dict[str, dict[str, Any]] = {
     "l2": {},
@@ -46,6 +47,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "vtp": {},
     "vprune": {},
 }
+MORE: dict[str, dict[str, Any]] = {"atp": {"alpha": 0.0, "keep_ratio": 0.4}}  # at the paper's 60 %, on the first shape
+ENCODED: dict[str, dict[str, Any]] = {"l2": {"keep_ratio": 0.5}}  # towers by themselves, at the poster's budget
+ENCODED_BATCHES = (64, 8)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Options:
     dtype: str
     small: bool  # shapes to try the command with
     again: bool = False
+    only: tuple[str, ...] = ()  # the names of the parts that are run; none: all
 
     @property
     def repeats(self) -> int:
@@ -84,8 +89,8 @@ def bench(name: str, options: Options, until: float) -> None:
     """One shape: every strategy at every budget and batch size, the most telling first."""
     shape = shape_of(name)
     facts = {"shape": name, "layers": 0, "attention": "sdpa", "dtype": options.dtype}
-    facts["repeats"] = options.repeats
-    journal = Journal(options.folder / f"{name}.json", facts, options.device, options.again)
+    facts |= {"repeats": options.repeats, "timed": rounds.TIMED}
+    journal = _journal(options, name, facts)
     held: list[Any] = []
 
     def model() -> Any:
@@ -94,13 +99,38 @@ def bench(name: str, options: Options, until: float) -> None:
             held.append(rounds.built(shape, facts, options.device))
         return held[0]
 
-    for keep in KEEPS:
-        chosen = strategies(shape, keep, budgeted_only=keep != KEEPS[0])
-        journal.fill(rounds.items(shape, model, chosen, BATCHES, options.repeats, options.row), until)
+    wanted = [(strategies(shape, keep, budgeted_only=keep != KEEPS[0]), BATCHES) for keep in KEEPS]
+    if not shape.decodes:
+        wanted = [(built(ENCODED), ENCODED_BATCHES)]
+    elif name in (gpu_page.SHAPES[0], SMALL[0]):
+        wanted.insert(1, (built(MORE), BATCHES))
+    for chosen, batches in wanted:
+        journal.fill(rounds.items(shape, model, chosen, batches, options.repeats, options.row), until, forgiving=True)
     held.clear()
     gc.collect()
     if options.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _journal(options: Options, name: str, facts: dict[str, Any]) -> Journal:
+    """The record of a shape; one of another device, of other releases or of another bench is begun anew."""
+    path = options.folder / f"{name}.json"
+    try:
+        return Journal(path, facts, options.device, options.again)
+    except PruningError as other:
+        say(f"{name}: begun anew, {sentence(other)}")
+        return Journal(path, facts, options.device, again=True)
+
+
+def built(fields: dict[str, dict[str, Any]]) -> list[PruningStrategy]:
+    """Strategies by name with these fields."""
+    return [config.build(name, own) for name, own in fields.items()]
+
+
+def encoders(options: Options, until: float) -> None:
+    """Towers by themselves."""
+    for name in ("clip-vit-small",) if options.small else gpu_page.ENCODERS:
+        bench(name, options, until)
 
 
 def strategies(shape: Shape, keep: float, budgeted_only: bool) -> list[PruningStrategy]:
@@ -122,7 +152,9 @@ def strategies(shape: Shape, keep: float, budgeted_only: bool) -> list[PruningSt
 def tests(options: Options, until: float) -> None:
     """The tests marked gpu; with small shapes, a few of those that run anywhere."""
     chosen = ["-k", "tiny and budgets"] if options.small else ["-m", "gpu"]
-    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", *chosen]
+    if importlib.util.find_spec("xdist") and not options.small:  # what a test prepares on the host takes longest
+        chosen += ["-n", "5", "--dist", "loadgroup"]
+    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", *chosen]
     ran = _process(command, until)
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", ran["said"])}
     _write(options, "tests", command, {**ran, **counts})
@@ -174,14 +206,15 @@ def _write(options: Options, name: str, command: Sequence[str], found: dict[str,
 
 def parts(small: bool) -> list[Part]:
     """In the order of what matters most; the shares add up to the whole."""
-    names = ("small", "small-next", "small-qwen", "small-qwen3") if small else gpu_page.SHAPES
-    ends = dict(zip(names, (0.25, 0.56, 0.72, 0.85), strict=True))
+    names = SMALL if small else gpu_page.SHAPES
+    ends = dict(zip(names, (0.27, 0.68, 0.82, 0.94), strict=True))
     benches = [
         Part(name, end, lambda options, until, name=name: bench(name, options, until)) for name, end in ends.items()
     ]
     return [
         benches[0],
-        Part("tests", 0.37, tests),
+        Part("encoders", 0.31, encoders),
+        Part("tests", 0.45, tests),
         *benches[1:],
         Part("training", 0.98, training),
         Part("vllm", 1.00, vllm),
@@ -193,6 +226,8 @@ def run(options: Options, seconds: float) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     for part in parts(options.small):
+        if options.only and part.name not in options.only:
+            continue
         if _whole(options, part.name):
             say(f"{part.name}: measured already")
             continue
@@ -210,7 +245,10 @@ def _whole(options: Options, name: str) -> bool:
     path = options.folder / f"{name}.json"
     if options.again or not path.exists() or name not in ("tests", "training", "vllm"):
         return False
-    return files.read_json(path).get("code", 0) == 0
+    found, here = files.read_json(path), machine(options.device)
+    return found.get("code", 0) == 0 and all(
+        found.get(fact, here[fact]) == here[fact] for fact in ("device", "versions")
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -218,15 +256,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, default=FOLDER, help="folder for the records")
     parser.add_argument("--seconds", type=float, default=TOTAL, help="for all of it")
     parser.add_argument("--small", action="store_true", help="small shapes, to try the command on any machine")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="shapes, encoders, tests, training, vllm")
     parser.add_argument("--again", action="store_true", help="measure anew what the folder has already")
     chosen = parser.parse_args(arguments)
     cuda = torch.cuda.is_available()
     try:
         if not cuda and not chosen.small:
             raise PruningError("there is no CUDA device here; --small tries the command with small shapes on the CPU")
+        names = [part.name for part in parts(chosen.small)]
+        if strange := [name for name in chosen.only if name not in names]:
+            raise unknown("part", strange[0], names)
         device = torch.device("cuda" if cuda else "cpu")
         run(
-            Options(chosen.output, device, "bfloat16" if cuda else "float32", chosen.small, chosen.again),
+            Options(
+                chosen.output, device, "bfloat16" if cuda else "float32", chosen.small, chosen.again, tuple(chosen.only)
+            ),
             chosen.seconds,
         )
     except PruningError as error:

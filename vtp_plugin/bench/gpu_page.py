@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from vtp_plugin import files
@@ -11,6 +12,8 @@ from vtp_plugin.bench import tables
 from vtp_plugin.reporting.tables import Table
 
 SHAPES = ("llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b", "qwen3-vl-4b")
+ENCODERS = ("clip-vit-l-14-336", "clip-vit-b-32")
+NOTES = "notes.md"  # what a reader of these records has to know besides
 NOTHING = "Not yet measured: `make gpu` on a machine with a CUDA device writes the records."
 HEAD = """# On a GPU
 
@@ -24,6 +27,8 @@ def page(folder: Path) -> str:
     blocks = [_shape(record) for record in records(folder)]
     if not blocks:
         return f"# On a GPU\n\n{NOTHING}\n"
+    notes = [files.read_text(folder / NOTES).strip()] if (folder / NOTES).exists() else []
+    blocks = [goals(records(folder)).markdown(), *notes, *blocks]
     blocks += [line for name in ("tests", "training") if (line := _line(folder / f"{name}.json", name))]
     return "\n".join([HEAD, *(f"{block}\n" for block in blocks)])
 
@@ -51,10 +56,38 @@ def short(folder: Path) -> str:
     return table.markdown()
 
 
+def goals(found: Sequence[dict[str, Any]]) -> Table:
+    """How many rows reach what was aimed at, and the median."""
+    table = Table(["goal", "rows", "reached", "median"], keys=1)
+    decoding = [row for record in found for row in record["timings"] if row["kv_bytes"]]
+    encoding = [row for record in found for row in record["timings"] if not row["kv_bytes"] and row["keep"] == 0.5]
+    wide = [row for row in decoding if row["batch"] == 8 and row["keep"]]
+    paper = [row for row in decoding if row["strategy"] == "atp" and row["keep"] == 0.4]
+    selecting = [(row, median(row["selector"]) / median(row["prefill"]["unpruned"])) for row in decoding]
+    aims: list[tuple[str, list[float], float, bool]] = [
+        ("before the language model, of ideal at most 1.03x", _of(decoding, "over_ideal", late=False), 1.03, False),
+        ("fastv, of ideal at most 1.05x", _of(decoding, "over_ideal", late=True), 1.05, False),
+        ("realised at batch 8, at least 0.8", [row["realised"] for row in wide], 0.8, True),
+        ("host's time for the selector, at most 0.01 of the prefill", [share for _, share in selecting], 0.01, False),
+        ("tower at keep 0.5, at least 1.8x as fast", [1 / row["ttft_ratio"] for row in encoding], 1.8, True),
+        ("prefill of atp at keep 0.4, at least 1.5x as fast", [1 / row["prefill_ratio"] for row in paper], 1.5, True),
+    ]
+    for name, values, aim, above in aims:
+        reached = sum(value >= aim if above else value <= aim for value in values)
+        table.add(name, len(values), reached, f"{median(values):.3g}" if values else "not measured")
+    return table
+
+
+def _of(rows: Sequence[dict[str, Any]], name: str, *, late: bool) -> list[float]:
+    """A ratio of the methods that cut between decoder layers, or of those that cut before them."""
+    return [row[name] for row in rows if row["keep"] and (row["strategy"] == "fastv") is late]
+
+
 def _shape(record: dict[str, Any]) -> str:
     rows = sorted(record["timings"], key=lambda row: (row["batch"], row["strategy"], -(row["keep"] or 0)))
     where = f"{_device(record)}, {record['dtype']}, {record['attention']}, median of {record['repeats']} rounds"
-    return f"## {record['shape']}\n\n{where}.\n\n{tables.timings(rows, '').markdown()}"
+    shown = (tables.timings if any(row["kv_bytes"] for row in rows) else tables.encoders)(rows, "")
+    return f"## {record['shape']}\n\n{where}.\n\n{shown.markdown()}"
 
 
 def _device(record: dict[str, Any]) -> str:
@@ -70,7 +103,8 @@ def _line(path: Path, name: str) -> str:
     found = files.read_json(path)
     if name == "tests":
         counts = ", ".join(f"{found[word]} {word}" for word in ("passed", "failed", "skipped") if word in found)
-        return f"Tests marked `gpu`: {counts or 'ended before their end'}, {found['seconds']:.0f} s."
+        counts = counts or ("all passed" if found["code"] == 0 else "not all passed, or ended before their end")
+        return f"Tests marked `gpu`: {counts}, {found['seconds']:.0f} s."
     if "steps" not in found:
         return f"Training of the embedded model: exit code {found['code']}, see `{path.name}`."
     pace, losses = found["steps_per_second"], (found["first_loss"], found["last_loss"])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vtp_plugin import files
-from vtp_plugin.errors import Interrupted, PruningError
+from vtp_plugin.errors import Interrupted, PruningError, sentence
 from vtp_plugin.reporting.record import versions
 
 SAME = ("device", "threads", "versions")  # besides the facts of a bench: what a row must share with its record
@@ -61,10 +61,10 @@ class Journal:
         if self.path is not None:
             files.write_json(self.path, {**self.head, "timings": self.rows})
 
-    def fill(self, items: Sequence[Item], until: float = float("inf")) -> list[Row]:
+    def fill(self, items: Sequence[Item], until: float = float("inf"), *, forgiving: bool = False) -> list[Row]:
         """Measure what is missing, saying on stderr how far it is; the rows in the order of the items.
 
-        `until`: on the monotonic clock; no row begins behind it.
+        `until`: on the monotonic clock; no row begins behind it. `forgiving`: a row that fails is told and left out.
         """
         missing = [item for item in items if self.row(item.key) is None]
         if len(missing) < len(items):
@@ -74,7 +74,12 @@ class Journal:
             if time.monotonic() > until:
                 say(f"out of time: {len(missing) - number} rows are left out")
                 break
-            self._measure(item, number, len(missing), began)
+            try:
+                self._measure(item, number, len(missing), began)
+            except (PruningError, RuntimeError) as error:
+                if not forgiving or isinstance(error, Interrupted):
+                    raise
+                say(f"{item.label}: {sentence(error)}")
         return [row for item in items if (row := self.row(item.key)) is not None]
 
     def _measure(self, item: Item, number: int, of: int, began: float) -> None:

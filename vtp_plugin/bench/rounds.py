@@ -30,6 +30,7 @@ from vtp_plugin.surgery.undo import Undo
 
 DECODED = 3  # rounds in which decoding is timed
 LEAST = 2  # rounds, however little time there is
+TIMED = "calls behind the first of an attached model"
 EARLY = (Stage.PIXELS, Stage.VIT)
 
 
@@ -150,7 +151,7 @@ class _Bench(_Unpruned):
 
     def run(self, repeats: int, budget: float = float("inf")) -> Timing:
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-        attaching, peaks, began = [], {}, clock(self.device)
+        attaching, starting, peaks, began = [], [], {}, clock(self.device)
         for repeat in range(repeats + 1):
             if repeat > LEAST and clock(self.device) - began > budget:
                 break
@@ -159,10 +160,12 @@ class _Bench(_Unpruned):
             started = clock(self.device)
             with self._pruned():
                 attached = clock(self.device) - started
+                first = self._timed(self.forward, {}, "pruned")  # works out what stays as long as it is attached
                 took["pruned"] = self._timed(self.forward, peaks, "pruned")
                 started = clock(self.device)
             if repeat:  # the first round warms up
                 attaching.append(attached + clock(self.device) - started)
+                starting.append(first)
                 for side, value in took.items():
                     seconds[side].append(value)
         repeats = len(attaching)
@@ -177,6 +180,7 @@ class _Bench(_Unpruned):
             seconds=seconds,
             selector=[call.seconds.get("selector", 0.0) for call in self.calls[-repeats:]],
             attaching=attaching,
+            first=starting,
             kv_bytes={when: sum(entry[when] for entry in kv) for when in ("before", "after")} if kv else None,
             peak_bytes=peaks or None,
             prefill=self._prefill(repeats) if self.shape.decodes else {},

@@ -15,7 +15,7 @@ BOLD = "A bold ratio was on one side of 1 in every round."
 def timings(rows: Sequence[Row], title: str) -> Table:
     """Models that answer."""
     columns = ("strategy", "keep", "batch", "tokens", "FLOPs", "TTFT", "prefill", "realised", "of ideal", "selector")
-    columns += ("break-even", "KV bytes", "peak bytes", "decode", "attach")
+    columns += ("break-even", "KV bytes", "peak bytes", "decode", "attach", "first call")
     table = Table(columns, title=title, caption=BOLD, keys=3)
     for row in rows:
         table.add(
@@ -30,6 +30,7 @@ def timings(rows: Sequence[Row], title: str) -> Table:
             _left(row["peak_bytes"], "pruned", "unpruned"),
             ratio(row, "decode_ratio"),
             _milliseconds(row["attaching"]),
+            f"{median(row['first']) / median(row['seconds']['pruned']):.2f}x" if row.get("first") else "all",
         )
     return table
 

@@ -25,6 +25,7 @@ class Timing:
     seconds: dict[str, list[float]]  # by side, one per round
     selector: list[float]
     attaching: list[float]  # attaching and detaching
+    first: list[float] = field(default_factory=list)  # the first call after attaching, one per round
     kv_bytes: dict[str, int] | None = None  # before and after, the whole batch
     peak_bytes: dict[str, int] | None = None  # by side; CUDA only
     prefill: dict[str, list[float]] = field(default_factory=dict)  # in the language model: unpruned and pruned

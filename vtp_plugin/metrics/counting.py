@@ -1,7 +1,6 @@
-"""Who went where: the tokens that every part of a model saw in a call, and the MACs and bytes that follow from them.
+"""The MACs and bytes of a call, which follow from the tokens that every part of the model saw in it.
 
-The tower, its blocks and the projectors are watched (shapes only, read when the call is over), so that merging inside
-blocks, windows and unequal tiles are counted as they ran. The decoder's lengths are known from the cuts.
+What the tower and the projectors saw was watched; the decoder's lengths are known from the cuts.
 """
 
 from __future__ import annotations
@@ -11,123 +10,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
-
 from vtp_plugin.facts.costs import Costs
 from vtp_plugin.facts.family import Family
+from vtp_plugin.metrics.watching import BLOCK, PATCH
 from vtp_plugin.signals import Tap, taps
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.session import Session
-from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.surgery.vision import blocks_read
 
-PATCH, BLOCK, PROJECTOR = "patch", "block", "projector"
+Share = tuple[str, int, int, int]
 PARTS = ("tower", "selector", "projector", "prefill", "decode")
-
-
-@dataclass
-class Ends:
-    """What attends to each other in a packed sequence."""
-
-    cumulative: Tensor  # [S + 1]
-    lengths: list[int] = field(default_factory=list)  # once the call has ended
-
-    def take(self, cumulative: Tensor) -> None:
-        """The same numbers on the host."""
-        self.lengths = cumulative.diff().tolist()
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One part of the tower in one pass. Rows are tiles, [T, n, D], or one packed sequence, [S, D] or [1, S, D]."""
-
-    part: str
-    number: int  # of the block or projector
-    entering: tuple[int, int]  # rows and tokens per row
-    leaving: tuple[int, int]
-    owners: tuple[int, ...]  # image of every tile
-    packed: tuple[int, ...]  # of a packed sequence: patches of every image in `images`
-    images: tuple[int, ...]
-    ends: Ends | None  # of a packed sequence
-
-    def shares(self) -> Iterator[tuple[int, int, int]]:
-        """(image, tokens that entered, tokens that left) of every sequence."""
-        if self.ends is None and self.entering[0] == len(self.owners):
-            for owner in self.owners:
-                yield owner, self.entering[1], self.leaving[1]
-            return
-        total, left = (rows * tokens for rows, tokens in (self.entering, self.leaving))
-        for image, length in self._sequences(total):
-            yield image, length, length * left // total
-
-    def _sequences(self, total: int) -> Iterator[tuple[int, int]]:
-        """Image and length of every sequence; what belongs to no image in particular is shared by their patches."""
-        own = [patches * total // sum(self.packed) for patches in self.packed]
-        if self.ends is None:
-            yield from zip(self.images, own, strict=True)
-            return
-        place = 0
-        for length in self.ends.lengths:
-            yield self.images[place], length
-            own[place] -= length
-            place += own[place] <= 0
-
-
-def watch(pruned: Session, undo: Undo) -> None:
-    """Remember the shapes that pass the patch embedding, the tower's blocks and the projectors of every call."""
-    tower = pruned.adapter.tower
-    parts = [(PATCH, [tower.patch_embedding]), (BLOCK, tower.blocks), (PROJECTOR, pruned.adapter.projectors)]
-    for part, modules in parts:
-        for number, module in enumerate(modules):
-            undo.after(module, _observer(pruned, part, number))
-
-
-def _observer(pruned: Session, part: str, number: int) -> Any:
-    def observe(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        call = pruned.call
-        if call is None or not call.batch:
-            return
-        before = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-        after = output[0] if isinstance(output, tuple) else output
-        left = _embedded(after) if part == PATCH else _rows(after)
-        patches = [call.images[n].patches or call.images[n].total for n in call.batch]
-        seen = Seen(
-            part,
-            number,
-            left if part == PATCH else _rows(before),
-            left,
-            tuple(call.tower.tiles),
-            tuple(call.tower.packed or patches),
-            tuple(call.batch),
-            _ends(call, kwargs.get("cu_seqlens")) if part == BLOCK else None,
-        )
-        call.seen.append(seen)
-
-    return observe
-
-
-def _ends(call: Call, cumulative: Tensor | None) -> Ends | None:
-    """One object per tensor, however many blocks are given it."""
-    if cumulative is None:
-        return None
-    known = next((seen.ends for seen in reversed(call.seen) if seen.ends and seen.ends.cumulative is cumulative), None)
-    if known is None:
-        known = Ends(cumulative)
-        call.afterwards(cumulative, known.take)
-    return known
-
-
-def _embedded(tensor: Tensor) -> tuple[int, int]:
-    """Rows and tokens per row of what a patch embedding makes, [B, D, rows, columns], [B, N, D] or [S, D]."""
-    return (len(tensor), tensor.shape[2:].numel()) if tensor.ndim == 4 else _rows(tensor)
-
-
-def _rows(tensor: Tensor | list[Tensor]) -> tuple[int, int]:
-    """Rows and tokens per row of [B, N, D], [B, rows, columns, D] or [S, D], or of [n, D] per image."""
-    if isinstance(tensor, list):
-        return 1, sum(map(len, tensor))
-    return (len(tensor), tensor.shape[1:-1].numel()) if tensor.ndim > 2 else (1, len(tensor))
 
 
 # -- MACs -------------------------------------------------------------------------------------------------------------
@@ -148,9 +41,27 @@ class Account:
 
 
 def accounts(pruned: Session, call: Call, row: int) -> tuple[Account, Account]:
-    """One sample of a finished call: without pruning, and as it ran."""
+    """One sample of a finished call: without pruning, and as it ran. Samples that are alike share theirs."""
     images = {n: image for n, image in enumerate(call.images) if image.sample == row and image.counted}
     lengths = decoder_lengths(pruned.adapter, call, row)
+    facts = (tuple(lengths), *(_facts(call, number) for number in images))
+    if facts not in call.counted:
+        call.counted[facts] = _accounts(pruned, call, row, images, lengths)
+    return call.counted[facts]
+
+
+def _facts(call: Call, number: int) -> tuple[Any, ...]:
+    """All that one image's part of an account depends on."""
+    image = call.images[number]
+    told = image.total, image.patches, image.tiles, image.grid, image.film, image.kind, image.projectable
+    before = [event.before[event.images.index(number)] for event in call.events if number in event.images]
+    left = entered(call, number), len(image.index)
+    return *told, *left, image.question, tuple(before), _shares(call)[number]
+
+
+def _accounts(
+    pruned: Session, call: Call, row: int, images: dict[int, Image], lengths: list[int]
+) -> tuple[Account, Account]:
     whole = whole_length(call, images, lengths)
     before = _unpruned(pruned.adapter, images.values())
     after = _as_it_ran(pruned.adapter, call, images) + Counter(selector=selector_macs(pruned, call, row))
@@ -196,21 +107,34 @@ def _unpruned(adapter: Family, images: Iterator[Image]) -> Counter:
 
 def _as_it_ran(adapter: Family, call: Call, images: dict[int, Image]) -> Counter:
     costs, macs = adapter.costs, Counter()
-    for seen in call.seen:
-        for image, entering, leaving in seen.shares():
-            if image not in images:
-                continue
-            if seen.part == PATCH:  # without the padding of a canvas that images of several sizes share
-                macs["tower"] += min(entering, images[image].patches or images[image].total) * costs.patch
-            elif seen.part == BLOCK:
-                macs["tower"] += costs.blocks[seen.number].macs(entering, leaving=leaving)
-                if seen.number == len(costs.blocks) - 1:
+    for number, image in images.items():
+        for part, place, entering, leaving in _shares(call)[number]:
+            if part == PATCH:  # without the padding of a canvas that images of several sizes share
+                macs["tower"] += min(entering, image.patches or image.total) * costs.patch
+            elif part == BLOCK:
+                macs["tower"] += costs.blocks[place].macs(entering, leaving=leaving)
+                if place == len(costs.blocks) - 1:
                     macs["tower"] += adapter.pooling_macs(leaving)
             else:
-                macs["projector"] += leaving * costs.projectors[seen.number]
+                macs["projector"] += leaving * costs.projectors[place]
     for image in images.values():
         macs["projector"] += adapter.reading_macs(len(image.index))
     return macs
+
+
+def _shares(call: Call) -> dict[int, tuple[Share, ...]]:
+    """By image, of all that passed the tower: part, its number, tokens that entered and left."""
+    if "shares" not in call.counted:
+        found: dict[int, list[Share]] = {number: [] for number in range(len(call.images))}
+        if all(seen.uniform and seen.owners == tuple(found) for seen in call.seen):  # one tile each, all of a length
+            own = tuple((seen.part, seen.number, seen.entering[1], seen.leaving[1]) for seen in call.seen)
+            call.counted["shares"] = dict.fromkeys(found, own)
+            return call.counted["shares"]
+        for seen in call.seen:
+            for image, entering, leaving in seen.shares():
+                found[image].append((seen.part, seen.number, entering, leaving))
+        call.counted["shares"] = {image: tuple(own) for image, own in found.items()}
+    return call.counted["shares"]
 
 
 def selector_macs(pruned: Session, call: Call, row: int) -> int:
@@ -241,13 +165,12 @@ def _next_keys_macs(pruned: Session, call: Call, row: int) -> int:
 def _rows_macs(pruned: Session, call: Call, row: int) -> int:
     """Queries and keys that are projected once more to read attention in blocks of the tower."""
     adapter, wanted = pruned.adapter, blocks_read(pruned.adapter, pruned.strategies)
-    mine = {number for number, image in enumerate(call.images) if image.sample == row}
     return sum(
-        adapter.costs.blocks[seen.number].reading(tokens, adapter.tower.prefix)
-        for seen in call.seen
-        if seen.part == BLOCK and seen.number in wanted
-        for image, tokens, _ in seen.shares()
-        if image in mine
+        adapter.costs.blocks[place].reading(tokens, adapter.tower.prefix)
+        for number, image in enumerate(call.images)
+        if image.sample == row
+        for part, place, tokens, _ in _shares(call)[number]
+        if part == BLOCK and place in wanted
     )
 
 

@@ -69,8 +69,8 @@ def _read(record: Path) -> dict[str, Any]:
 
 
 def _row(model: Model, row: dict[str, Any], card: Card | None, dtype: str) -> Compared:
-    fields = dict(row.get("config") or {} if row["keep"] is None else {"keep_ratio": row["keep"]})
-    chosen = [config.build(row["strategy"], fields)]
+    fields = row.get("config") or ({} if row["keep"] is None else {"keep_ratio": row["keep"]})
+    chosen = [config.build(row["strategy"], dict(fields))]
     share = row["tokens_after"] / row["tokens_before"]
     roofs = [
         Roof(model, work, card or ANY, dtype, 1)

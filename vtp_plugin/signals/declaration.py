@@ -74,6 +74,11 @@ class Signal:
         """Whether it has one entry for every token."""
         return "N" in self.axes
 
+    @property
+    def narrow(self) -> bool:
+        """Whether it is no more than one number for every token."""
+        return set(self.axes) <= {"B", "N"}
+
 
 _DECLARED: dict[type[views.View], dict[str, Signal]] = {view: {} for view in views.VIEWS}
 

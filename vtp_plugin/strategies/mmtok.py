@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vtp_plugin.replay import replayed
 from vtp_plugin.selectors import cosines, greedy
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import ComparingStrategy
@@ -63,6 +64,7 @@ class MMTok(ComparingStrategy):
         return torch.cat([text, image])
 
 
+@replayed
 def _covering(rows: Tensor, k: int) -> Tensor:
     """k columns of [B, R, N] whose maximum over columns has the largest sum, greedily, [B, k]."""
     covered, more = rows.new_zeros(*rows.shape[:2], 1), torch.empty_like(rows)

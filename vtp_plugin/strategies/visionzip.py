@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 from vtp_plugin.selectors import mean_by_owner
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.tokens import Selection, VisualTokens, top_k, true_columns
+from vtp_plugin.tokens import Selection, VisualTokens, at, top_k, true_columns, without
 
 
 @dataclass(kw_only=True)
@@ -66,32 +66,32 @@ class VisionZip(PruningStrategy):
         keep = top_k(visual.cls_attention, dominant - class_token)  # [B, N]
         columns = true_columns(keep, dominant - class_token)
         others = true_columns(~keep, keep.shape[1] - columns.shape[1])
-        rows, sources, into = [], [], []
-        for b, (chosen, rest) in enumerate(zip(columns, others, strict=True)):
-            x, keys = visual.tokens[b].float(), normalize(visual.keys[b], dim=-1)
-            targets = _targets(rest, contextual)
-            merged, joined = _merge(x, keys, rest, targets)
-            first = visual.cls[b, None].float() if class_token else x[:0]
-            rows.append(torch.cat([first, x[chosen], merged]))
-            sources.append(torch.cat([rest.new_full((len(first),), -1), chosen, targets]))
-            into.append(joined)
-            keep[b].index_fill_(0, targets, True)
-        return Selection(keep, tokens=tuple(rows), source=tuple(sources), scores=visual.cls_attention, into=tuple(into))
+        targets = _targets(others, contextual)
+        x, keys = visual.tokens.float(), normalize(visual.keys, dim=-1)
+        merged, into = _merge(x, keys, others, targets)
+        rows, sources = [at(x, columns), merged], [columns, targets]
+        if class_token:
+            rows.insert(0, visual.cls[:, None].float())
+            sources.insert(0, columns.new_full((len(columns), 1), -1))
+        return Selection(
+            keep.scatter(1, targets, True),
+            tokens=torch.cat(rows, dim=1).unbind(),
+            source=torch.cat(sources, dim=1).unbind(),
+            scores=visual.cls_attention,
+            into=into.unbind(),
+        )
 
 
 def _targets(rest: Tensor, number: int) -> Tensor:
-    """Every s-th of the remaining columns, [P] -> [number]."""
-    if number == 0:
-        return rest[:0]
-    return rest[:: max(1, len(rest) // number)][:number]
+    """Every s-th of the remaining columns, [B, P] -> [B, number]."""
+    return rest[:, :: max(1, rest.shape[1] // max(1, number))][:, :number]
 
 
 def _merge(x: Tensor, keys: Tensor, rest: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Contextual tokens [M, D] of the targets [M] among the remaining columns [P], and where every column went [N]."""
-    others = rest[true_columns(~torch.isin(rest, targets), len(rest) - len(targets))]
-    into = rest.new_full((len(x),), -1)
-    if len(targets) == 0 or len(others) == 0:
-        return x[targets], into
-    owner = (keys[others] @ keys[targets].T).argmax(dim=-1)  # [P - M]
-    into[others] = targets[owner]
-    return x[targets] + mean_by_owner(x[others], owner, len(targets)), into
+    """Contextual tokens [B, M, D] of the targets [B, M] among the remaining columns [B, P]; where all went [B, N]."""
+    others, into = without(rest, targets, x.shape[1]), torch.full(x.shape[:2], -1, device=x.device)
+    if 0 in (targets.shape[1], others.shape[1]):
+        return at(x, targets), into
+    owner = (at(keys, others) @ at(keys, targets).mT).argmax(dim=-1)  # [B, P - M]
+    into = into.scatter(1, others, targets.gather(1, owner))
+    return at(x, targets) + mean_by_owner(at(x, others), owner, targets.shape[1]), into

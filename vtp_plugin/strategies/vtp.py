@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtp_plugin.selectors import coverage, gaussian, herding, minmax
+from vtp_plugin.selectors import gaussian, herding, minmax, stepped_coverage
 from vtp_plugin.strategy import ComparingStrategy, PlacedStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
 
@@ -72,7 +72,7 @@ class VTP(PlacedStrategy, ComparingStrategy):
     def select(self, visual: VisualTokens) -> Selection:
         alike = gaussian(self.judged(visual, getattr(visual, self._features)), self.scale)
         k, n = self.wanted(visual), alike.shape[1]
-        covering = coverage(alike, self.weight(visual, alike), self.covering(k, n))
+        covering = stepped_coverage(alike, self.weight(visual, alike), self.covering(k, n))
         return Selection.of(herding(alike, covering, k), n)
 
     def covering(self, k: int, n: int) -> int:

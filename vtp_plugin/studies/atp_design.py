@@ -3,13 +3,15 @@
 Source: ATP, arXiv 2512.12701, leaves layer, alpha, normalisation and positions open, and its score is meant to keep
 what the question names. Every reading of it is asked the same questions about the embedded scenes, whose objects are
 known, so that three things can be told apart: what is answered; of which patches the kept ones are (of the object that
-the question names, of the other objects, of the ground); and whether another question keeps other patches.
+the question names, of the other objects, of the ground); and whether another question keeps other patches. A probe
+(`tiny.probe`) reads the same kept tokens as a set, so that of what is lost it can be said how much was information.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -18,17 +20,22 @@ import numpy as np
 
 from vtp_plugin import config
 from vtp_plugin.errors import PruningError
+from vtp_plugin.reporting import statistics
 from vtp_plugin.reporting.tables import Table
-from vtp_plugin.studies.evaluated import interval, points
-from vtp_plugin.studies.study import Study, some
+from vtp_plugin.studies.evaluated import interval, over_tasks, points
+from vtp_plugin.studies.study import Study, some, whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
+    from vtp_plugin.tiny.probe import Reader
     from vtp_plugin.tiny.scenes import Scene
 
 LEADER, CONTROL, WHOLE = "atp", "random", "unpruned"
+READER = ("scenes", "steps")
 WHERE = {"asked": "of the object asked for", "others": "of other objects", "ground": "of the ground"}
+SURE = 0.05
 COVERED = 0.3  # share of a patch from which on it belongs to an object
 
 
@@ -59,9 +66,22 @@ class AtpDesign(Study):
             raise PruningError(f"{self.name}: a reading cannot be called '{taken.pop()}'")
         if CONTROL not in said["readings"]:
             raise PruningError(f"{self.name}: readings need one called '{CONTROL}', which the others are held against")
+        if said["reader"]:
+            self._check_reader(said["reader"])
         for keep, name in self._cells():
-            config.resolve(*self._reading(name, keep))
+            for strategy in config.resolve(*self._reading(name, keep)):
+                if said["reader"] and strategy.merges:
+                    raise PruningError(f"{self.name}: '{name}' merges tokens, the reader is shown unchanged ones")
         self.chosen = some(range(SCENES), said["limit"], "limit")
+
+    def _check_reader(self, reader: Any) -> None:
+        """Refuse a reader of another model than the embedded one, and numbers that mean nothing."""
+        from vtp_plugin.tiny.checkpoint import NAME
+
+        if self.settings["model"] != NAME:
+            raise PruningError(f"{self.name}: the reader reads {NAME}'s tokens: say reader={{}} with another model")
+        if set(reader) != set(READER) or not all(whole(n) and n > 0 for n in reader.values()):
+            raise PruningError(f"{self.name}: reader must be {{}}, or whole numbers of {' and '.join(READER)}")
 
     def measure(self) -> dict[str, Any]:
         from vtp_plugin.tiny.inference import load
@@ -85,6 +105,26 @@ class AtpDesign(Study):
     def _row(self, keep: float, name: str) -> dict[str, Any]:
         return {"reading": name, "keep": keep, **self._examine(*self._reading(name, keep))}
 
+    @cached_property
+    def reader(self) -> Reader:
+        """Trained in the study's folder."""
+        from vtp_plugin.tiny.fitting import Run
+        from vtp_plugin.tiny.probe import trained
+
+        return trained(Run(self.folder / "reader", console=self.console), **self.settings["reader"])
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Of every scene what the projector makes of it, [scenes, N, D]."""
+        import torch
+
+        said = self.processor.image_processor([scene.render() for scene in self.scenes], return_tensors="pt")
+        values = said["pixel_values"].to(self.model.device, self.model.dtype)
+        size = self.settings["batch"]
+        with torch.no_grad():
+            made = [self.model.model.get_image_features(part).pooler_output for part in values.split(size)]
+        return torch.cat([torch.stack(list(rows)) for rows in made]).float().cpu()
+
     def _examine(self, spec: str, fields: dict[str, Any]) -> dict[str, Any]:
         """Every question once: which answers are right, and where the patches are that were kept for it."""
         from vtp_plugin.pruning import prune
@@ -98,8 +138,24 @@ class AtpDesign(Study):
                 batch = self.questions[start : start + self.settings["batch"]]
                 said = answers(self.model, self.processor, [pictures[a.scene] for a in batch], [a.text for a in batch])
                 hits += [s.lower().strip(" .").split()[:1] == [a.answer] for s, a in zip(said, batch, strict=True)]
-        right = {task: [h for h, a in zip(hits, self.questions, strict=True) if a.task == task] for task in self._tasks}
-        return {"right": right, **followed(self.scenes, self.questions, kept, grid)}
+        read = {"read": self._by_task(self._read(kept))} if self.settings["reader"] else {}
+        return {"right": self._by_task(hits), **read, **followed(self.scenes, self.questions, kept, grid)}
+
+    def _by_task(self, hits: Sequence[bool]) -> dict[str, list[bool]]:
+        return {task: [h for h, a in zip(hits, self.questions, strict=True) if a.task == task] for task in self._tasks}
+
+    def _read(self, kept: Sequence[Sequence[int]]) -> list[bool]:
+        """Which questions the reader answers from the tokens that were kept for them."""
+        import torch
+
+        from vtp_plugin.tiny.probe import encode
+
+        hits, reader = [], self.reader
+        for question, columns in zip(self.questions, kept, strict=True):
+            asked, answer = encode([[question]])
+            with torch.no_grad():
+                hits.append(bool(reader(self.tokens[question.scene, columns][None], asked).argmax(-1) == answer))
+        return hits
 
     @property
     def _tasks(self) -> list[str]:
@@ -108,7 +164,8 @@ class AtpDesign(Study):
     # -- what it looks like ---------------------------------------------------------------------------------------
 
     def tables(self, results: Mapping[str, Any]) -> list[Table]:
-        return [self._table(results, keep) for keep in self.settings["keep"]]
+        by_keep = [self._table(results, keep) for keep in self.settings["keep"]]
+        return [*by_keep, *([self._split(results)] if "read" in results["rows"][0] else [])]
 
     def _table(self, results: Mapping[str, Any], keep: float) -> Table:
         rows = {row["reading"]: row for row in results["rows"] if row["keep"] in (1, keep)}
@@ -116,11 +173,11 @@ class AtpDesign(Study):
         table = Table(["reading", *tasks, "mean", "- random", *WHERE.values(), "moves"], title=f"Keep {keep:g}")
         for name, row in rows.items():
             right = row["right"]
-            gain = [np.subtract(right[task], rows[CONTROL]["right"][task], dtype=float) for task in tasks]
+            gain = paired(right, rows[CONTROL]["right"])
             table.add(
                 name,
                 *(f"{100 * mean(right[task]):.1f}" for task in tasks),
-                f"{100 * mean(mean(right[task]) for task in tasks):.1f}",
+                f"{100 * over_tasks(right):.1f}",
                 "" if name in (WHOLE, CONTROL) else points(interval(gain)),
                 *(f"{100 * row[where]:.0f}" for where in WHERE),
                 f"{100 * row['moves']:.0f}",
@@ -132,6 +189,41 @@ class AtpDesign(Study):
             "question about the same picture, which names another object, does not keep."
         )
         return table
+
+    def _split(self, results: Mapping[str, Any]) -> Table:
+        """What every reading loses, and how much of it was in the tokens."""
+        keeps, rows = self.settings["keep"], {(row["keep"], row["reading"]): row for row in results["rows"]}
+        every = rows[1, WHOLE]
+        parts = [f"{part}, {keep:g}" for keep in keeps for part in ("lost", "information", "shift")]
+        table = Table(["reading", *parts], title="Information and shift")
+        for name in self.settings["readings"]:
+            cells = []
+            for keep in keeps:
+                row = rows[keep, name]
+                lost, gone = (paired(every[key], row[key]) for key in ("right", "read"))
+                shift = [a - b for a, b in zip(lost, gone, strict=True)]
+                cells += [f"{100 * mean(map(np.mean, lost)):+.1f}", points(interval(gone)), points(interval(shift))]
+            table.add(name, *cells)
+        budgets = {keep: {name: row for (at, name), row in rows.items() if at == keep} for keep in keeps}
+        said = " ".join(self._kept_information(keep, of) for keep, of in budgets.items())
+        alone = [f"{100 * over_tasks(every[key]):.1f}" for key in ("right", "read")]
+        table.caption = (
+            f"Points below all tokens, mean of the tasks; all tokens: model {alone[0]}, reader {alone[1]} %. "
+            "Information: what a reader of the kept tokens loses, which knows no order and no positions; shift: the "
+            f"rest; paired bootstrap, 95 %. {said} Of the others neither is shown (random flips of signs, adjusted for "
+            "the readings of a budget after Holm)."
+        )
+        return table
+
+    def _kept_information(self, keep: float, rows: Mapping[str, Mapping[str, Any]]) -> str:
+        """Which readings keep more and which less of the information than as many random tokens, in words."""
+        names = [name for name in rows if name != CONTROL]
+        gains = [paired(rows[name]["read"], rows[CONTROL]["read"]) for name in names]
+        sure = statistics.holm([statistics.flipped_signs(gain) for gain in gains])
+        shown = {name: mean(map(np.mean, gain)) for name, gain, p in zip(names, gains, sure, strict=True) if p < SURE}
+        more, less = ([name for name, value in shown.items() if sign * value > 0] for sign in (1, -1))
+        kept, lost = (", ".join(f"*{name}*" for name in names) or "none" for names in (more, less))
+        return f"At {keep:g}, shown to keep more information than random: {kept}; less: {lost}."
 
     def figures(self, results: Mapping[str, Any]) -> dict[str, Figure]:
         from matplotlib.figure import Figure
@@ -148,6 +240,11 @@ class AtpDesign(Study):
         axis.set_ylabel("mean accuracy, %")
         axis.legend(title="keep")
         return {"follows": figure}
+
+
+def paired(right: Mapping[str, Sequence[bool]], other: Mapping[str, Sequence[bool]]) -> list[np.ndarray]:
+    """Per task, what the first has right more than the second, question by question."""
+    return [np.subtract(right[task], other[task], dtype=float) for task in right]
 
 
 def questions(chosen: Sequence[int]) -> tuple[list[Scene], list[Asked]]:

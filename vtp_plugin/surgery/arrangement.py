@@ -20,6 +20,7 @@ from vtp_plugin.errors import PruningError
 from vtp_plugin.facts.tower import Tower
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.surgery.batching import moved
 from vtp_plugin.surgery.vision import VisionCuts
 from vtp_plugin.tokens import true_columns
 
@@ -53,6 +54,8 @@ class ImageRows:
     tile: Tensor  # on the host, [n]: tile of every row that the host makes, no whole number where several make it
     fixed: Tensor  # [m] long: rows that are always kept
     known: Tensor | None  # `source` on the host, as long as nothing was decided
+    whole: bool = False  # `source` are all rows that the host makes
+    ordered: bool = True  # as the host orders them; not for sure where rows were merged or tiles judged one by one
 
     @property
     def tiles(self) -> Tensor:
@@ -62,11 +65,13 @@ class ImageRows:
     def become(self, pieces: Sequence[Sequence[Tensor]]) -> None:
         """Take over what the decisions about all of the rows left."""
         if pieces:
-            self.source, self.tokens, self.features = (torch.cat(column) for column in zip(*pieces, strict=True))
-            self.known = None
+            joined = (column[0] if len(column) == 1 else torch.cat(column) for column in zip(*pieces, strict=True))
+            self.source, self.tokens, self.features = joined
+            self.known, self.whole = None, False
+            self.ordered &= len(pieces) == 1  # tiles are not in the host's order
 
 
-Group = list[tuple[ImageRows, Tensor]]  # rows that share one budget: images, and positions [m] within their rows
+Group = list[tuple[ImageRows, Tensor | None]]  # rows that share one budget: images, and which [m] of theirs; None: all
 
 
 class Arrangement:
@@ -127,7 +132,7 @@ class Arrangement:
         there = iter(self._there(known, features[0].device if len(features) else self.device))
         whole = zip(self.passing.batch, features, tokens, left, known, strict=True)
         return [
-            ImageRows(number, source := next(there), seen[source], rows[source], tile, next(there), on_host)
+            _rows_of(number, rows, seen, tile, next(there), next(there), on_host)
             for number, rows, seen, (_, tile), (on_host, _) in whole
         ]
 
@@ -174,9 +179,9 @@ class Arrangement:
         """The rows that share one budget."""
         if strategy.budget == "per_tile":
             return self._by_tile(strategy, parts)
-        everything = [(part, torch.arange(len(part.source), device=part.source.device)) for part in parts]
+        everything: list[tuple[ImageRows, Tensor | None]] = [(part, None) for part in parts]
         if strategy.budget == "per_image":
-            return [[one] for one in everything if len(one[1])]
+            return [[one] for one in everything if len(one[0].source)]
         samples = [self.vision.call.images[part.number].sample for part in parts]
         return [[one for one, s in zip(everything, samples, strict=True) if s == sample] for sample in set(samples)]
 
@@ -191,6 +196,10 @@ class Arrangement:
         return [[(part, where)] for (part, _), where in zip(found, there, strict=True)]
 
 
-def moved(indices: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
-    """Whole numbers [n] of the host on a device, in one copy."""
-    return torch.cat(list(indices)).to(device).split([len(index) for index in indices]) if indices else ()
+def _rows_of(
+    number: int, features: Tensor, tokens: Tensor, tile: Tensor, source: Tensor, fixed: Tensor, known: Tensor
+) -> ImageRows:
+    """The rows `source` of an image of which the host makes `features` [n, D']."""
+    if len(known) == len(features):
+        return ImageRows(number, source, tokens, features, tile, fixed, known, whole=True)
+    return ImageRows(number, source, tokens[source], features[source], tile, fixed, known)

@@ -58,7 +58,8 @@ class Call:
     events: list[PruningEvent] = field(default_factory=list)
     wanted: list[tuple[Tensor, Callable[[Tensor], Any]]] = field(default_factory=list)  # see `afterwards`
     measured: bool = False  # its parts are timed: the clock waits for the device
-    seen: list[Any] = field(default_factory=list)  # shapes that passed the tower: metrics.counting.Seen
+    seen: list[Any] = field(default_factory=list)  # shapes that passed the tower: metrics.watching.Seen
+    counted: dict[Any, Any] = field(default_factory=dict)  # what metrics.counting worked out of these
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by part, see metrics.latency
     running: list[list[Any]] = field(default_factory=list)  # parts that are being timed, the innermost last
     started: float = 0.0  # on the clock of metrics.latency
@@ -106,10 +107,13 @@ class Call:
         """Hand over everything that was wanted on the host: one wait for each device."""
         wanted, self.wanted = self.wanted, []
         for device in dict.fromkeys(values.device for values, _ in wanted):
-            there = [(values, receive) for values, receive in wanted if values.device == device]
-            sizes = [len(values) for values, _ in there]
-            host = torch.cat([values.long() for values, _ in there]).cpu().split(sizes)
-            for one, (_, receive) in zip(host, there, strict=True):
+            kinds: dict[torch.dtype, list[tuple[Tensor, Callable[[Tensor], Any]]]] = {}  # a device joins one at a time
+            for values, receive in wanted:
+                if values.device == device:
+                    kinds.setdefault(values.dtype, []).append((values, receive))
+            there = [one for kind in kinds.values() for one in kind]
+            host = torch.cat([torch.cat([values for values, _ in kind]).long() for kind in kinds.values()]).cpu()
+            for one, (_, receive) in zip(host.split([len(values) for values, _ in there]), there, strict=True):
                 receive(one)
 
     def spend(self, part: str, seconds: float) -> None:

@@ -26,17 +26,8 @@ class Rows:
     """Which of an image's feature rows are left, in the order in which they are served."""
 
     source: Tensor  # [K] long: number of the row among those that the host makes, -1 for a row that is none of them
-    judged: Tensor  # [K] bool: False for a row that no strategy may drop (a newline)
+    judged: Tensor | None = None  # [K] bool: False for a row that no strategy may drop (a newline); None: all may be
     fixed: int = 0  # how many are no such rows
-
-    def slots(self, total: int) -> Tensor:
-        """The placeholders that hold the rows, of `total`: their own, and the first free ones for the others.
-
-        [K] ascending.
-        """
-        own = torch.zeros(total + 1, dtype=torch.bool, device=self.source.device)
-        own.index_fill_(0, torch.where(self.source >= 0, self.source, total), True)
-        return true_columns(own[:total], len(self.source)).sort().values
 
     def only_judged(self, values: Tensor) -> Tensor:
         """Of values [K, ...] those of rows that a strategy may drop."""
@@ -44,7 +35,20 @@ class Rows:
 
     def to(self, device: torch.device) -> Rows:
         """The same next to the prompt, which may live on another device than the tower."""
-        return replace(self, source=self.source.to(device), judged=self.judged.to(device))
+        if self.source.device == device:
+            return self
+        judged = None if self.judged is None else self.judged.to(device)
+        return replace(self, source=self.source.to(device), judged=judged)
+
+
+def slots(source: Tensor, total: int) -> Tensor:
+    """The placeholders that hold rows `source` [G, K] of G images, of `total` each: [G, K] ascending.
+
+    Those of the rows themselves, and the first free ones for rows that are none of the host's.
+    """
+    own = torch.zeros(len(source), total + 1, dtype=torch.bool, device=source.device)
+    own.scatter_(1, torch.where(source >= 0, source, total), True)
+    return true_columns(own[:, :total], source.shape[1]).sort(-1).values
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,14 @@ class Columns:
             inside = (place >= 0) & (place < number)
             columns = torch.where(inside, columns.gather(1, place.clamp(min=0)), -1)
         return cls(columns, wanted.shape[1], padded=min(counts) < longest, tail=tail)
+
+    def places(self, wanted: Tensor) -> Tensor:
+        """Where every wanted column [B, L] is among ours, [B, L] long; of a column that is not, no matter what."""
+        counted = wanted.cumsum(1) - 1
+        if not self.padded:
+            return counted
+        padding = self.columns < 0
+        return counted + padding.sum(1, keepdim=True) * padding[:, :1]  # where it is in front
 
     @classmethod
     def whole(cls, rows: int, length: int, device: torch.device) -> Columns:

@@ -91,6 +91,7 @@ def narrow(mask: Tensor | None, queries: Tensor | None, cut: Cut) -> Tensor | No
     if queries is not None:
         mask = attention.take(mask.transpose(1, 2), queries).transpose(1, 2)
     mask = attention.take(mask.permute(0, 3, 1, 2), columns).permute(0, 2, 3, 1)  # [B, 1, Q', K]
+    mask = mask.contiguous()  # fused kernels want rows of it
     return mask if cut.whole else _hide(mask, ~valid)
 
 

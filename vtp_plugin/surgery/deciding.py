@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from vtp_plugin.facts.image import Image
-from vtp_plugin.signals import LayerView, found_in
+from vtp_plugin.signals import LayerView, found_in, needed
 from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.surgery import attention
+from vtp_plugin.surgery.batching import alike
 from vtp_plugin.surgery.call import Call
 from vtp_plugin.surgery.cut import Cut, equalised
 from vtp_plugin.surgery.reading import Reading
@@ -35,39 +37,74 @@ class Seen:
         """The attention of this layer, as if nothing were cut."""
         return self.read_behind(self.hidden, self.before)
 
-    def where(self, row: int, image: Image) -> Tensor:
-        """The columns of an image [N] among those that are still there in a row of the batch."""
-        return torch.searchsorted(self.before.columns[row].contiguous(), image.columns)
+    def where(self, rows: Sequence[int], columns: Tensor) -> Tensor:
+        """Columns [G, N] of the prompts in these rows of the batch, among those that are still there."""
+        there = self.before.columns
+        there = there if self._all(rows) else torch.stack([there[row] for row in rows])
+        return torch.searchsorted(there.contiguous(), columns)
+
+    def tokens(self, rows: Sequence[int], where: Tensor) -> Tensor:
+        """The hidden states at columns [G, N] of these rows, [G, N, D]."""
+        if self._all(rows):
+            return attention.take(self.hidden, where)
+        return torch.stack([self.hidden[row, own] for row, own in zip(rows, where, strict=True)])
+
+    def mark(self, keep: Tensor, rows: Sequence[int], times: int, where: Tensor, left: Sequence[Tensor]) -> None:
+        """Take columns `where` [G, N] of these rows, `times` copies each, out of keep [B, L], all but `left`."""
+        if self._all(rows) and len({len(own) for own in left}) == 1:
+            keep.scatter_(1, where, False).scatter_(1, torch.stack(list(left)), True)
+            return
+        for row, gone, own in zip(rows, where, left, strict=True):
+            keep[row : row + times].index_fill_(1, gone, False).index_fill_(1, own, True)
+
+    def _all(self, rows: Sequence[int]) -> bool:
+        """Whether these are the rows of the batch, one after the other."""
+        return list(rows) == list(range(len(self.hidden)))
 
 
 def decide(session: Session, call: Call, strategies: Sequence[PruningStrategy], depth: int, seen: Seen) -> Cut:
     """Ask the strategies of one layer, in a model of `depth` layers, about every image of the call."""
-    rows = len(seen.hidden) // len(call.valid)  # beams and returned sequences repeat a sample
+    times = len(seen.hidden) // len(call.valid)  # beams and returned sequences repeat a sample
     keep, counts, merged = seen.before.valid.clone(), list(seen.before.counts), []
-    text = Text(call, seen.before, rows)
+    text = Text(call, seen.before, times)
     for strategy in strategies:
         cuts = strategy.cut_layers(depth)
-        for number, image in enumerate(call.images):
-            if image.columns is None or len(image.columns) == 0:
-                continue
-            row = image.sample * rows
-            image.columns = image.columns.to(seen.hidden.device)
-            where, first = seen.where(row, image), image.entering.setdefault(strategy.name, image.columns)
+        for numbers in _together(call, strategy):
+            images = [call.images[number] for number in numbers]
+            rows = [image.sample * times for image in images]
+            columns = torch.stack([image.columns.to(seen.hidden.device) for image in images])  # [G, N]
+            where, first = seen.where(rows, columns), []
+            for image, own in zip(images, columns, strict=True):
+                first.append(image.entering.setdefault(strategy.name, own))
             with session.judging(strategy, layer=seen.number) as cut:
-                view = _view(session, call, seen, image, row, where, text, first)
-                facts = {"cut": (cuts.index(seen.number), len(cuts)), "entered": len(first)}
-                grid = image.grid or session.adapter.tower.grid
-                selection = cut.decide(seen.hidden[row, where][None], [number], grid, _read(strategy, view), **facts)
-            columns = selection.sources[0]
+                shown = zip(images, rows, where, first, strict=True)
+                found = _joined([_read(strategy, _view(session, call, seen, text, *one)) for one in shown])
+                facts = {"cut": (cuts.index(seen.number), len(cuts)), "entered": len(first[0])}
+                grid = images[0].grid or session.adapter.tower.grid
+                selection = cut.decide(seen.tokens(rows, where), numbers, grid, found, **facts)
+            left = [len(source) for source in selection.sources]
+            for image, row, own, count in zip(images, rows, selection.taken(columns), left, strict=True):
+                image.columns = own
+                counts[row : row + times] = [before - len(where[0]) + count for before in counts[row : row + times]]
+            seen.mark(keep, rows, times, where, selection.taken(where))
             if selection.tokens is not None:
-                merged.append((slice(row, row + rows), image.columns[columns], selection.tokens[0]))
-            keep[row : row + rows].index_fill_(1, where, False).index_fill_(1, where[columns], True)
-            for copy in range(row, row + rows):
-                counts[copy] -= len(where) - len(columns)
-            image.columns = image.columns[columns]
+                values = zip(images, rows, selection.tokens, strict=True)
+                merged += [(slice(row, row + times), image.columns, new) for image, row, new in values]
     if len(strategies) > 1:
         merged = [_still(seen.before, keep, *one) for one in merged]
     return equalised(seen.before, keep, counts, merged, compact=session.positions.layers[seen.number] == "compact")
+
+
+def _together(call: Call, strategy: PruningStrategy) -> list[list[int]]:
+    """The numbers of images that are judged at once: alike, where a signal is no more than a number per token."""
+    there = [n for n, image in enumerate(call.images) if image.columns is not None and len(image.columns)]
+    if strategy.merges or not all(signal.narrow for signal in needed(strategy)):
+        return [[number] for number in there]
+
+    def facts(image: Image) -> tuple[Any, ...]:
+        return len(image.columns), image.grid, len(image.entering.get(strategy.name, image.columns))
+
+    return [[there[place] for place in group] for group in alike([facts(call.images[n]) for n in there])]
 
 
 def _still(before: Cut, keep: Tensor, rows: slice, columns: Tensor, values: Tensor) -> tuple[slice, Tensor, Tensor]:
@@ -77,7 +114,7 @@ def _still(before: Cut, keep: Tensor, rows: slice, columns: Tensor, values: Tens
 
 
 def _view(
-    session: Session, call: Call, seen: Seen, image: Image, row: int, where: Tensor, text: Text, first: Tensor
+    session: Session, call: Call, seen: Seen, text: Text, image: Image, row: int, where: Tensor, first: Tensor
 ) -> LayerView:
     """What signals of an image at the columns `where` [N] are read from; `text` finds those of the question."""
     device, entry = seen.hidden.device, call.prompt.entry
@@ -97,10 +134,18 @@ def _view(
 
 
 def _read(strategy: PruningStrategy, view: LayerView) -> dict[str, Any]:
-    """The signals of one image, with an axis in front."""
+    """The signals of one image."""
     with torch.no_grad():
-        found = found_in(strategy, view)
-    return {name: value[None] if isinstance(value, Tensor) else value for name, value in found.items()}
+        return found_in(strategy, view)
+
+
+def _joined(images: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The signals of images that are judged at once, with their axis in front."""
+
+    def joined(values: Sequence[Any]) -> Any:
+        return torch.stack(values) if isinstance(values[0], Tensor) else sum(values, ())
+
+    return {name: joined([found[name] for found in images]) for name in images[0]}
 
 
 class Text:

@@ -103,6 +103,9 @@ class DecoderCuts:
             self._check_window(module, kwargs["position_embeddings"][0].shape[1])
             if number in self.by_layer:
                 hidden = self._cut(call, number, hidden, kwargs)
+            cut = self._seen(call, number, hidden)
+            if cut.everything and cut.numbering is None:
+                return None  # not a copy of a mask is other than it would be
             return self._narrowed(call, number, hidden, args, kwargs)
 
         return enter
@@ -110,14 +113,18 @@ class DecoderCuts:
     def _narrowed(self, call: Call, number: int, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The arguments of a layer in a pass over the whole prompt."""
         tables, cut = kwargs["position_embeddings"], self._seen(call, number, hidden)
-        columns = with_new(cut.columns, cut.length, tables[0].shape[1])
+        total, once = tables[0].shape[1], call.prompt.once
+        columns = once("columns", (cut, total), None, lambda: with_new(cut.columns, cut.length, total))
         kwargs = {
             **kwargs,
             "position_embeddings": self._tables(call, number, hidden, tables, cut, columns.shape[1], columns),
             "attention_mask": self._mask(call, kwargs, cut, columns),
         }
         if kwargs.get("position_ids") is not None:  # contiguous: gaps would read as packed sequences
-            kwargs["position_ids"] = torch.arange(columns.shape[1], device=hidden.device)[None]
+            left, device = columns.shape[1], hidden.device
+            kwargs["position_ids"] = once(
+                "numbers", (left, device), None, lambda: torch.arange(left, device=device)[None]
+            )
         if kwargs.get("cache_position") is not None:
             kwargs["cache_position"] = kwargs["cache_position"][: columns.shape[1]]
         if args:
@@ -245,8 +252,10 @@ class DecoderCuts:
 
     def _check_window(self, layer: nn.Module, length: int) -> None:
         """A kernel that counts its window itself would count what is left instead of the prompt's columns."""
+        if not self._flash:
+            return
         window = attention.window(layer.self_attn)
-        if self._flash and window is not None and window < length:
+        if window is not None and window < length:
             raise PruningError(
                 f"{self._names}: a prompt of {length} tokens is longer than the model's sliding window ({window}), "
                 f"which flash attention counts by itself: load the model with attn_implementation=sdpa"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtp_plugin.strategy import PruningStrategy
+from vtp_plugin.surgery.batching import alike
 from vtp_plugin.surgery.call import Call, Decision, PruningEvent
 from vtp_plugin.tokens import Selection, VisualTokens
 
@@ -59,7 +60,7 @@ class Judgement:
 
     def event(self, seconds: float) -> PruningEvent:
         """What was decided; the kept indices come to the host when the call has ended."""
-        kept = [torch.cat(parts) for parts in self.kept.values()]
+        kept = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in self.kept.values()]
         for place, index in enumerate(kept):
             self.call.afterwards(index, partial(kept.__setitem__, place))
         return PruningEvent(
@@ -78,5 +79,9 @@ def _left(index: Tensor, selection: Selection) -> Sequence[Tensor]:
     """Raster positions of what is left of `index` [B, N], per image; -1 for a token without one."""
     if selection.source is None and selection.columns is not None:
         return index.gather(1, selection.columns).unbind()
-    pairs = zip(index, selection.sources, strict=True)
-    return [torch.where(columns >= 0, row[columns.clamp(min=0)], -1) for row, columns in pairs]
+    found: dict[int, Tensor] = {}
+    for rows in alike(selection.counts):
+        columns = torch.stack([selection.sources[row] for row in rows])
+        own = index if len(rows) == len(index) else torch.stack([index[row] for row in rows])
+        found |= zip(rows, torch.where(columns >= 0, own.gather(1, columns.clamp(min=0)), -1), strict=True)
+    return [found[row] for row in range(len(index))]

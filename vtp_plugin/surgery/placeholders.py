@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.signals import reads_question
+from vtp_plugin.surgery.batching import alike, moved
 from vtp_plugin.surgery.call import Call, Image
-from vtp_plugin.surgery.columns import Columns, Rows
+from vtp_plugin.surgery.columns import Columns, Rows, slots
 from vtp_plugin.surgery.question import question_of
-from vtp_plugin.tokens import true_columns
 
 if TYPE_CHECKING:
     from vtp_plugin.surgery.session import Session
@@ -107,33 +107,37 @@ class Prompt:
         self._read_questions(call, read)
         features, left = self.family.encode(call, inputs)
         left = [rows.to(ids.device) for rows in left]
-        columns = torch.cat([ids.new_zeros(0, device="cpu"), *places]).to(ids.device).split([len(p) for p in places])
         if all(len(rows.source) == image.total for image, rows in zip(call.images, left, strict=True)):
-            judged = [rows.only_judged(where) for where, rows in zip(columns, left, strict=True)]
+            judged = [rows.only_judged(where) for where, rows in zip(moved(places, ids.device), left, strict=True)]
             call.place(real, judged, [image.sample for image in call.images], read.lengths)
             return None, features
-        shortened, counts = self._left(call, read, real, places, columns, left)
-        return self._place(call, shortened, columns, left, counts), features
+        return self._shorter(call, read, real, places, left), features
 
-    def _left(
-        self,
-        call: Call,
-        read: Read,
-        real: Tensor,
-        places: Sequence[Tensor],
-        columns: Sequence[Tensor],
-        left: Sequence[Rows],
-    ) -> tuple[Columns, list[int]]:
-        """The columns that are left, and how many, where images have the `columns` [n], on the host `places` [n]."""
-        wanted, counts, tail = real.clone(), list(read.lengths), read.tail
-        for image, place, where, rows in zip(call.images, places, columns, left, strict=True):
+    def _shorter(self, call: Call, read: Read, real: Tensor, places: Sequence[Tensor], left: Sequence[Rows]) -> Columns:
+        """The prompt with `left` of its images, which are at the columns `places` [n] (on the host); tells the call.
+
+        Every token has its own position. Images that are alike are put in their places together.
+        """
+        length, counts, tail = read.ids.shape[1], list(read.lengths), read.tail
+        for image, place, rows in zip(call.images, places, left, strict=True):
             if not read.real[image.sample, place].all():
                 raise PruningError(f"a placeholder of an {image.kind} is padding, as the attention mask says")
-            row = wanted[image.sample].index_fill_(0, where, False)
-            row.index_fill_(0, where[rows.slots(image.total)], True)
             counts[image.sample] -= image.total - len(rows.source)
-            tail = min(tail, read.ids.shape[1] - 1 - int(place.max()) if len(place) else tail)
-        return Columns.of(wanted, counts, left=bool(read.real[:, -1].all()), tail=tail), counts
+            tail = min(tail, length - 1 - int(place[-1]) if len(place) else tail)
+        flat = [place + image.sample * length for image, place in zip(call.images, places, strict=True)]
+        there = moved(flat, real.device)
+        held = _of_images(there, left, lambda where, source: where.gather(1, slots(source, where.shape[1])))
+        own = _of_images(there, left, lambda where, source: where.gather(1, source.clamp(min=0)))
+        taken, wanted = torch.cat(held), real.clone()
+        wanted.view(-1).index_fill_(0, torch.cat(list(there)), False).index_fill_(0, taken, True)
+        shortened = Columns.of(wanted, counts, left=bool(read.real[:, -1].all()), tail=tail)
+        place = shortened.places(wanted).view(-1)[taken]
+        origin = shortened.columns.clone()
+        origin.view(-1).index_copy_(0, place + taken // length * shortened.short, torch.cat(own) % length)
+        where = place.split([len(rows.source) for rows in left])
+        judged = [rows.only_judged(one) for one, rows in zip(where, left, strict=True)]
+        call.place(shortened.valid, judged, [image.sample for image in call.images], counts)
+        return replace(shortened, origin=origin)
 
     def _placeholders(self, call: Call, ids: Tensor) -> list[Tensor]:
         """The columns of every image; sets its sample. The placeholders of a kind are handed out in order."""
@@ -164,23 +168,19 @@ class Prompt:
         for image in call.images:
             image.question = questions[image.sample]
 
-    def _place(
-        self,
-        call: Call,
-        shortened: Columns,
-        columns: Sequence[Tensor],
-        left: Sequence[Rows],
-        counts: Sequence[int],
-    ) -> Columns:
-        """Tell the call where the images are in the shorter prompt; the prompt with every token's own position."""
-        origin, places = shortened.columns.clone(), []
-        for image, where, rows in zip(call.images, columns, left, strict=True):
-            held = torch.isin(shortened.columns[image.sample], where[rows.slots(image.total)])
-            place = true_columns(held, len(rows.source))
-            origin[image.sample].index_copy_(0, place, where[rows.source.clamp(min=0)])
-            places.append(rows.only_judged(place))
-        call.place(shortened.valid, places, [image.sample for image in call.images], counts)
-        return replace(shortened, origin=origin)
+
+def _of_images(
+    places: Sequence[Tensor], left: Sequence[Rows], find: Callable[[Tensor, Tensor], Tensor]
+) -> list[Tensor]:
+    """find(places [G, n], sources [G, K]) of all images that are alike at once, [K] per image."""
+    found: dict[int, Tensor] = {}
+    for numbers in alike([(len(where), len(rows.source)) for where, rows in zip(places, left, strict=True)]):
+        where, source = (
+            torch.stack([places[n] for n in numbers]),
+            torch.stack([left[n].source for n in numbers]),
+        )
+        found |= zip(numbers, find(where, source), strict=True)
+    return [found[number] for number in range(len(left))]
 
 
 def padding(model: nn.Module) -> int:

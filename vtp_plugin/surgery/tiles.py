@@ -18,7 +18,7 @@ from vtp_plugin.signals import EmbeddingView, PatchesView, Tap
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
-from vtp_plugin.surgery.arrangement import moved
+from vtp_plugin.surgery.batching import alike, moved
 from vtp_plugin.surgery.judging import Judgement
 from vtp_plugin.surgery.layout import Layout
 from vtp_plugin.surgery.passes import TowerPass
@@ -250,8 +250,7 @@ def _embeddings(output: Any) -> Tensor:
 
 def _alike(units: Sequence[Tensor], device: torch.device) -> list[Alike]:
     """All tiles, by how many units they have."""
-    sizes = [len(kept) for kept in units]
-    groups = [[n for n, size in enumerate(sizes) if size == one] for one in dict.fromkeys(sizes)]
+    groups = alike([len(kept) for kept in units])
     if len(groups) == 1:
         return [Alike(groups[0], None)]
     numbers = moved([torch.tensor(group) for group in groups], device)

@@ -70,6 +70,13 @@ def rows(clips: int = CLIPS) -> list[dict[str, Any]]:
     return table
 
 
+def documents() -> list[dict[str, Any]]:
+    """The rows as they are stored."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(PARQUET).to_pylist()
+
+
 def read(row: dict[str, Any]) -> Clip:
     """The clip of a row."""
     return Clip(Stored(row["ground"]), read_stays(json.loads(row["stays"])), row["clip"])

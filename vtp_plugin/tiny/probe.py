@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from .fitting import Metrics, Plan, Run, fit
 from .inference import answer, load
 from .missing import some_missing
 from .modeling import LLAMA_WIDTH
+from .pool import draw_pool, open_features
 from .prompts import layouts
 from .questions import CHOICES, TASKS, Question, ask_all
 from .scenes import SHAPES, Scene
+from .train import note_features, start_from_package
 from .workshop import Workshop
 
 PLAN = Plan(steps=3000, rate=1.5e-3, batch=24, warmup=100)
@@ -119,6 +122,26 @@ def learn(run: Run, tokens_of: Any, plan: Plan = PLAN) -> Reader:
         return F.cross_entropy(logits.flatten(0, 1), target.flatten()), {"whole" if whole else "missing": hit}
 
     fit(run, "probe", nn.ModuleDict({"reader": reader}), plan, step)
+    return reader.eval()
+
+
+def trained(run: Run, scenes: int, steps: int) -> Reader:
+    """A reader of the package's own model, of the first scenes of the training split; in a run of its own.
+
+    An interrupted training goes on; of a finished one the scenes are not kept.
+    """
+    if (run.load("probe") or {"step": 0})["step"] < steps:
+        start_from_package(run)
+        if not (run.path / "train-images.npy").exists():
+            draw_pool(run.path, "train", scenes)
+        if open_features(run.path) is None:
+            note_features(run)
+        plan = replace(PLAN, steps=steps, batch=min(PLAN.batch, scenes))
+        learn(run, lambda shop, features: shop.networks["projector"](features), plan)
+        for pool in run.path.glob("train-*"):
+            pool.unlink()
+    reader, modules = Reader(), run.load("probe")["modules"]
+    reader.load_state_dict({name.removeprefix("reader."): value for name, value in modules.items()})
     return reader.eval()
 
 

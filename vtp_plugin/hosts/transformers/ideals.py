@@ -105,6 +105,8 @@ def _language(language: nn.Module, embeds: Tensor, lengths: Sequence[int], deep:
     if set(lengths) == {embeds.shape[1]}:
         return language(inputs_embeds=embeds, use_cache=True, **_deep(embeds, deep)).last_hidden_state
     positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+    if "mrope_section" in (getattr(language.config, "rope_parameters", None) or {}):
+        positions = positions.expand(3, 1, -1)  # time, rows and columns
     tables, hidden = language.rotary_emb(embeds, position_ids=positions), embeds
     store, name = DynamicCache(config=language.config), cache.name_in(signature(language.layers[0].forward).parameters)
     for number, (layer, length) in enumerate(zip(language.layers, lengths, strict=True)):

@@ -1,0 +1,128 @@
+"""Who went where: the tokens that every part of a model saw in a call.
+
+The tower, its blocks and the projectors are watched (shapes only, read when the call is over), so that merging inside
+blocks, windows and unequal tiles are counted as they ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from vtp_plugin.surgery.call import Call
+from vtp_plugin.surgery.session import Session
+from vtp_plugin.surgery.undo import Undo
+
+PATCH, BLOCK, PROJECTOR = "patch", "block", "projector"
+
+
+@dataclass
+class Ends:
+    """What attends to each other in a packed sequence."""
+
+    cumulative: Tensor  # [S + 1]
+    lengths: list[int] = field(default_factory=list)  # once the call has ended
+
+    def take(self, cumulative: Tensor) -> None:
+        """The same numbers on the host."""
+        self.lengths = cumulative.diff().tolist()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One part of the tower in one pass. Rows are tiles, [T, n, D], or one packed sequence, [S, D] or [1, S, D]."""
+
+    part: str
+    number: int  # of the block or projector
+    entering: tuple[int, int]  # rows and tokens per row
+    leaving: tuple[int, int]
+    owners: tuple[int, ...]  # image of every tile
+    packed: tuple[int, ...]  # of a packed sequence: patches of every image in `images`
+    images: tuple[int, ...]
+    ends: Ends | None  # of a packed sequence
+
+    @property
+    def uniform(self) -> bool:
+        """Whether its rows are the tiles, equally long ones."""
+        return self.ends is None and self.entering[0] == len(self.owners)
+
+    def shares(self) -> Iterator[tuple[int, int, int]]:
+        """(image, tokens that entered, tokens that left) of every sequence."""
+        if self.uniform:
+            for owner in self.owners:
+                yield owner, self.entering[1], self.leaving[1]
+            return
+        total, left = (rows * tokens for rows, tokens in (self.entering, self.leaving))
+        for image, length in self._sequences(total):
+            yield image, length, length * left // total
+
+    def _sequences(self, total: int) -> Iterator[tuple[int, int]]:
+        """Image and length of every sequence; what belongs to no image in particular is shared by their patches."""
+        own = [patches * total // sum(self.packed) for patches in self.packed]
+        if self.ends is None:
+            yield from zip(self.images, own, strict=True)
+            return
+        place = 0
+        for length in self.ends.lengths:
+            yield self.images[place], length
+            own[place] -= length
+            place += own[place] <= 0
+
+
+def watch(pruned: Session, undo: Undo) -> None:
+    """Remember the shapes that pass the patch embedding, the tower's blocks and the projectors of every call."""
+    tower = pruned.adapter.tower
+    parts = [(PATCH, [tower.patch_embedding]), (BLOCK, tower.blocks), (PROJECTOR, pruned.adapter.projectors)]
+    for part, modules in parts:
+        for number, module in enumerate(modules):
+            undo.after(module, _observer(pruned, part, number))
+
+
+def _observer(pruned: Session, part: str, number: int) -> Any:
+    def observe(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call = pruned.call
+        if call is None or not call.batch:
+            return
+        before = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+        after = output[0] if isinstance(output, tuple) else output
+        left = _embedded(after) if part == PATCH else _rows(after)
+        patches = [call.images[n].patches or call.images[n].total for n in call.batch]
+        seen = Seen(
+            part,
+            number,
+            left if part == PATCH else _rows(before),
+            left,
+            tuple(call.tower.tiles),
+            tuple(call.tower.packed or patches),
+            tuple(call.batch),
+            _ends(call, kwargs.get("cu_seqlens")) if part == BLOCK else None,
+        )
+        call.seen.append(seen)
+
+    return observe
+
+
+def _ends(call: Call, cumulative: Tensor | None) -> Ends | None:
+    """One object per tensor, however many blocks are given it."""
+    if cumulative is None:
+        return None
+    known = next((seen.ends for seen in reversed(call.seen) if seen.ends and seen.ends.cumulative is cumulative), None)
+    if known is None:
+        known = Ends(cumulative)
+        call.afterwards(cumulative, known.take)
+    return known
+
+
+def _embedded(tensor: Tensor) -> tuple[int, int]:
+    """Rows and tokens per row of what a patch embedding makes, [B, D, rows, columns], [B, N, D] or [S, D]."""
+    return (len(tensor), tensor.shape[2:].numel()) if tensor.ndim == 4 else _rows(tensor)
+
+
+def _rows(tensor: Tensor | list[Tensor]) -> tuple[int, int]:
+    """Rows and tokens per row of [B, N, D], [B, rows, columns, D] or [S, D], or of [n, D] per image."""
+    if isinstance(tensor, list):
+        return 1, sum(map(len, tensor))
+    return (len(tensor), tensor.shape[1:-1].numel()) if tensor.ndim > 2 else (1, len(tensor))
