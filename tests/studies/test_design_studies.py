@@ -127,8 +127,8 @@ def test_information_and_shift_are_what_is_lost() -> None:
     rows = [row("unpruned", 1, 10, 9), row("random", 0.5, 8, 8), row("as printed", 0.5, 5, 6), row("poor", 0.5, 2, 0)]
     *_, split = study.tables({"scenes": 10, "questions": 10, "rows": rows})
     found = {name: cells for name, *cells in split.rows}
-    assert [cell.split()[0] for cell in found["as printed"]] == ["+50.0", "+30.0", "+20.0"]
-    assert [cell.split()[0] for cell in found["random"]] == ["+20.0", "+10.0", "+10.0"]
+    assert [cell.split()[0] for cell in found["as printed"]] == ["+50.0", "+30.0", "+20.0", "+20.0"]
+    assert [cell.split()[0] for cell in found["random"]] == ["+20.0", "+10.0", "+10.0", "+10.0"]
     assert "At 0.5, shown to keep more information than random: none; less: *poor*." in split.caption
 
 

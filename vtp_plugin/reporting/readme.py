@@ -12,7 +12,7 @@ from vtp_plugin import files
 from vtp_plugin.reporting import statistics, summary
 from vtp_plugin.reporting.tables import Table
 
-PAGES = (Path("README.md"), Path("docs/studies.md"), Path("docs/embedded-model.md"))
+PAGES = (Path("README.md"), Path("docs/studies.md"), Path("docs/embedded-model.md"), Path("docs/fidelity.md"))
 SCALE = Path("docs/scale.md")
 RESULTS = Path("docs/results")
 STUDIES = RESULTS / "studies"
@@ -40,6 +40,7 @@ def parts() -> dict[str, Callable[[], str]]:
         "gpu": lambda: gpu_page.short(GPU),
         "tiny stages": lambda: page.stages(TRAINING).markdown(),
         "tiny accuracy": lambda: page.accuracy(TRAINING).markdown(),
+        "judged where": judged_where,
         **{f"study {path.parent.name}": path.read_text for path in sorted(STUDIES.glob("*/table.md"))},
     }
 
@@ -140,6 +141,12 @@ def _accuracy(row: Mapping[str, Any]) -> str:
         found = statistics.difference([[1.0] * n + [0.0] * (of - n) for n, of in right])
         ends = {"low": found.low, "high": found.high}
     return f"{100 * row['mean']:.1f} [{100 * ends['low']:.1f}, {100 * ends['high']:.1f}]"
+
+
+def judged_where() -> str:
+    """What the study says of judging before a merger: the first sentences below its first table."""
+    text = (STUDIES / "judged-where" / "table.md").read_text()
+    return re.search(r"^Judged before .*?(?= \d+ test clips)", text, re.MULTILINE)[0]
 
 
 # -- what the bench says ----------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vtp_plugin.tiny.probe import Reader
     from vtp_plugin.tiny.scenes import Scene
 
-LEADER, CONTROL, WHOLE = "atp", "random", "unpruned"
+LEADER, CONTROL, WHOLE, COUNT = "atp", "random", "unpruned", "count"
 READER = ("scenes", "steps")
 WHERE = {"asked": "of the object asked for", "others": "of other objects", "ground": "of the ground"}
 SURE = 0.05
@@ -194,7 +194,8 @@ class AtpDesign(Study):
         """What every reading loses, and how much of it was in the tokens."""
         keeps, rows = self.settings["keep"], {(row["keep"], row["reading"]): row for row in results["rows"]}
         every = rows[1, WHOLE]
-        parts = [f"{part}, {keep:g}" for keep in keeps for part in ("lost", "information", "shift")]
+        tasks = list(every["right"])
+        parts = [f"{part}, {keep:g}" for keep in keeps for part in ("lost", "information", "shift", "in counting")]
         table = Table(["reading", *parts], title="Information and shift")
         for name in self.settings["readings"]:
             cells = []
@@ -203,6 +204,7 @@ class AtpDesign(Study):
                 lost, gone = (paired(every[key], row[key]) for key in ("right", "read"))
                 shift = [a - b for a, b in zip(lost, gone, strict=True)]
                 cells += [f"{100 * mean(map(np.mean, lost)):+.1f}", points(interval(gone)), points(interval(shift))]
+                cells += [f"{100 * shift[tasks.index(COUNT)].mean():+.1f}" if COUNT in tasks else "-"]
             table.add(name, *cells)
         budgets = {keep: {name: row for (at, name), row in rows.items() if at == keep} for keep in keeps}
         said = " ".join(self._kept_information(keep, of) for keep, of in budgets.items())
@@ -210,8 +212,8 @@ class AtpDesign(Study):
         table.caption = (
             f"Points below all tokens, mean of the tasks; all tokens: model {alone[0]}, reader {alone[1]} %. "
             "Information: what a reader of the kept tokens loses, which knows no order and no positions; shift: the "
-            f"rest; paired bootstrap, 95 %. {said} Of the others neither is shown (random flips of signs, adjusted for "
-            "the readings of a budget after Holm)."
+            f"rest; paired bootstrap, 95 %; in counting: the shift of that task. {said} Of the others neither is shown "
+            "(random flips of signs, adjusted for the readings of a budget after Holm)."
         )
         return table
 
