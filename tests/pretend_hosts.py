@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -79,7 +80,7 @@ class Host:
     def _build(self) -> nn.Module:
         if self.name in models.FAMILIES:
             return models.FAMILIES[self.name]("sdpa").model.to(self.dtype)
-        model = families.FAMILIES[self.name].build("sdpa").to(self.dtype)
+        model = deepcopy(_drawn(self.name)).to(self.dtype)
         if self.name.endswith("_moe"):  # a GPU counts tokens per expert with what a CPU has no kernel for
             model.set_experts_implementation("batched_mm")
         return model
@@ -179,6 +180,11 @@ class Host:
         finally:
             gc.enable()
         return logits, counts
+
+
+@cache
+def _drawn(name: str) -> nn.Module:
+    return families.FAMILIES[name].build("sdpa")
 
 
 @cache

@@ -80,7 +80,7 @@ def rows(
     for layout in layouts:
         unpruned, seen = measured(one, None, layout)
         yield {"family": name, "strategy": None, "layout": layout} | unpruned
-        for strategy in chosen(one)[part]:
+        for strategy in chosen(one, part):
             row, counts = measured(one, strategy, layout)
             places.update(counts.waits + counts.copied - seen.waits - seen.copied)
             more = {n: row[n] - unpruned[n] for n in ("syncs", "copies", "kernels", "peak_bytes")}
@@ -88,13 +88,14 @@ def rows(
             yield facts | row | {"more": more}
 
 
-def chosen(one: Host) -> list[PruningStrategy]:
-    """Every strategy that the family can run, Qwen3-VL's cuts behind the layers that take visual features up."""
+def chosen(one: Host, part: slice) -> list[PruningStrategy]:
+    """Of a part of the strategies those that the family can run, Qwen3-VL's cuts behind the layers that take visual
+    features up."""
     every, first = [], max(2, one.first_cut)
     for name, cls in plugins.strategies().items():
         late = cls.stage is Stage.LLM and "layer" in cls.fields()
         every.append(one.strategy(name, **FIELDS.get(name, {}) | ({"layer": first} if late else {})))
-    return [strategy for strategy in every if not one.lacks(strategy)]
+    return [strategy for strategy in every[part] if not one.lacks(strategy)]
 
 
 def page(record: dict[str, Any]) -> str:

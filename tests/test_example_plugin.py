@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -186,7 +187,7 @@ def python(site: Path, code: str, *args: str) -> subprocess.CompletedProcess[str
     )
 
 
-CLI = "from vtp_plugin.cli import main; main()"
+HOST = "from lmms_eval.__main__ import cli_evaluate; cli_evaluate()"
 LIST_AND_CHECK = """
 from vtp_plugin.cli import run
 if run(["list"]) or run(["check", "center"]):
@@ -251,7 +252,9 @@ def test_installed_it_keeps_the_shared_promises(told: subprocess.CompletedProces
 @pytest.mark.slow
 def test_installed_it_runs_through_lmms_eval(site: Path, tmp_path: Path):
     pytest.importorskip("lmms_eval")
-    arguments = ["demo", "--pruning", "center", "--limit", "1", "-o", str(tmp_path / "out")]
-    done = python(site, CLI, *arguments)
+    told = {"model": "llava_hf", "model_args": "pretrained=vtp-tiny", "tasks": "vtp_scenes_presence", "limit": 1}
+    told |= {"pruning": "center", "output_path": tmp_path / "out"}
+    done = python(site, HOST, *(f"--{name}={value}" for name, value in told.items()))
     assert done.returncode == 0, done.stderr
-    assert "center" in (tmp_path / "out" / "table.md").read_text()
+    (results,) = (tmp_path / "out").rglob("*_results.json")
+    assert [s["name"] for s in json.loads(results.read_text())["pruning"]["strategies"]] == ["center"]

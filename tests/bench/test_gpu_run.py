@@ -40,10 +40,12 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(rounds, "compare", like_the_first)
     monkeypatch.setattr(gpu, "STRATEGIES", LAYER)
     monkeypatch.setattr(gpu, "KEEPS", (0.25, 0.5))
+    monkeypatch.setattr(gpu, "MORE", {"l2": {"keep_ratio": 0.4}})
     monkeypatch.setattr(gpu, "_process", process)
     monkeypatch.setattr(gpu, "say", lines.append)
+    monkeypatch.setattr("vtp_plugin.bench.journal.say", lines.append)
     every = gpu.parts
-    few = {*SHAPES, "tests", "training"}
+    few = {*SHAPES, "encoders", "tests", "training"}
     monkeypatch.setattr(gpu, "parts", lambda small: [part for part in every(small) if part.name in few])
     return lines
 
@@ -58,7 +60,9 @@ def test_a_rehearsal_is_whole_and_goes_on(tmp_path: Path, said: list[str], monke
     gpu.main(command)
     telling = [("l2", 0.25, 8), ("vprune", None, 8), ("l2", 0.25, 1), ("vprune", None, 1)]
     for shape in SHAPES:
-        assert rows(tmp_path, shape) == [*telling, ("l2", 0.5, 8), ("l2", 0.5, 1)]
+        paper = [("l2", 0.4, 8), ("l2", 0.4, 1)] if shape == SHAPES[0] else []
+        assert rows(tmp_path, shape) == [*telling, *paper, ("l2", 0.5, 8), ("l2", 0.5, 1)]
+    assert rows(tmp_path, "clip-vit-small") == [("l2", 0.5, 64), ("l2", 0.5, 8)]
     record = json.loads((tmp_path / "small.json").read_text())
     assert {"command", "device", "threads", "versions", "dtype", "repeats"} <= set(record)
     assert json.loads((tmp_path / "tests.json").read_text())["passed"] == 7
@@ -90,7 +94,8 @@ def test_a_part_that_fails_stops_no_other(tmp_path: Path, said: list[str], monke
 
     monkeypatch.setattr(rounds, "compare", compare)
     gpu.main(["--small", "-o", str(tmp_path), "--seconds", "2000"])
-    assert sum("CUDA out of memory" in line for line in said) == len(SHAPES)
+    lost = [line for line in said if "CUDA out of memory" in line]
+    assert len(lost) == 8 + 6 * (len(SHAPES) - 1) + 2  # every row is told of, and left out
     assert (tmp_path / "training.json").exists()
     assert gpu_page.NOTHING in (tmp_path / "README.md").read_text()
 
@@ -99,7 +104,7 @@ def test_a_part_that_fails_stops_no_other(tmp_path: Path, said: list[str], monke
 def test_what_matters_most_comes_first(small: bool) -> None:
     parts = gpu.parts(small)
     shapes = ["small", "small-next", "small-qwen", "small-qwen3"] if small else list(gpu_page.SHAPES)
-    assert [part.name for part in parts] == [shapes[0], "tests", *shapes[1:], "training", "vllm"]
+    assert [part.name for part in parts] == [shapes[0], "encoders", "tests", *shapes[1:], "training", "vllm"]
     ends = [part.until for part in parts]
     assert ends == sorted(ends)
     assert ends[-1] == 1

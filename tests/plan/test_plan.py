@@ -327,5 +327,5 @@ def test_a_record_is_probed_in_what_it_computed_in(tmp_path: Path) -> None:
 
 def test_the_worked_example_says_what_its_commands_answer() -> None:
     page = readme.SCALE.read_text()
-    assert page.count("$ vtp plan") == 4
+    assert page.count("$ vtp plan") == 6
     assert readme.commanded(page.replace("1.52x", "9.99x")) == page  # also from a page that is wrong

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import PLACEHOLDER, Tiny, build_hf, picture, prompts, tiny
+from models import NEW, PLACEHOLDER, Tiny, build_hf, picture, prompts, tiny
 from paths import ROOT
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -112,7 +112,7 @@ def test_a_call_inside_a_call_is_its_own():
                 inner.append(host.model(**other).logits)
                 return scores
 
-        options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 4, "do_sample": False}
+        options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": NEW, "do_sample": False}
         answer = host.model.generate(**first, logits_processor=[Asks()], **options)
         assert pruned.call is None
     assert all(logits.equal(alone) for logits in inner)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, Processor, Prompt, words
-from family_runs import batched, by_kind, generated, model_of, prompts_of
+from family_runs import NEW, batched, by_kind, generated, model_of, prompts_of
 from matrix import dear
 from torch import Tensor, nn
 
@@ -50,7 +50,7 @@ def test_a_loop_of_ones_own_and_a_second_turn(name: str, case: str, positions: s
         told = generated(model, dict(first))
         output, mask, seen = model(**first, use_cache=True), first["attention_mask"], []
         stored = cache.of_output(output)
-        for _ in range(3):
+        for _ in range(NEW - 1):
             seen.append(output.logits[:, -1])
             model(**other)
             mask = grown(mask)

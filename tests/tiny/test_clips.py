@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import torch
+from matrix import FULL
 from PIL import Image
 
 pytest.importorskip("skimage", reason="backgrounds are the photographs of scikit-image")
@@ -28,8 +30,20 @@ from vtp_plugin.tiny.modeling import llama_config
 from vtp_plugin.tiny.scenes import MIDLINE, NUMBERS, PLATE, SHAPES, SIZE, Scene
 from vtp_plugin.tiny.store import CLIP_FACTORS, WEIGHTS, load_weights
 
-CLIPS = [sample_clip("train", seed) for seed in range(40)]
+pytestmark = pytest.mark.long
+
 ROWS = parquet.read_table(PARQUET).to_pylist()
+
+
+@cache
+def drawn(seed: int) -> Clip:
+    return sample_clip("train", seed)
+
+
+@pytest.fixture
+def clip(request: pytest.FixtureRequest) -> Clip:
+    return drawn(request.param)
+
 
 # -- what they show ---------------------------------------------------------------------------------------------------
 
@@ -46,7 +60,7 @@ def test_a_seed_is_one_clip_and_splits_share_none() -> None:
     assert len({sample_clip(split, 5).stays for split in ("train", "validation", "test")}) == 3
 
 
-@pytest.mark.parametrize("clip", CLIPS[:8])
+@pytest.mark.parametrize("clip", range(8), indirect=True)
 def test_frames_are_scenes_and_noise(clip: Clip) -> None:
     """Every frame is the picture of a scene with the things that are there, up to the grain."""
     frames = clip.frames()
@@ -59,7 +73,7 @@ def test_frames_are_scenes_and_noise(clip: Clip) -> None:
         assert abs(error.std() - clips.NOISE) < 0.1
 
 
-@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("clip", range(40), indirect=True)
 def test_answers_are_what_the_frames_show(clip: Clip) -> None:
     """From the shapes and places of all frames alone."""
     shown = [things(clip, time) for time in range(FRAMES)]
@@ -80,13 +94,14 @@ def test_answers_are_what_the_frames_show(clip: Clip) -> None:
 
 
 def test_a_clip_runs_backwards() -> None:
-    clip, turned = CLIPS[1], CLIPS[1].backwards()
+    clip = drawn(1)
+    turned = clip.backwards()
     assert (turned.came, turned.went, turned.moved, turned.moves) == (clip.went, clip.came, clip.moved, clip.moves)
     assert all(things(turned, time) == things(clip, FRAMES - 1 - time) for time in range(FRAMES))
     assert turned.backwards() == clip
 
 
-@pytest.mark.parametrize("clip", CLIPS[:20])
+@pytest.mark.parametrize("clip", range(20), indirect=True)
 def test_a_clip_at_other_times_shows_its_own_frames(clip: Clip) -> None:
     other, order = clip.retimed(np.random.default_rng(clip.grain))
     assert all(things(other, time) == things(clip, int(order[time])) for time in range(FRAMES))
@@ -95,7 +110,7 @@ def test_a_clip_at_other_times_shows_its_own_frames(clip: Clip) -> None:
     assert len(other.changes) == len(clip.changes)
 
 
-@pytest.mark.parametrize("clip", CLIPS[:20])
+@pytest.mark.parametrize("clip", range(20), indirect=True)
 def test_an_excerpt_shows_one_change(clip: Clip) -> None:
     part, order = clip.excerpt(np.random.default_rng(clip.grain))
     assert all(things(part, time) == things(clip, int(order[time])) for time in range(FRAMES))
@@ -105,7 +120,7 @@ def test_an_excerpt_shows_one_change(clip: Clip) -> None:
     assert (first.answer, digit.answer) == (part.first, str(clip.digit))
 
 
-@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("clip", range(40), indirect=True)
 def test_no_frame_tells_by_itself(clip: Clip) -> None:
     """Four shapes at the beginning, four at the end; what came and what went are on opposite sides."""
     assert len(things(clip, 0)) == len(things(clip, FRAMES - 1)) == 5  # with the plate
@@ -114,7 +129,7 @@ def test_no_frame_tells_by_itself(clip: Clip) -> None:
     assert {stay.side for stay in clip.of_shape[clip.moved]} == {side[clip.moved]}
 
 
-@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("clip", range(40), indirect=True)
 def test_nothing_is_ever_where_something_was(clip: Clip) -> None:
     for index, stay in enumerate(clip.stays):
         assert min(stay.thing.box) >= 0
@@ -144,7 +159,7 @@ def test_answers_are_balanced(task: str, choices: int) -> None:
 
 
 def test_a_clip_is_read_as_it_was_written() -> None:
-    assert read_stays(json.loads(json.dumps(CLIPS[3].as_json()))) == CLIPS[3].stays
+    assert read_stays(json.loads(json.dumps(drawn(3).as_json()))) == drawn(3).stays
 
 
 def test_the_addition_is_small() -> None:
@@ -217,7 +232,7 @@ def test_merged_factors_compute_the_same() -> None:
     assert [name for name, value in adapted.named_parameters() if value.requires_grad] == []
 
 
-@pytest.mark.parametrize("clip", CLIPS[:4])
+@pytest.mark.parametrize("clip", range(4), indirect=True)
 def test_news_is_where_something_comes_or_leaves(clip: Clip) -> None:
     there, news = clip_train.labels(clip)
     assert there.shape == news.shape == (FRAMES, 36)
@@ -271,7 +286,7 @@ def ask(model: Any, processor: Any, asked: list[tuple[np.ndarray, str]]) -> list
 def test_the_prompt_is_what_training_showed(video_model: tuple[Any, Any]) -> None:
     _, processor = video_model
     before, behind = clip_train.layout().split("left or right first")
-    frames = [Image.fromarray(frame) for frame in CLIPS[0].frames()]
+    frames = [Image.fromarray(frame) for frame in drawn(0).frames()]
     inputs = processor(text=[prompt(processor, "left or right first")], videos=[frames], return_tensors="pt")
     video = [processor.tokenizer.convert_tokens_to_ids("<video>")] * (FRAMES * 36)
     assert inputs["input_ids"][0].tolist() == [*before, *video, *behind]
@@ -301,7 +316,7 @@ def test_without_factors_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_time_is_what_it_answers_from(video_model: tuple[Any, Any]) -> None:
     """Far above what the question, the last frame or shuffled ones give away; it has not learnt what was first."""
     right: dict[tuple[str, str], list[bool]] = {}
-    for row in ROWS[:40]:
+    for row in ROWS[: 40 if FULL else 20]:
         frames, rng = read(row).frames(), np.random.default_rng(row["clip"])
         shown = {"in time": frames, "last": frames[[-1] * FRAMES], "shuffled": frames[rng.permutation(FRAMES)]}
         asked = [(way, task) for way in shown for task in ("which", "moves")]

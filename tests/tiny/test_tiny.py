@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from matrix import FULL
-from paths import resolve_in
 from PIL import Image
 
 import vtp_plugin
@@ -148,8 +148,13 @@ def test_resolve_twice_is_one_folder(cache):
 
 
 def test_concurrent_processes_agree(tmp_path):
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as workers:
-        found = set(workers.map(resolve_in, [str(tmp_path)] * 2, ["llava"] * 2))
+    said = "from vtp_plugin.tiny.checkpoint import resolve\nprint(resolve(layout='llava'))"
+    (tmp_path / "resolving.py").write_text(said)
+    command, environment = [*warm.python(), "-m", "resolving"], os.environ | {"VTP_CACHE": str(tmp_path / "cache")}
+    given = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **given) for _ in range(2)]
+    found = {process.communicate(timeout=300)[0].splitlines()[-1] for process in both}
+    assert [process.returncode for process in both] == [0, 0]
     assert len(found) == 1
     folder = Path(found.pop())
     assert "llava" in folder.name
