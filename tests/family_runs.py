@@ -26,7 +26,7 @@ SHALLOW: dict[str, dict[str, Any]] = {  # the layers that models of four have
     "vscan": {"shallow": 1},
     "coreprune": {"layer": 3},
 }
-NEW = 3  # of the prefill, of a step behind it, and of one that reads what decoding gave the cache
+NEW = 4
 NO_PICTURE = [[families.IMAGE], [families.VIDEO]]  # placeholders that no picture fills, in an answer
 LAYOUTS = ("single", "batch", "video")
 STRATEGIES = {  # per stage: what cuts there, and what keeps everything

@@ -27,7 +27,7 @@ from vtp_plugin.surgery.undo import Undo
 SIDE, PATCH, GRID = 48, 8, 6
 N = GRID * GRID
 PLACEHOLDER = 90
-NEW = 3  # tokens of an answer: of the prefill, of a step behind it, of one that reads what decoding gave the cache
+NEW = 4  # tokens of an answer
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 VISION |= {"patch_size": PATCH, "image_size": SIDE, "projection_dim": 24}
 TEXT = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
