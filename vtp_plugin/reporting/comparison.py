@@ -136,7 +136,9 @@ def layered(run: Run, controls: Controls | None = None) -> Table | None:
     result = Table(columns, title="At equal tokens x layers", caption=LAYERED)
     for row in everything:
         held = [controls.held(control, SPENT).get(row.id) for control in there]
-        against = ["-" if each is None else f"{points(each.gain)} (p {_p(each.p)}, {_spends(each)})" for each in held]
+        against = [
+            "-" if each is None else f"{points(each.gain)} (p {p_value(each.p)}, {_spends(each)})" for each in held
+        ]
         costs = f"{row.spent:.0f}/{row.tokens[0]:.0f}", f"{row.final:.0f}"
         result.add(row.label, *costs, f"{100 * row.mean:.1f}", *against)
     result.findings = [
@@ -201,12 +203,13 @@ def _compared(row: Row, unpruned: Row, chance: Mapping[str, Held] | None, sure: 
         points(difference(row, unpruned)),
         *([] if chance is None else [points(chance[row.id].gain) if row.id in chance else "-"]),
         f"{changes['lost']:.0f}/{changes['won']:.0f}",
-        _p(sure.get(row.id)),
+        p_value(sure.get(row.id)),
         f"{100 * changes['agreement']:.1f}",
     ]
 
 
-def _p(p: float | None) -> str:
+def p_value(p: float | None) -> str:
+    """As a table says it."""
     return "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 

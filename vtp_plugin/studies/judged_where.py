@@ -9,6 +9,7 @@ about test clips are answered from what it leaves, so that all that differs is t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,10 @@ import numpy as np
 from vtp_plugin import config
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting import statistics
+from vtp_plugin.reporting.comparison import p_value
 from vtp_plugin.reporting.tables import Table
 from vtp_plugin.stages import Stage
+from vtp_plugin.studies.evaluated import over_tasks, points
 from vtp_plugin.studies.study import Study, some
 
 if TYPE_CHECKING:
@@ -74,13 +77,11 @@ class JudgedWhere(Study):
         unpruned = {task: "".join(part[WHOLE][task] for part in done) for task in done[0][WHOLE]}
         return {"clips": len(self.numbers), WHOLE: unpruned, "rows": joined}
 
-    @property
+    @cached_property
     def asked(self) -> ClipQuestions:
         from vtp_plugin.tiny.clip_questions import ClipQuestions
 
-        if not hasattr(self, "_asked"):
-            self._asked = ClipQuestions()
-        return self._asked
+        return ClipQuestions()
 
     def _answered(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Every cell's answers to the questions about some clips."""
@@ -105,11 +106,11 @@ class JudgedWhere(Study):
         sure = dict(zip(gains, statistics.holm([statistics.flipped_signs(g) for g in gains.values()]), strict=True))
         table = Table(["method", "after", "before", "before - after", "p"], title="All budgets together")
         for name, rows in by_method.items():
-            shown = [f"{100 * mean(over_tasks(row[place]) for row in rows):.1f}" for place in PLACES]
-            table.add(name, *shown, points(gains[name]), p_value(sure[name]))
+            shown = [f"{100 * mean(accuracy(row[place]) for row in rows):.1f}" for place in PLACES]
+            table.add(name, *shown, gained(gains[name]), p_value(sure[name]))
         every = gain_of(results["rows"])
-        shown = [f"{100 * mean(over_tasks(row[place]) for row in results['rows']):.1f}" for place in PLACES]
-        table.add(ALL, *shown, points(every), p_value(statistics.flipped_signs(every)))
+        shown = [f"{100 * mean(accuracy(row[place]) for row in results['rows']):.1f}" for place in PLACES]
+        table.add(ALL, *shown, gained(every), p_value(statistics.flipped_signs(every)))
         table.caption = (
             f"{verdict(gains, sure, every)} {self._said(results)} p: adjusted for the methods (Holm), not that of all."
         )
@@ -136,7 +137,7 @@ class JudgedWhere(Study):
             if row["keep"] == keep:
                 right = [f"{100 * mean(map(int, row[place][task])):.1f}" for task in tasks for place in PLACES]
                 shares = [f"{100 * row[name]:.0f}" for name in ("same", "both")]
-                table.add(row["method"], *right, points(gain), p_value(p), *shares)
+                table.add(row["method"], *right, gained(gain), p_value(p), *shares)
         table.caption = (
             f"p: adjusted for the {len(every)} rows of all budgets (Holm). Same answer: right or wrong, in %. Kept by "
             "both: of the tokens that one place keeps, the share that the other keeps too, in %; a method whose "
@@ -194,18 +195,14 @@ def gain_of(rows: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
     return [np.mean([hits(row, "before", t) - hits(row, "after", t) for row in rows], 0) for t in rows[0]["after"]]
 
 
-def over_tasks(right: Right) -> float:
-    return mean(mean(map(int, hits)) for hits in right.values())
+def accuracy(right: Right) -> float:
+    """The mean of the tasks."""
+    return over_tasks({task: list(map(int, hits)) for task, hits in right.items()})
 
 
-def points(gain: Sequence[np.ndarray]) -> str:
+def gained(gain: Sequence[np.ndarray]) -> str:
     """A gain in points with its interval."""
-    found = statistics.difference(gain)
-    return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-
-
-def p_value(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+    return points(vars(statistics.difference(gain)))
 
 
 def verdict(gains: Mapping[str, Sequence[np.ndarray]], sure: Mapping[str, float], every: Sequence[np.ndarray]) -> str:
@@ -215,5 +212,5 @@ def verdict(gains: Mapping[str, Sequence[np.ndarray]], sure: Mapping[str, float]
     chance = "" if statistics.flipped_signs(every) < SURE else ", within chance"
     return (
         "Judged before the merger instead of behind it, these methods are shown to answer better: "
-        f"{better}; worse: {worse}. All methods together: {points(every)} points{chance}."
+        f"{better}; worse: {worse}. All methods together: {gained(every)} points{chance}."
     )
