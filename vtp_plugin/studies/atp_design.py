@@ -146,16 +146,10 @@ class AtpDesign(Study):
 
     def _read(self, kept: Sequence[Sequence[int]]) -> list[bool]:
         """Which questions the reader answers from the tokens that were kept for them."""
-        import torch
+        from vtp_plugin.tiny.probe import reads
 
-        from vtp_plugin.tiny.probe import encode
-
-        hits, reader = [], self.reader
-        for question, columns in zip(self.questions, kept, strict=True):
-            asked, answer = encode([[question]])
-            with torch.no_grad():
-                hits.append(bool(reader(self.tokens[question.scene, columns][None], asked).argmax(-1) == answer))
-        return hits
+        pairs = zip(self.questions, kept, strict=True)
+        return [reads(self.reader, self.tokens[one.scene, columns], one) for one, columns in pairs]
 
     @property
     def _tasks(self) -> list[str]:

@@ -163,6 +163,13 @@ def seen_by(model: nn.Module, processor: Any, picture: Any, question: str) -> tu
     return text, given[0][0, len(before) : given[0].shape[1] - len(behind)]
 
 
+@torch.no_grad()
+def reads(reader: Reader, tokens: Tensor, question: Question) -> bool:
+    """Whether the reader answers a question from these tokens [K, D]."""
+    asked, target = encode([[question]])
+    return bool(reader(tokens[None], asked).argmax(-1) == target)
+
+
 def examine(reader: Reader, spec: str, fields: dict[str, Any], scenes: Sequence[tuple[int, Scene]]) -> dict[str, Any]:
     """Per task, the share that the model and the reader answer, from the same tokens."""
     model, processor = load()
@@ -172,10 +179,7 @@ def examine(reader: Reader, spec: str, fields: dict[str, Any], scenes: Sequence[
         for index, (picture, (seed, scene)) in enumerate(zip(pictures(len(scenes)), scenes, strict=True)):
             for task, question in testset.ask(index, seed, scene).items():
                 text, tokens = seen_by(model, processor, picture, question.text)
-                asked, target = encode([[question]])
-                with torch.no_grad():
-                    read = bool(reader(tokens[None], asked).argmax(-1) == target)
-                hits[task].append((text.lower().split()[:1] == [question.answer], read))
+                hits[task].append((text.lower().split()[:1] == [question.answer], reads(reader, tokens, question)))
                 counts.append(tokens.shape[0])
     rates = {task: [float(np.mean([pair[who] for pair in pairs])) for who in (0, 1)] for task, pairs in hits.items()}
     return {"tokens": float(np.mean(counts)), "model": {t: r[0] for t, r in rates.items()},
