@@ -172,17 +172,24 @@ def coverage_at_once(similarity: Tensor, weight: Tensor, k: int) -> Tensor:
 
     sum_i max(0, s_ij - c_i) is half of sum_i s_ij - sum_i c_i + sum_i |s_ij - c_i|.
     """
-    covered, rows = torch.zeros_like(weight), torch.arange(len(weight), device=weight.device)
     whole, half = similarity.sum(-1), weight / 2
 
-    def gain() -> Tensor:
+    def gain(covered: Tensor) -> Tensor:
         apart = torch.cdist(similarity, covered[:, None], p=1)[..., 0]  # [B, N]
         return half * (whole - covered.sum(-1, keepdim=True) + apart)
+
+    return _covering(similarity, gain, k)
+
+
+def _covering(similarity: Tensor, gain: Callable[[Tensor], Tensor], k: int) -> Tensor:
+    """k greedy picks [B, k] by gain(covered) [B, N]; covered [B, N] is the likeness to the nearest pick, 0 at first."""
+    covered = torch.zeros_like(similarity[..., 0])
+    rows = torch.arange(len(covered), device=covered.device)
 
     def pick(best: Tensor) -> None:
         torch.maximum(covered, similarity[rows, best], out=covered)
 
-    return greedy(gain, pick, torch.zeros_like(weight, dtype=torch.bool), k)
+    return greedy(lambda: gain(covered), pick, torch.zeros_like(covered, dtype=torch.bool), k)
 
 
 @replayed
@@ -193,18 +200,14 @@ def coverage(
 
     similarity [B, N, N], weight, demand and bonus [B, N]; no demand counts every token once, no bonus is 0.
     """
-    covered, more = torch.zeros_like(weight), torch.empty_like(similarity)
-    rows = torch.arange(len(weight), device=weight.device)
+    more = torch.empty_like(similarity)
 
-    def gain() -> Tensor:
+    def gain(covered: Tensor) -> Tensor:
         torch.sub(similarity, covered[:, None], out=more).clamp_(min=0)  # [B, j, i]
         total = more.sum(-1) if demand is None else torch.stack([m @ d for m, d in zip(more, demand, strict=True)])
         return weight * total if bonus is None else bonus + weight * total
 
-    def pick(best: Tensor) -> None:
-        torch.maximum(covered, similarity[rows, best], out=covered)
-
-    return greedy(gain, pick, torch.zeros_like(weight, dtype=torch.bool), k)
+    return _covering(similarity, gain, k)
 
 
 @replayed

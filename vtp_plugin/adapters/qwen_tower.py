@@ -22,7 +22,7 @@ from vtp_plugin.surgery import attention
 from vtp_plugin.surgery.judging import Judgement
 from vtp_plugin.surgery.layout import Block, Layout, sequences_view
 from vtp_plugin.surgery.passes import TowerPass
-from vtp_plugin.surgery.pixels import embedded, fingerprints, squares
+from vtp_plugin.surgery.pixels import fingerprints, squares
 from vtp_plugin.surgery.rows import RowsLate
 from vtp_plugin.surgery.tiles import refuse_shared_number
 from vtp_plugin.surgery.undo import Undo
@@ -216,7 +216,7 @@ class PackedEarly(Cutting):
 
     def _embedded(self, values: Tensor) -> Tensor:
         """Patch embeddings, one unit a row: [S, C] -> [U, b * b * D]."""
-        return embedded(self.tower.patch_embedding, values).reshape(len(values) // self._unit, -1)
+        return self.tower.patch_embedding(values).reshape(len(values) // self._unit, -1)
 
     def _unit_pixels(self, levels: Tensor, where: Tensor, video: bool) -> Tensor:
         """Some units [K] as larger patches: levels [S, 3, t * p, p] -> [K, 3, b * p, b * p]; video frames stacked."""

@@ -101,9 +101,9 @@ def bench(name: str, options: Options, until: float) -> None:
 
     wanted = [(strategies(shape, keep, budgeted_only=keep != KEEPS[0]), BATCHES) for keep in KEEPS]
     if not shape.decodes:
-        wanted = [(built(ENCODED), ENCODED_BATCHES)]
+        wanted = [(named(ENCODED), ENCODED_BATCHES)]
     elif name in (gpu_page.SHAPES[0], SMALL[0]):
-        wanted.insert(1, (built(MORE), BATCHES))
+        wanted.insert(1, (named(MORE), BATCHES))
     for chosen, batches in wanted:
         journal.fill(rounds.items(shape, model, chosen, batches, options.repeats, options.row), until, forgiving=True)
     held.clear()
@@ -122,7 +122,7 @@ def _journal(options: Options, name: str, facts: dict[str, Any]) -> Journal:
         return Journal(path, facts, options.device, again=True)
 
 
-def built(fields: dict[str, dict[str, Any]]) -> list[PruningStrategy]:
+def named(fields: dict[str, dict[str, Any]]) -> list[PruningStrategy]:
     """Strategies by name with these fields."""
     return [config.build(name, own) for name, own in fields.items()]
 

@@ -63,12 +63,12 @@ def goals(found: Sequence[dict[str, Any]]) -> Table:
     encoding = [row for record in found for row in record["timings"] if not row["kv_bytes"] and row["keep"] == 0.5]
     wide = [row for row in decoding if row["batch"] == 8 and row["keep"]]
     paper = [row for row in decoding if row["strategy"] == "atp" and row["keep"] == 0.4]
-    selecting = [(row, median(row["selector"]) / median(row["prefill"]["unpruned"])) for row in decoding]
+    selecting = [median(row["selector"]) / median(row["prefill"]["unpruned"]) for row in decoding]
     aims: list[tuple[str, list[float], float, bool]] = [
         ("before the language model, of ideal at most 1.03x", _of(decoding, "over_ideal", late=False), 1.03, False),
         ("fastv, of ideal at most 1.05x", _of(decoding, "over_ideal", late=True), 1.05, False),
         ("realised at batch 8, at least 0.8", [row["realised"] for row in wide], 0.8, True),
-        ("host's time for the selector, at most 0.01 of the prefill", [share for _, share in selecting], 0.01, False),
+        ("host's time for the selector, at most 0.01 of the prefill", selecting, 0.01, False),
         ("tower at keep 0.5, at least 1.8x as fast", [1 / row["ttft_ratio"] for row in encoding], 1.8, True),
         ("prefill of atp at keep 0.4, at least 1.5x as fast", [1 / row["prefill_ratio"] for row in paper], 1.5, True),
     ]

@@ -44,7 +44,7 @@ def accounts(pruned: Session, call: Call, row: int) -> tuple[Account, Account]:
     """One sample of a finished call: without pruning, and as it ran. Samples that are alike share theirs."""
     images = {n: image for n, image in enumerate(call.images) if image.sample == row and image.counted}
     lengths = decoder_lengths(pruned.adapter, call, row)
-    facts = (tuple(lengths), *(_facts(call, number) for number in images))
+    facts = (tuple(lengths), *(_facts(call, n) for n, image in enumerate(call.images) if image.sample == row))
     if facts not in call.counted:
         call.counted[facts] = _accounts(pruned, call, row, images, lengths)
     return call.counted[facts]
@@ -55,7 +55,7 @@ def _facts(call: Call, number: int) -> tuple[Any, ...]:
     image = call.images[number]
     told = image.total, image.patches, image.tiles, image.grid, image.film, image.kind, image.projectable
     before = [event.before[event.images.index(number)] for event in call.events if number in event.images]
-    left = entered(call, number), len(image.index)
+    left = image.counted, entered(call, number), len(image.index)
     return *told, *left, image.question, tuple(before), _shares(call)[number]
 
 
@@ -125,15 +125,16 @@ def _as_it_ran(adapter: Family, call: Call, images: dict[int, Image]) -> Counter
 def _shares(call: Call) -> dict[int, tuple[Share, ...]]:
     """By image, of all that passed the tower: part, its number, tokens that entered and left."""
     if "shares" not in call.counted:
-        found: dict[int, list[Share]] = {number: [] for number in range(len(call.images))}
-        if all(seen.uniform and seen.owners == tuple(found) for seen in call.seen):  # one tile each, all of a length
+        numbers = range(len(call.images))
+        if all(seen.uniform and seen.owners == tuple(numbers) for seen in call.seen):  # one tile each, all of a length
             own = tuple((seen.part, seen.number, seen.entering[1], seen.leaving[1]) for seen in call.seen)
-            call.counted["shares"] = dict.fromkeys(found, own)
-            return call.counted["shares"]
-        for seen in call.seen:
-            for image, entering, leaving in seen.shares():
-                found[image].append((seen.part, seen.number, entering, leaving))
-        call.counted["shares"] = {image: tuple(own) for image, own in found.items()}
+            call.counted["shares"] = dict.fromkeys(numbers, own)
+        else:
+            found: dict[int, list[Share]] = {number: [] for number in numbers}
+            for seen in call.seen:
+                for image, entering, leaving in seen.shares():
+                    found[image].append((seen.part, seen.number, entering, leaving))
+            call.counted["shares"] = {image: tuple(own) for image, own in found.items()}
     return call.counted["shares"]
 
 

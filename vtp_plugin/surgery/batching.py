@@ -5,7 +5,8 @@ A device is asked for every operator separately: eight images one by one cost ei
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,3 +25,18 @@ def moved(indices: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
     if not indices:
         return ()
     return torch.cat(list(indices)).to(device, non_blocking=True).split([len(index) for index in indices])
+
+
+def at_once(find: Callable[..., Tensor], *values: Sequence[Tensor]) -> list[Tensor]:
+    """find(values of some images [G, ...], ...) of all images whose values have equal shapes; per image."""
+    found: dict[int, Tensor] = {}
+    for numbers in alike([tuple(value.shape for value in own) for own in zip(*values, strict=True)]):
+        found |= zip(numbers, find(*(torch.stack([of[n] for n in numbers]) for of in values)), strict=True)
+    return [found[number] for number in range(len(values[0]))]
+
+
+def joined(values: Sequence[Any]) -> Any:
+    """Signals of several images or groups one after the other: tensors [1, ...], or a tuple of one for each."""
+    if len(values) == 1 or values[0] is None:
+        return values[0]
+    return torch.cat(list(values)) if isinstance(values[0], Tensor) else sum(map(tuple, values), ())

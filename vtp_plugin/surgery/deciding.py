@@ -14,7 +14,7 @@ from vtp_plugin.facts.image import Image
 from vtp_plugin.signals import LayerView, found_in, needed
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery import attention
-from vtp_plugin.surgery.batching import alike
+from vtp_plugin.surgery.batching import alike, joined
 from vtp_plugin.surgery.call import Call
 from vtp_plugin.surgery.cut import Cut, equalised
 from vtp_plugin.surgery.reading import Reading
@@ -78,14 +78,14 @@ def decide(session: Session, call: Call, strategies: Sequence[PruningStrategy], 
                 first.append(image.entering.setdefault(strategy.name, own))
             with session.judging(strategy, layer=seen.number) as cut:
                 shown = zip(images, rows, where, first, strict=True)
-                found = _joined([_read(strategy, _view(session, call, seen, text, *one)) for one in shown])
+                read = [_read(strategy, _view(session, call, seen, text, *one)) for one in shown]
+                found = {name: joined([own[name] for own in read]) for name in read[0]}
                 facts = {"cut": (cuts.index(seen.number), len(cuts)), "entered": len(first[0])}
                 grid = images[0].grid or session.adapter.tower.grid
                 selection = cut.decide(seen.tokens(rows, where), numbers, grid, found, **facts)
-            left = [len(source) for source in selection.sources]
-            for image, row, own, count in zip(images, rows, selection.taken(columns), left, strict=True):
-                image.columns = own
-                counts[row : row + times] = [before - len(where[0]) + count for before in counts[row : row + times]]
+            for image, row, own in zip(images, rows, selection.taken(columns), strict=True):
+                image.columns, lost = own, columns.shape[1] - len(own)
+                counts[row : row + times] = [count - lost for count in counts[row : row + times]]
             seen.mark(keep, rows, times, where, selection.taken(where))
             if selection.tokens is not None:
                 values = zip(images, rows, selection.tokens, strict=True)
@@ -134,18 +134,10 @@ def _view(
 
 
 def _read(strategy: PruningStrategy, view: LayerView) -> dict[str, Any]:
-    """The signals of one image."""
+    """The signals of one image, with an axis in front."""
     with torch.no_grad():
-        return found_in(strategy, view)
-
-
-def _joined(images: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The signals of images that are judged at once, with their axis in front."""
-
-    def joined(values: Sequence[Any]) -> Any:
-        return torch.stack(values) if isinstance(values[0], Tensor) else sum(values, ())
-
-    return {name: joined([found[name] for found in images]) for name in images[0]}
+        found = found_in(strategy, view)
+    return {name: value[None] if isinstance(value, Tensor) else value for name, value in found.items()}
 
 
 class Text:

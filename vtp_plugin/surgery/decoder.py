@@ -106,13 +106,15 @@ class DecoderCuts:
             cut = self._seen(call, number, hidden)
             if cut.everything and cut.numbering is None:
                 return None  # not a copy of a mask is other than it would be
-            return self._narrowed(call, number, hidden, args, kwargs)
+            return self._narrowed(call, number, cut, hidden, args, kwargs)
 
         return enter
 
-    def _narrowed(self, call: Call, number: int, hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def _narrowed(
+        self, call: Call, number: int, cut: Cut, hidden: Tensor, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, Any]:
         """The arguments of a layer in a pass over the whole prompt."""
-        tables, cut = kwargs["position_embeddings"], self._seen(call, number, hidden)
+        tables = kwargs["position_embeddings"]
         total, once = tables[0].shape[1], call.prompt.once
         columns = once("columns", (cut, total), None, lambda: with_new(cut.columns, cut.length, total))
         kwargs = {

@@ -60,13 +60,6 @@ def judged_at_once(shown: Sequence[Shown]) -> Iterator[Sequence[Shown]]:
             yield [shown[number] for number in numbers[start : start + most]]
 
 
-def joined(values: Sequence[Any]) -> Any:
-    """Of several groups one after the other: tensors [1, ...], or a tuple of one for each."""
-    if len(values) == 1 or values[0] is None:
-        return values[0]
-    return torch.cat(list(values)) if isinstance(values[0], Tensor) else sum(map(tuple, values), ())
-
-
 class GroupRows(RowsView):
     """The rows of a group, [1, N, ...]."""
 

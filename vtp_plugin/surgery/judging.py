@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.surgery.batching import alike
+from vtp_plugin.surgery.batching import at_once
 from vtp_plugin.surgery.call import Call, Decision, PruningEvent
 from vtp_plugin.tokens import Selection, VisualTokens
 
@@ -77,11 +77,10 @@ class Judgement:
 
 def _left(index: Tensor, selection: Selection) -> Sequence[Tensor]:
     """Raster positions of what is left of `index` [B, N], per image; -1 for a token without one."""
-    if selection.source is None and selection.columns is not None:
-        return index.gather(1, selection.columns).unbind()
-    found: dict[int, Tensor] = {}
-    for rows in alike(selection.counts):
-        columns = torch.stack([selection.sources[row] for row in rows])
-        own = index if len(rows) == len(index) else torch.stack([index[row] for row in rows])
-        found |= zip(rows, torch.where(columns >= 0, own.gather(1, columns.clamp(min=0)), -1), strict=True)
-    return [found[row] for row in range(len(index))]
+    if selection.source is None:
+        return selection.taken(index)
+
+    def left(own: Tensor, columns: Tensor) -> Tensor:
+        return torch.where(columns >= 0, own.gather(1, columns.clamp(min=0)), -1)
+
+    return at_once(left, index.unbind(), selection.sources)

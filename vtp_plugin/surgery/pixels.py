@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.surgery.undo import Undo
@@ -126,25 +126,3 @@ def fingerprints(images: Iterable[Tensor]) -> list[int]:
 def laid_out(row: Tensor, rows: int, columns: int) -> Tensor:
     """Patches side by side in raster order [C, p, rows columns p] -> the picture [C, rows p, columns p]."""
     return row.unflatten(-1, (rows, columns, -1)).permute(0, 2, 1, 3, 4).flatten(3).flatten(1, 2)
-
-
-def embedded(module: nn.Module, values: Tensor) -> Tensor:
-    """Patches [S, C] embedded by a module, [S, D]; its convolution, over one patch at a time, is a product.
-
-    Some GPUs compute the latter a hundred times faster.
-    """
-    convolution = next((m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
-    if (
-        convolution is None
-        or convolution.weight.is_meta
-        or convolution.weight[0].numel() * len(values) != values.numel()
-    ):
-        return module(values)
-
-    def product(patches: Tensor) -> Tensor:
-        made = torch.nn.functional.linear(patches.flatten(1), convolution.weight.flatten(1), convolution.bias)
-        return made.view(*made.shape, *[1] * (patches.ndim - 2))
-
-    with Undo() as undo:
-        undo.override(convolution, "forward", product)
-        return module(values)

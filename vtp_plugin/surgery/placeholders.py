@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.signals import reads_question
-from vtp_plugin.surgery.batching import alike, moved
+from vtp_plugin.surgery.batching import at_once, moved
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.columns import Columns, Rows, slots
 from vtp_plugin.surgery.question import question_of
@@ -126,8 +126,9 @@ class Prompt:
             tail = min(tail, length - 1 - int(place[-1]) if len(place) else tail)
         flat = [place + image.sample * length for image, place in zip(call.images, places, strict=True)]
         there = moved(flat, real.device)
-        held = _of_images(there, left, lambda where, source: where.gather(1, slots(source, where.shape[1])))
-        own = _of_images(there, left, lambda where, source: where.gather(1, source.clamp(min=0)))
+        sources = [rows.source for rows in left]
+        held = at_once(lambda where, source: where.gather(1, slots(source, where.shape[1])), there, sources)
+        own = at_once(lambda where, source: where.gather(1, source.clamp(min=0)), there, sources)
         taken, wanted = torch.cat(held), real.clone()
         wanted.view(-1).index_fill_(0, torch.cat(list(there)), False).index_fill_(0, taken, True)
         shortened = Columns.of(wanted, counts, left=bool(read.real[:, -1].all()), tail=tail)
@@ -167,20 +168,6 @@ class Prompt:
         questions = [question_of(self.family.decode(row[mask])) for row, mask in zip(read.ids, text, strict=True)]
         for image in call.images:
             image.question = questions[image.sample]
-
-
-def _of_images(
-    places: Sequence[Tensor], left: Sequence[Rows], find: Callable[[Tensor, Tensor], Tensor]
-) -> list[Tensor]:
-    """find(places [G, n], sources [G, K]) of all images that are alike at once, [K] per image."""
-    found: dict[int, Tensor] = {}
-    for numbers in alike([(len(where), len(rows.source)) for where, rows in zip(places, left, strict=True)]):
-        where, source = (
-            torch.stack([places[n] for n in numbers]),
-            torch.stack([left[n].source for n in numbers]),
-        )
-        found |= zip(numbers, find(where, source), strict=True)
-    return [found[number] for number in range(len(left))]
 
 
 def padding(model: nn.Module) -> int:

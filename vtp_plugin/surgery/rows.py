@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.arrangement import Arrangement, Group, ImageRows
+from vtp_plugin.surgery.batching import joined
 from vtp_plugin.surgery.columns import Rows
-from vtp_plugin.surgery.grouped import GroupRows, Shown, joined, judged_at_once
+from vtp_plugin.surgery.grouped import GroupRows, Shown, judged_at_once
 from vtp_plugin.surgery.judging import Judgement
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.surgery.vision import Cutting
@@ -98,12 +99,10 @@ class RowsLate(Cutting):
             return part.features, Rows(part.source)
         source = torch.cat([part.source, part.fixed])
         features = torch.cat([part.features, rows[part.fixed].to(part.features)])
-        judged = torch.arange(len(source), device=source.device) < len(part.source)
-        if image.fixed or part.ordered:
-            order = source.sort(stable=True).indices
-        else:
-            order = torch.where((source >= 0).all(), source, torch.arange(len(source), device=source.device))
-            order = order.sort(stable=True).indices
+        place = torch.arange(len(source), device=source.device)
+        judged = place < len(part.source)
+        rank = source if image.fixed else torch.where((source >= 0).all(), source, place)
+        order = rank.sort(stable=True).indices
         left = Rows(source[order], judged[order], image.fixed)
         image.index = left.only_judged(left.source)
         return features[order], left
