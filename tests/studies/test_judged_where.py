@@ -18,7 +18,8 @@ from vtp_plugin.reporting import statistics
 from vtp_plugin.studies import judged_where
 from vtp_plugin.studies.study import conduct, settings_of
 from vtp_plugin.tiny import clip_questions
-from vtp_plugin.tiny.clip_questions import ClipQuestions, Once, Seen
+from vtp_plugin.tiny.asked import Once, Seen
+from vtp_plugin.tiny.clip_questions import ClipQuestions
 
 METHODS = {"l2": {"at": "projector"}, "two": {"pruning": "vtp"}}
 SAID = {"limit": 5, "batch": 2, "keep": [0.5, 0.25], "methods": METHODS}
@@ -159,8 +160,7 @@ def test_answers_are_those_of_generate(asked: ClipQuestions) -> None:
     )
     words = asked.processor.tokenizer.batch_decode(clips.answers[:, None])
     document = asked.documents[1]
-    assert words == [document[f"{task}_answer"] for task in clip_questions.TASKS]
+    assert words == [document[f"{task}_answer"] for task in asked.tasks]
     assert found.right == {
-        task: [said == true]
-        for task, said, true in zip(clip_questions.TASKS, found.said, clips.answers.tolist(), strict=True)
+        task: [said == true] for task, said, true in zip(asked.tasks, found.said, clips.answers.tolist(), strict=True)
     }

@@ -19,7 +19,7 @@ pytest.importorskip("skimage", reason="backgrounds are the photographs of scikit
 pytest.importorskip("rich")
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.tiny import clip_missing, clip_testset, clip_train, clips
+from vtp_plugin.tiny import checkpoint, clip_missing, clip_testset, clip_train, clips
 from vtp_plugin.tiny.checkpoint import resolve
 from vtp_plugin.tiny.clip_missing import LEFT, PATTERNS, Shown
 from vtp_plugin.tiny.clip_testset import PARQUET, TASKS, Stored, read
@@ -306,7 +306,7 @@ def test_only_one_layout_is_offered() -> None:
 
 
 def test_without_factors_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vtp_plugin.tiny.checkpoint.CLIP_FACTORS", "none.safetensors")
+    monkeypatch.setitem(checkpoint.LEARNED, "vtp-tiny-video", ("none.safetensors", "clip_train"))
     with pytest.raises(
         PruningError, match=r"^vtp-tiny-video is not trained yet: python -m vtp_plugin\.tiny\.clip_train"
     ):

@@ -12,21 +12,22 @@ from vtp_plugin.tiny.scenes import GRID
 N = GRID**2
 
 
-def batch(seed: int = 0, b: int = 3, d: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def batch(seed: int = 0, b: int = 3, d: int = 8, n: int = N) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(b, N, d, generator=generator)
-    attention = torch.rand(b, N, generator=generator)
-    return tokens, attention, (torch.rand(b, N, generator=generator) > 0.7).float()
+    tokens = torch.randn(b, n, d, generator=generator)
+    attention = torch.rand(b, n, generator=generator)
+    return tokens, attention, (torch.rand(b, n, generator=generator) > 0.7).float()
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-@pytest.mark.parametrize("k", [9, 36, 130])
-def test_every_pattern_leaves_k_tokens_in_order(name: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("k", "n"), [(9, N), (36, N), (130, N), (4, 64), (58, 64)])
+def test_every_pattern_leaves_k_tokens_in_order(name: str, k: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vtp_plugin.tiny.missing.PATTERNS", {name: PATTERNS[name]})
-    index = draw(*batch(), k, np.random.default_rng(1))
-    assert index.shape == (3, k)
-    assert (index.diff(dim=1) > 0).all()
-    assert 0 <= int(index.min()) <= int(index.max()) < N
+    for seed in range(4):
+        index = draw(*batch(n=n), k, np.random.default_rng(seed))
+        assert index.shape == (3, k)
+        assert (index.diff(dim=1) > 0).all()
+        assert 0 <= int(index.min()) <= int(index.max()) < n
 
 
 OPPOSITES = {

@@ -2,8 +2,9 @@
 
 Source: an unreviewed draft ("rank before merge") claims that the norm of what goes into a merger chooses better than
 that of what comes out, by up to 27.7 points. The embedded video model merges squares of four patches into a token by
-averaging. Every method that compares features is asked for its choice by either place (`judge`), and the same questions
-about test clips are answered from what it leaves, so that all that differs is the place. The rows are the same rows.
+averaging, `vtp-tiny-qwen` by a learnt merger. Every method that compares features is asked for its choice by either
+place (`judge`), and the same questions about test clips or scenes are answered from what it leaves, so that all that
+differs is the place. The rows are the same rows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vtp_plugin import config
-from vtp_plugin.errors import PruningError
+from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.reporting import statistics
 from vtp_plugin.reporting.comparison import p_value
 from vtp_plugin.reporting.tables import Table
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from vtp_plugin.strategy import PruningStrategy
-    from vtp_plugin.tiny.clip_questions import ClipQuestions, Seen
+    from vtp_plugin.tiny.asked import Asked, Seen
 
 PLACES = ("after", "before")
 WHOLE, ALL = "unpruned", "all methods"
 SURE = 0.05
-Right = dict[str, str]  # task -> 1 or 0 for every clip
+SHOWN = {"vtp-tiny-video": "clips", "vtp-tiny-qwen": "scenes"}  # model: what it is shown
+Right = dict[str, str]  # task -> 1 or 0 for every clip or scene
 
 
 class JudgedWhere(Study):
@@ -44,21 +46,41 @@ class JudgedWhere(Study):
 
     def check(self) -> None:
         from vtp_plugin.tiny.clip_testset import CLIPS
+        from vtp_plugin.tiny.testset import SCENES
 
         said = self.settings
         self.check_ratios("keep")
         self.check_counts("batch")
-        self.numbers = some(range(CLIPS), said["limit"], "limit")
+        if said["model"] not in SHOWN:
+            raise unknown(f"{self.name}: model", said["model"], SHOWN)
+        self.numbers = some(range(CLIPS if self.shown == "clips" else SCENES), said["limit"], "limit")
         if not said["methods"] or {WHOLE, ALL} & set(said["methods"]):
             raise PruningError(f"{self.name}: methods need one, and none called '{WHOLE}' or '{ALL}'")
         for _ in self._cells():
             pass
+        if not self.methods:
+            raise PruningError(f"{self.name}: methods need one that is for pictures, {said['model']} is shown no video")
+
+    @property
+    def shown(self) -> str:
+        """`clips` or `scenes`."""
+        return SHOWN[self.settings["model"]]
+
+    @cached_property
+    def methods(self) -> dict[str, dict[str, Any]]:
+        """Those of the settings; of scenes without those that compare frames."""
+        said = {name: dict(fields or {}) for name, fields in self.settings["methods"].items()}
+        return {
+            name: fields
+            for name, fields in said.items()
+            if self.shown == "clips" or self._strategy(name, dict(fields), 0.5, "after").pictures
+        }
 
     def _cells(self) -> Iterator[tuple[str, float, dict[str, PruningStrategy]]]:
         """A method, a budget, and the strategy that judges there, by place; PruningError for what cannot judge."""
         for keep in self.settings["keep"]:
-            for name, fields in self.settings["methods"].items():
-                yield name, keep, {place: self._strategy(name, dict(fields or {}), keep, place) for place in PLACES}
+            for name, fields in self.methods.items():
+                yield name, keep, {place: self._strategy(name, dict(fields), keep, place) for place in PLACES}
 
     def _strategy(self, name: str, fields: dict[str, Any], keep: float, place: str) -> PruningStrategy:
         spec = fields.pop("pruning", name)
@@ -72,26 +94,26 @@ class JudgedWhere(Study):
     def measure(self) -> dict[str, Any]:
         size = self.settings["batch"]
         parts = [self.numbers[start : start + size] for start in range(0, len(self.numbers), size)]
-        done = [self.once(f"clips-{part[0]:03d}", lambda of=part: self._answered(of)) for part in parts]
+        done = [self.once(f"{self.shown}-{part[0]:03d}", lambda of=part: self._answered(of)) for part in parts]
         joined = [joined_rows([part["rows"][number] for part in done]) for number in range(len(done[0]["rows"]))]
         unpruned = {task: "".join(part[WHOLE][task] for part in done) for task in done[0][WHOLE]}
-        return {"clips": len(self.numbers), WHOLE: unpruned, "rows": joined}
+        return {self.shown: len(self.numbers), WHOLE: unpruned, "rows": joined}
 
     @cached_property
-    def asked(self) -> ClipQuestions:
-        from vtp_plugin.tiny.clip_questions import ClipQuestions
+    def asked(self) -> Asked:
+        from vtp_plugin.tiny import clip_questions, scene_questions
 
-        return ClipQuestions()
+        return clip_questions.ClipQuestions() if self.shown == "clips" else scene_questions.SceneQuestions()
 
     def _answered(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """Every cell's answers to the questions about some clips."""
-        clips, rows = self.asked.about(numbers), []
+        """Every cell's answers to the questions about some clips or scenes."""
+        prompts, rows = self.asked.about(numbers), []
         with self.asked.tower_once():
-            whole = self.asked.answered(clips, [])
+            whole = self.asked.answered(prompts, [])
             for name, keep, strategies in self._cells():
-                seen = {place: self.asked.answered(clips, [strategies[place]]) for place in PLACES}
+                seen = {place: self.asked.answered(prompts, [strategies[place]]) for place in PLACES}
                 rows.append({"method": name, "keep": keep, "questions": len(whole.said), **compared(seen)})
-        self.console.print(f"clips {numbers[0]} to {numbers[-1]} are answered")
+        self.console.print(f"{self.shown} {numbers[0]} to {numbers[-1]} are answered")
         return {WHOLE: digits(whole), "rows": rows}
 
     # -- what it looks like ---------------------------------------------------------------------------------------
@@ -101,7 +123,7 @@ class JudgedWhere(Study):
 
     def _over_budgets(self, results: Mapping[str, Any]) -> Table:
         """One row a method, its budgets together, and all methods in one."""
-        by_method = {name: [r for r in results["rows"] if r["method"] == name] for name in self.settings["methods"]}
+        by_method = {name: [r for r in results["rows"] if r["method"] == name] for name in self.methods}
         gains = {name: gain_of(rows) for name, rows in by_method.items()}
         sure = dict(zip(gains, statistics.holm([statistics.flipped_signs(g) for g in gains.values()]), strict=True))
         table = Table(["method", "after", "before", "before - after", "p"], title="All budgets together")
@@ -117,10 +139,11 @@ class JudgedWhere(Study):
         return table
 
     def _said(self, results: Mapping[str, Any]) -> str:
-        whole, tasks = results[WHOLE], " and ".join(results[WHOLE])
+        whole, tasks = results[WHOLE], " and ".join(", ".join(results[WHOLE]).rsplit(", ", 1))
         alone = ", ".join(f"{task} {100 * mean(map(int, hits)):.1f}" for task, hits in whole.items())
         return (
-            f"{results['clips']} test clips, a question of each of the tasks {tasks} about each; all tokens: {alone}. "
+            f"{results[self.shown]} test {self.shown}, a question of each of the tasks {tasks} about each; all tokens: "
+            f"{alone}. "
             f"Accuracy in %, mean of the tasks, positions {self.settings['positions']}; before - after: points, paired "
             "bootstrap, 95 %; p: random flips of signs."
         )
@@ -149,7 +172,7 @@ class JudgedWhere(Study):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 4.2), layout="constrained")
-        axis, names = figure.subplots(), list(self.settings["methods"])
+        axis, names = figure.subplots(), list(self.methods)
         for shift, keep in enumerate(self.settings["keep"]):
             rows = {row["method"]: row for row in results["rows"] if row["keep"] == keep}
             found = [statistics.difference(gain_of([rows[name]])) for name in names]
@@ -179,7 +202,7 @@ def compared(seen: Mapping[str, Seen]) -> dict[str, Any]:
 
 
 def joined_rows(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One row of what was answered about several lots of clips."""
+    """One row of what was answered about several lots."""
     weights, first = [part["questions"] for part in parts], parts[0]
     right = {place: {task: "".join(p[place][task] for p in parts) for task in first[place]} for place in PLACES}
     shares = {name: float(np.average([part[name] for part in parts], weights=weights)) for name in ("same", "both")}
@@ -187,7 +210,7 @@ def joined_rows(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def gain_of(rows: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
-    """Per task, before - after for every clip, the mean of some rows."""
+    """Per task, before - after for every clip or scene, the mean of some rows."""
 
     def hits(row: Mapping[str, Any], place: str, task: str) -> np.ndarray:
         return np.array([float(digit) for digit in row[place][task]])

@@ -15,12 +15,13 @@ from typing import Literal
 from vtp_plugin.errors import PruningError
 
 from .folders import TOWER, write_clip, write_hf, write_json, write_llava
-from .store import CLIP_FACTORS, FILES, WEIGHTS
+from .store import CLIP_FACTORS, FILES, QWEN_WEIGHTS, WEIGHTS
 
 Layout = Literal["llava", "hf", "clip"]
-NAME, VIDEO_NAME = "vtp-tiny", "vtp-tiny-video"
-NAMES = (NAME, VIDEO_NAME)
-CODE = ("checkpoint.py", "folders.py", "clip_folder.py")
+NAME, VIDEO_NAME, QWEN_NAME = "vtp-tiny", "vtp-tiny-video", "vtp-tiny-qwen"
+NAMES = (NAME, VIDEO_NAME, QWEN_NAME)
+CODE = ("checkpoint.py", "folders.py", "clip_folder.py", "qwen_folder.py")
+LEARNED = {VIDEO_NAME: (CLIP_FACTORS, "clip_train"), QWEN_NAME: (QWEN_WEIGHTS, "qwen_train")}  # beside vtp-tiny's
 DIGEST = "digest.json"  # beside the files: name -> hash, so that a damaged cache is noticed
 
 
@@ -28,17 +29,20 @@ def resolve(name: str = NAME, layout: Layout = "llava") -> Path:
     """The folder of an embedded model in a layout, written on first use.
 
     `llava`: the authors' format. `hf`: transformers' LlavaForConditionalGeneration and LlavaProcessor, of
-    `vtp-tiny-video` LlavaNextVideoForConditionalGeneration and its processor. `clip`: the CLIP with both towers, both
-    projections, image processor and tokenizer. The folder appears whole or not at all, and is made again if a file of
-    it is damaged (DIGEST). ValueError for an unknown name or layout, PruningError if the cache cannot be written.
+    `vtp-tiny-video` LlavaNextVideoForConditionalGeneration, of `vtp-tiny-qwen` Qwen2VLForConditionalGeneration, with
+    their processors. `clip`: the CLIP with both towers, both projections, image processor and tokenizer. The folder
+    appears whole or not at all, and is made again if a file of it is damaged (DIGEST). ValueError for an unknown name
+    or layout, PruningError if the cache cannot be written or the model is not trained yet.
     """
     if name not in NAMES:
         raise ValueError(f"unknown embedded model {name!r}. Available: {', '.join(NAMES)}")
     offered = [known for model, known in WRITERS if model == name]
     if layout not in offered:
         raise ValueError(f"unknown layout {layout!r} of {name}. Available: {', '.join(offered)}")
-    if name == VIDEO_NAME and not (WEIGHTS / CLIP_FACTORS).exists():
-        raise PruningError(f"{name} is not trained yet: python -m vtp_plugin.tiny.clip_train --out DIR trains it")
+    if name in LEARNED and not (WEIGHTS / LEARNED[name][0]).exists():
+        raise PruningError(
+            f"{name} is not trained yet: python -m vtp_plugin.tiny.{LEARNED[name][1]} --out DIR trains it"
+        )
     if name == NAME and layout != "clip":
         resolve(name, "clip")  # both others name it as their tower
     try:
@@ -87,7 +91,7 @@ def fingerprint() -> str:
     """A hash of everything that a written folder depends on."""
     digest = hashlib.sha256()
     code = (Path(__file__).with_name(name) for name in CODE)
-    stored = (WEIGHTS / name for name in (*FILES, CLIP_FACTORS))
+    stored = (WEIGHTS / name for name in (*FILES, CLIP_FACTORS, QWEN_WEIGHTS))
     for file in (*code, *filter(Path.exists, stored)):
         digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -118,9 +122,16 @@ def write_video(folder: Path) -> None:
     write(folder)
 
 
+def write_qwen(folder: Path) -> None:
+    from .qwen_folder import write_qwen as write
+
+    write(folder)
+
+
 WRITERS: dict[tuple[str, str], tuple[str, Callable[[Path], None]]] = {  # model and layout: folder, and what fills it
     (NAME, "llava"): ("llava-vtp-tiny", write_llava),
     (NAME, "hf"): ("llava-vtp-tiny-hf", write_hf),
     (NAME, "clip"): (TOWER, write_clip),
     (VIDEO_NAME, "hf"): ("llava-next-vtp-tiny-video-hf", write_video),
+    (QWEN_NAME, "hf"): ("qwen2-vl-vtp-tiny-hf", write_qwen),
 }

@@ -102,11 +102,12 @@ def read(llama: LlamaForCausalLM, sight: Sight, lesson: Lesson) -> Tensor:  # ->
     visual, start = sight.tokens, len(lesson.prefix)
     prefix = embed(lesson.prefix).expand(len(visual), -1, -1)
     before = start + visual.shape[1]
-    position = torch.arange(start, device=visual.device).expand(len(visual), -1)
+    axes = sight.place.shape[:-1]
+    parts = (torch.arange(start, device=visual.device), start + sight.place, start + sight.length + lesson.position)
     hidden = llama.model(
         inputs_embeds=torch.cat([prefix, visual, embed(lesson.ids)], 1),
         attention_mask=attention_mask(lesson, before),
-        position_ids=torch.cat([position, start + sight.place, start + sight.length + lesson.position], 1),
+        position_ids=torch.cat([part.expand(*axes, -1) for part in parts], -1),
         use_cache=False,
     ).last_hidden_state
     return hidden[:, before:]

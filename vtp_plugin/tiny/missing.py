@@ -7,6 +7,7 @@ methods go by, and with nothing; sometimes what is left is merged. What is asked
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,8 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from .scenes import GRID
 
 FEWEST, MOST = 0.06, 0.9  # share of the tokens that is left, uniform on a logarithmic scale
 WHOLE, ORIGINAL, MERGED, NOISY = 0.6, 0.5, 0.25, 0.5  # share of steps: nothing missing; of the others
@@ -26,8 +25,8 @@ class Sight:
     """The visual tokens of a batch that are left."""
 
     tokens: Tensor  # [B, K, D]
-    place: Tensor  # [B, K] their positions among the visual tokens, as the language model counts
-    length: int  # how many visual tokens it counts
+    place: Tensor  # [B, K], or [axes, B, K], their positions behind what stands before, as the language model counts
+    length: int  # how far it counts them
 
 
 def whole(tokens: Tensor) -> Sight:
@@ -74,35 +73,40 @@ def draw(tokens: Tensor, attention: Tensor, things: Tensor, k: int, rng: np.rand
     return score.topk(k, 1).indices.sort(1).values
 
 
+def side_of(tokens: Tensor) -> int:
+    """Of the square picture that all tokens [B, N, ...] are."""
+    return math.isqrt(tokens.shape[1])
+
+
 def noise(like: Tensor, rng: np.random.Generator) -> Tensor:  # [B, N]
     return torch.from_numpy(rng.random(tuple(like.shape[:2]), np.float32)).to(like.device)
 
 
 def block(tokens: Tensor, attention: Tensor, things: Tensor, rng: np.random.Generator) -> Tensor:
     """The neighbourhood of a point, or all but that, wider than high or higher than wide."""
-    rows, columns = (
-        torch.arange(GRID**2, device=tokens.device) // GRID,
-        torch.arange(GRID**2, device=tokens.device) % GRID,
-    )
-    row, column = torch.from_numpy(rng.uniform(0, GRID - 1, (2, len(tokens), 1))).to(tokens.device)
+    side, raster = side_of(tokens), torch.arange(tokens.shape[1], device=tokens.device)
+    rows, columns = raster // side, raster % side
+    row, column = torch.from_numpy(rng.uniform(0, side - 1, (2, len(tokens), 1))).to(tokens.device)
     far = torch.maximum((rows - row).abs() * float(rng.uniform(0.5, 2)), (columns - column).abs())
     return far * float(rng.choice([-1, 1])) + 0.01 * noise(tokens, rng)
 
 
 def blocks(tokens: Tensor, attention: Tensor, things: Tensor, rng: np.random.Generator) -> Tensor:
     """Whole squares of the picture."""
-    side = int(rng.choice([2, 3, 4, 6]))
-    coarse = noise(tokens, rng)[:, : (GRID // side) ** 2].view(-1, GRID // side, GRID // side)
-    return coarse.repeat_interleave(side, 1).repeat_interleave(side, 2).flatten(1) + 1e-4 * noise(tokens, rng)
+    side, grid = int(rng.choice([2, 3, 4, 6])), side_of(tokens)
+    parts = -(-grid // side)
+    coarse = noise(tokens, rng)[:, : parts**2].view(-1, parts, parts)
+    fine = coarse.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :grid, :grid]
+    return fine.flatten(1) + 1e-4 * noise(tokens, rng)
 
 
 def stride(tokens: Tensor, attention: Tensor, things: Tensor, rng: np.random.Generator) -> Tensor:
     """Evenly spread: a low-discrepancy order of the raster, or of rows and columns."""
-    position = torch.arange(GRID**2, device=tokens.device)
+    side, position = side_of(tokens), torch.arange(tokens.shape[1], device=tokens.device)
     phase = noise(tokens, rng)[:, :1]
     if rng.random() < 0.5:
         return (position * 0.6180339887 + phase) % 1
-    return (position // GRID * 0.7548776662 + position % GRID * 0.5698402910 + phase) % 1
+    return (position // side * 0.7548776662 + position % side * 0.5698402910 + phase) % 1
 
 
 def similarity_to_mean(tokens: Tensor) -> Tensor:
@@ -111,7 +115,7 @@ def similarity_to_mean(tokens: Tensor) -> Tensor:
 
 def similarity_to_neighbours(tokens: Tensor) -> Tensor:
     """Mean cosine with what is above, below, left and right, the border's own beyond it."""
-    grid = F.normalize(tokens, dim=-1).unflatten(1, (GRID, GRID))
+    grid = F.normalize(tokens, dim=-1).unflatten(1, (side_of(tokens), -1))
     padded = F.pad(grid.permute(0, 3, 1, 2), (1, 1, 1, 1), mode="replicate").permute(0, 2, 3, 1)
     around = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
     return (grid * around).sum(-1).flatten(1)
@@ -167,12 +171,13 @@ def absorb(tokens: Tensor, index: Tensor) -> Tensor:  # [B, N, D], [B, K] -> [B,
 
 def pool(tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Averages over about k rectangles of the grid, and the positions of their middles."""
-    rows = max(1, min(GRID, round(k**0.5)))
-    columns = max(1, min(GRID, round(k / rows)))
-    by_row, by_column = (torch.arange(GRID, device=tokens.device) * parts // GRID for parts in (rows, columns))
+    side = side_of(tokens)
+    rows = max(1, min(side, round(k**0.5)))
+    columns = max(1, min(side, round(k / rows)))
+    by_row, by_column = (torch.arange(side, device=tokens.device) * parts // side for parts in (rows, columns))
     owner = F.one_hot((by_row[:, None] * columns + by_column).flatten(), rows * columns).to(tokens.dtype)  # [N, K]
     middle_row, middle_column = (
-        ((torch.arange(parts, device=tokens.device) * 2 + 1) * GRID // (2 * parts)) for parts in (rows, columns)
+        ((torch.arange(parts, device=tokens.device) * 2 + 1) * side // (2 * parts)) for parts in (rows, columns)
     )
-    middles = (middle_row[:, None] * GRID + middle_column).flatten().expand(len(tokens), -1)
+    middles = (middle_row[:, None] * side + middle_column).flatten().expand(len(tokens), -1)
     return owner.T @ tokens / owner.sum(0)[:, None], middles

@@ -45,6 +45,7 @@ class Layout:
     tokenizer: LlamaTokenizer
     text: str
     chunked: bool
+    image: str = IMAGE
     known: dict[str, tuple[Ids, Ids]] = field(default_factory=dict)
 
     @property
@@ -59,10 +60,10 @@ class Layout:
 
     def tokenize(self, text: str) -> tuple[Ids, Ids]:
         if self.chunked:
-            before, behind = (self.tokenizer(chunk).input_ids for chunk in text.split(IMAGE))
+            before, behind = (self.tokenizer(chunk).input_ids for chunk in text.split(self.image))
             return before, behind[1:]  # without the second chunk's BOS
         ids = self.tokenizer(text).input_ids
-        at = ids.index(self.tokenizer.convert_tokens_to_ids(IMAGE))
+        at = ids.index(self.tokenizer.convert_tokens_to_ids(self.image))
         return ids[:at], ids[at + 1 :]
 
 

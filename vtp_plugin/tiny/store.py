@@ -8,6 +8,7 @@ from pathlib import Path
 WEIGHTS = Path(__file__).parent / "weights"
 FILES = ("model.safetensors", "tokenizer.model", "clip/vocab.json", "clip/merges.txt")
 CLIP_FACTORS = "clips.safetensors"  # of the video model
+QWEN_WEIGHTS = "qwen.safetensors"  # of the model with a merger
 
 
 def load_weights(*parts: str, prefixed: bool = False) -> dict:

@@ -27,6 +27,7 @@ from vtp_plugin.tiny import checkpoint
 TINY_LAYOUTS = {  # by model class, the layout of an embedded model that it reads
     "vtp-tiny": {"llava": "llava", "llava_hf": "hf"},
     "vtp-tiny-video": dict.fromkeys(generic.NAMES, "hf"),
+    "vtp-tiny-qwen": dict.fromkeys(("qwen2_vl", *generic.NAMES), "hf"),
 }
 VLLM = ("vllm", "vllm_generate")  # models that live in the processes of an engine: hooks do not reach them
 CPU_ARGUMENTS = {"llava": {"device": "cpu", "device_map": "auto"}}  # what a class needs beside a CUDA-only default
@@ -46,7 +47,7 @@ def build(host: type, arguments: Mapping[str, Any]) -> Any:
     if strategies is None and not tiny:
         return host(**rest)
     if tiny:
-        rest["pretrained"] = str(_tiny(rest["pretrained"], model_id))
+        rest = _with_size(host, rest) | {"pretrained": str(_tiny(rest["pretrained"], model_id))}
     with without_report() if tiny else nullcontext():
         with generic.building(host, model_id):
             lm = host(**_with_device(host, model_id, rest))
@@ -114,6 +115,16 @@ def _tiny(name: str, model_id: str) -> Path:
     if model_id not in TINY_LAYOUTS[name]:
         raise unknown(f"model for {name}", model_id, TINY_LAYOUTS[name])
     return checkpoint.resolve(name, TINY_LAYOUTS[name][model_id])
+
+
+def _with_size(host: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """With the size of pictures that the embedded model knows, where the class chooses one and the user did not."""
+    if arguments["pretrained"] != checkpoint.QWEN_NAME:
+        return arguments
+    from vtp_plugin.tiny.qwen_folder import PIXELS
+
+    known = inspect.signature(host.__init__).parameters
+    return {name: PIXELS**2 for name in ("min_pixels", "max_pixels") if name in known} | arguments
 
 
 def _with_device(host: type, model_id: str, arguments: dict[str, Any]) -> dict[str, Any]:
