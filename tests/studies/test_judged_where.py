@@ -18,8 +18,9 @@ from vtp_plugin.reporting import statistics
 from vtp_plugin.studies import judged_where
 from vtp_plugin.studies.study import conduct, settings_of
 from vtp_plugin.tiny import clip_questions
-from vtp_plugin.tiny.asked import Once, Seen
+from vtp_plugin.tiny.asked import Asked, Once, Seen
 from vtp_plugin.tiny.clip_questions import ClipQuestions
+from vtp_plugin.tiny.scene_questions import SceneQuestions
 
 METHODS = {"l2": {"at": "projector"}, "two": {"pruning": "vtp"}}
 SAID = {"limit": 5, "batch": 2, "keep": [0.5, 0.25], "methods": METHODS}
@@ -90,6 +91,14 @@ def test_p_is_adjusted_for_all_rows_and_the_verdict_names_methods() -> None:
     assert "better: none; worse: none." in judged_where.verdict(gains, dict.fromkeys(gains, 0.2), gains["b"])
 
 
+def test_scenes_are_asked_about_by_methods_for_pictures(tmp_path: Path) -> None:
+    settings = settings_of("judged-where", {"model": "vtp-tiny-qwen", "limit": 4})
+    study = judged_where.JudgedWhere(settings, tmp_path)
+    study.check()
+    assert study.numbers == [0, 250, 500, 750]
+    assert set(settings["methods"]) - set(study.methods) == {"evs", "vidcom2", "flashvid"}
+
+
 def test_every_method_that_can_judge_is_asked() -> None:
     methods = settings_of("judged-where", {})["methods"]
     asked = {dict(fields).pop("pruning", name) for name, fields in methods.items()}
@@ -104,6 +113,9 @@ def test_every_method_that_can_judge_is_asked() -> None:
         ({"methods": {"fastv": {}}}, "unknown field 'judge'"),
         ({"methods": {"dart": {}}}, "method 'dart' must be one strategy at the projector stage"),
         ({"methods": {"vtp": {"scalee": 1}}}, "unknown field 'scalee'"),
+        ({"model": "vtp-tiny"}, "unknown model of judged-where 'vtp-tiny'"),
+        ({"model": "vtp-tiny-qwen", "methods": {"evs": {}}}, "methods need one that is for pictures"),
+        ({"model": "vtp-tiny-qwen", "limit": 1001}, "limit must be from 1 to the 1000"),
         ({"keep": [0]}, "keep must be keep ratios"),
         ({"batch": 0}, "batch must be a whole number"),
         ({"limit": 0}, "limit must be from 1"),
@@ -132,35 +144,34 @@ def test_what_is_remembered_is_only_what_was_given_last() -> None:
     assert calls == [2, 4, 2]
 
 
-@pytest.fixture(scope="module")
-def asked() -> ClipQuestions:
-    return ClipQuestions()
+@pytest.fixture(scope="module", params=[(ClipQuestions, 288), (SceneQuestions, 64)], ids=["clips", "scenes"])
+def shown(request: pytest.FixtureRequest) -> tuple[Asked, int]:
+    """Questions, and the tokens of what they are about."""
+    questions, tokens = request.param
+    return questions(), tokens
 
 
-def test_answers_are_those_of_generate(asked: ClipQuestions) -> None:
+def test_answers_are_those_of_generate(shown: tuple[Asked, int]) -> None:
     """With the tower's blocks remembered from another strategy's pass; and the model is as before."""
-    clips, strategies = (
+    asked, tokens = shown
+    prompts, strategies = (
         asked.about([1]),
         config.resolve("l2", {"at": "projector", "keep_ratio": 0.1, "judge": "before"}),
     )
     with asked.tower_once():
-        whole = asked.answered(clips, [])
-        found = asked.answered(clips, strategies)
-    assert {len(kept) for kept in whole.kept} == {288}
+        whole = asked.answered(prompts, [])
+        found = asked.answered(prompts, strategies)
+    assert {len(kept) for kept in whole.kept} == {tokens}
     kept: list[list[int]] = []
     with torch.no_grad(), prune(asked.model, strategies, processor=asked.processor) as pruned:
         pruned.finished.append(lambda call: kept.extend(image.index.tolist() for image in call.images))
-        output = asked.model.generate(**clips.inputs, max_new_tokens=1, do_sample=False)
+        output = asked.model.generate(**prompts.inputs, max_new_tokens=1, do_sample=False)
     assert found.said == output[:, -1].tolist()
     assert found.kept == [set(own) for own in kept]
-    assert all(
-        "forward" not in vars(part)
-        for block in asked.model.model.vision_tower.encoder.layers
-        for part in block.children()
-    )
-    words = asked.processor.tokenizer.batch_decode(clips.answers[:, None])
+    assert all("forward" not in vars(part) for part in asked.parts())
+    words = asked.processor.tokenizer.batch_decode(prompts.answers[:, None])
     document = asked.documents[1]
     assert words == [document[f"{task}_answer"] for task in asked.tasks]
     assert found.right == {
-        task: [said == true] for task, said, true in zip(asked.tasks, found.said, clips.answers.tolist(), strict=True)
+        task: [said == true] for task, said, true in zip(asked.tasks, found.said, prompts.answers.tolist(), strict=True)
     }

@@ -18,7 +18,7 @@ RESULTS = Path("docs/results")
 STUDIES = RESULTS / "studies"
 LEADERBOARD = RESULTS / "leaderboard.html"
 DEMO, BENCH = RESULTS / "demo" / "summary.json", RESULTS / "bench_cpu.json"
-GPU, TRAINING = RESULTS / "gpu", RESULTS / "tiny" / "log.json"
+GPU, TRAINING, QWEN = RESULTS / "gpu", RESULTS / "tiny" / "log.json", RESULTS / "qwen" / "log.json"
 HEADLINE, LINE = "vtp-0.25", "fastv-0.25"
 SALIENT, CONTROL, COUNT = ("atp-0.25", "visionzip-0.25", "l2-0.25"), "random-0.25", "vtp_scenes_count"
 
@@ -28,6 +28,7 @@ def parts() -> dict[str, Callable[[], str]]:
     from vtp_plugin.bench import gpu_page
     from vtp_plugin.cli.list import families
     from vtp_plugin.tiny import page
+    from vtp_plugin.tiny.qwen_train import TRAINS
 
     return {
         "headline": headline,
@@ -40,7 +41,10 @@ def parts() -> dict[str, Callable[[], str]]:
         "gpu": lambda: gpu_page.short(GPU),
         "tiny stages": lambda: page.stages(TRAINING).markdown(),
         "tiny accuracy": lambda: page.accuracy(TRAINING).markdown(),
-        "judged where": judged_where,
+        "qwen stages": lambda: page.stages(QWEN, TRAINS).markdown(),
+        "qwen accuracy": lambda: page.accuracy(QWEN).markdown(),
+        "judged where": lambda: judged_where("judged-where"),
+        "judged where, learnt": lambda: judged_where("judged-where-qwen"),
         **{f"study {path.parent.name}": path.read_text for path in sorted(STUDIES.glob("*/table.md"))},
     }
 
@@ -143,10 +147,10 @@ def _accuracy(row: Mapping[str, Any]) -> str:
     return f"{100 * row['mean']:.1f} [{100 * ends['low']:.1f}, {100 * ends['high']:.1f}]"
 
 
-def judged_where() -> str:
+def judged_where(folder: str) -> str:
     """What the study says of judging before a merger: the first sentences below its first table."""
-    text = (STUDIES / "judged-where" / "table.md").read_text()
-    return re.search(r"^Judged before .*?(?= \d+ test clips)", text, re.MULTILINE)[0]
+    text = (STUDIES / folder / "table.md").read_text()
+    return re.search(r"^Judged before .*?(?= \d+ test (clips|scenes))", text, re.MULTILINE)[0]
 
 
 # -- what the bench says ----------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class JudgedWhere(Study):
         self.check_ratios("keep")
         self.check_counts("batch")
         if said["model"] not in SHOWN:
-            raise unknown(f"{self.name}: model", said["model"], SHOWN)
+            raise unknown(f"model of {self.name}", said["model"], SHOWN)
         self.numbers = some(range(CLIPS if self.shown == "clips" else SCENES), said["limit"], "limit")
         if not said["methods"] or {WHOLE, ALL} & set(said["methods"]):
             raise PruningError(f"{self.name}: methods need one, and none called '{WHOLE}' or '{ALL}'")

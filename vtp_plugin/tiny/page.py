@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vtp_plugin import files
@@ -11,11 +12,11 @@ from .questions import TASKS
 from .workshop import TRAINS
 
 
-def stages(log: Path) -> Table:
-    """Steps, batch, rate and seconds of every stage that ran."""
+def stages(log: Path, trains: Mapping[str, Sequence[str]] = TRAINS) -> Table:
+    """Steps, batch, rate and seconds of every stage that ran, of those that train these networks."""
     ran = files.read_json(log)
     table = Table(["stage", "trains", "steps", "pictures a step", "peak rate", "seconds"])
-    for stage, trained in TRAINS.items():
+    for stage, trained in trains.items():
         if plan := ran.get(stage):
             numbers = (plan[name] for name in ("steps", "batch", "rate", "seconds"))
             table.add(stage, ", ".join(trained), *(f"{number:g}" for number in numbers))
