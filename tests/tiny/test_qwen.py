@@ -159,7 +159,7 @@ def test_original_positions_are_a_row_and_a_column() -> None:
 
 def test_the_language_model_is_the_embedded_one_with_factors(model: tuple[Any, Any]) -> None:
     whole_model, processor = model
-    text = language_weights(processor.tokenizer, merged(load_weights("llama"), learned_weights()["factors"]))
+    text = merged(language_weights(processor.tokenizer, load_weights("llama")), learned_weights()["factors"])
     state = whole_model.state_dict()
     for name, value in text.items():
         assert torch.equal(state[name.replace("model.", "model.language_model.", 1)].half(), value.half()), name

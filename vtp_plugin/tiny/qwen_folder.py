@@ -44,7 +44,7 @@ def write_qwen(folder: Path) -> None:
     from transformers import Qwen2VLForConditionalGeneration
 
     learned, tokenizer = learned_weights(), qwen_tokenizer()
-    text = language_weights(tokenizer, merged(load_weights("llama"), learned["factors"]))
+    text = merged(language_weights(tokenizer, load_weights("llama")), learned["factors"])
     model = Qwen2VLForConditionalGeneration(qwen_config(tokenizer, depth(text)))
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     weights = {f"model.visual.{name}": value for name, value in learned["visual"].items()}

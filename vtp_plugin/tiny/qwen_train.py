@@ -39,8 +39,8 @@ from .workshop import Batch, Workshop
 
 TRAINS = {"distil": ("visual", "heads"), "answer": ("visual", "factors")}
 PLANS = {
-    "distil": Plan(steps=1500, rate=1.5e-3, batch=16),
-    "answer": Plan(steps=1200, rate=1e-3, batch=10, warmup=40, decay=0.01),
+    "distil": Plan(steps=1200, rate=1.5e-3, batch=16),
+    "answer": Plan(steps=900, rate=4e-4, batch=10, warmup=40, decay=0.01),
 }
 DENSE = 0.1  # weight of the dense heads beside the rows
 
