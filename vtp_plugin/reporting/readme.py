@@ -43,6 +43,7 @@ def parts() -> dict[str, Callable[[], str]]:
         "tiny accuracy": lambda: page.accuracy(TRAINING).markdown(),
         "qwen stages": lambda: page.stages(QWEN, TRAINS).markdown(),
         "qwen accuracy": lambda: page.accuracy(QWEN).markdown(),
+        "qwen catalogue": (RESULTS / "qwen" / "versus-vtp.md").read_text,
         "judged where": lambda: judged_where("judged-where"),
         "judged where, learnt": lambda: judged_where("judged-where-qwen"),
         **{f"study {path.parent.name}": path.read_text for path in sorted(STUDIES.glob("*/table.md"))},
