@@ -1,8 +1,8 @@
 """What transformers 5.17 does otherwise than 5.18 and later with the features of images; no family itself.
 
 Up to 5.17 a host repeats the pixels for beams and returned sequences and encodes them again; later it repeats the
-features, where a model says that it sees (Qwen3.5 says so from 5.20 on). Its assistants fail behind a sliding window. Families hand their features over in other forms, too: each asks
-`is_host()` where its own differ.
+features, where a model says that it sees (Qwen3.5 says so from 5.20 on). Its assistants fail behind a sliding window.
+Families hand their features over in other forms, too: each asks `is_host()` where its own differ.
 """
 
 from __future__ import annotations
