@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow.parquet as parquet
+import served_internvl
 from PIL import Image
 
 from vtp_plugin import prune
@@ -58,13 +61,25 @@ def engine(settings: Mapping[str, Any] | None, model: Path | None = None, **argu
 
     overrides = {"hf_overrides": {"vtp_pruning": dict(settings)}} if settings else {}
     limit = {"limit_mm_per_prompt": {"image": 2}, "kv_cache_memory_bytes": 2**26}
-    llm = LLM(str(model or resolve("vtp-tiny", "hf")), **{**ENGINE, **limit, **overrides, **arguments})
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
+    with _small():
+        llm = LLM(str(model or resolve("vtp-tiny", "hf")), **{**ENGINE, **limit, **overrides, **arguments})
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def _small() -> Iterator[None]:
+    """What an engine of a tiny model would cost most is left out: a cache of a GiB, and eight searches of the heap.
+
+    vLLM collects garbage while it starts and ends, and lets go what was frozen before. What is there now stays frozen.
+    """
+    gc.collect()  # the engine before this one
+    gc.freeze()
+    with patch.object(gc, "freeze"), patch.object(gc, "unfreeze"), patch.dict(os.environ):
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # which outranks the size that an engine is given
+        yield
 
 
 def ask(llm: Any, requests: Sequence[Request], write: Callable[[Request], str] = prompt, **inputs: Any) -> list[Any]:
@@ -109,6 +124,8 @@ def reference(folder: Path | None = None) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     folder = folder or resolve("vtp-tiny", "hf")
+    if (folder / served_internvl.SOURCE).is_dir():
+        return served_internvl.loaded(folder)
     return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
 
