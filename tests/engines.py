@@ -27,6 +27,7 @@ from vtp_plugin.tiny.checkpoint import resolve
 IMAGE_TOKEN, WHOLE = 800, 144  # of the embedded model: id of a placeholder, tokens of an image
 ENGINE = {"dtype": "float32", "max_model_len": 640, "max_num_seqs": 8, "enforce_eager": True, "seed": 0}
 ANSWER = 6  # tokens that are compared
+KERNELS = "register_triton_kernel_overrides"
 
 Request = tuple[Sequence[Image.Image], str]  # pictures and a question about them
 
@@ -71,15 +72,31 @@ def engine(settings: Mapping[str, Any] | None, model: Path | None = None, **argu
 
 @contextmanager
 def _small() -> Iterator[None]:
-    """What an engine of a tiny model would cost most is left out: a cache of a GiB, and eight searches of the heap.
+    """What an engine of a tiny model would cost most is left out: a cache of a GiB, and what was done before it.
 
-    vLLM collects garbage while it starts and ends, and lets go what was frozen before. What is there now stays frozen.
+    vLLM collects garbage while it starts and ends, and lets go what was frozen before: what is there now stays frozen.
+    It looks for its kernels in all modules, to put those for CPUs in their places, where they are from then on.
     """
+    from vllm.platforms.cpu import CpuPlatform
+
     gc.collect()  # the engine before this one
     gc.freeze()
-    with patch.object(gc, "freeze"), patch.object(gc, "unfreeze"), patch.dict(os.environ):
-        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # which outranks the size that an engine is given
+    with (
+        patch.object(gc, "freeze"),
+        patch.object(gc, "unfreeze"),
+        patch.object(CpuPlatform, KERNELS, staticmethod(_kernels())),
+        patch.dict(os.environ),
+    ):
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # outranks the size that an engine is given
         yield
+
+
+@cache
+def _kernels() -> Callable[[], None]:
+    """What puts the kernels for CPUs in their places, the first time."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    return cache(getattr(CpuPlatform, KERNELS))
 
 
 def ask(llm: Any, requests: Sequence[Request], write: Callable[[Request], str] = prompt, **inputs: Any) -> list[Any]:
