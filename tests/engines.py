@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pyarrow.parquet as parquet
+import pytest
 import served_internvl
 from PIL import Image
 
@@ -28,6 +29,7 @@ IMAGE_TOKEN, WHOLE = 800, 144  # of the embedded model: id of a placeholder, tok
 ENGINE = {"dtype": "float32", "max_model_len": 640, "max_num_seqs": 8, "enforce_eager": True, "seed": 0}
 ANSWER = 6  # tokens that are compared
 KERNELS = "register_triton_kernel_overrides"
+LEAVES_MEMORY = pytest.mark.xdist_group("memory")  # vLLM's workers on CPUs do: never beside a test that looks for some
 
 Request = tuple[Sequence[Image.Image], str]  # pictures and a question about them
 

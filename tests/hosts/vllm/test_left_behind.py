@@ -14,8 +14,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from engines import LEAVES_MEMORY
 
 pytest.importorskip("lmms_eval")
+pytestmark = LEAVES_MEMORY
 
 MARK = "VTP_TEST_RUN"  # in the environment of the run, which all its processes inherit
 SHARED_MEMORY = Path("/dev/shm")
