@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.rows import RowsAdapter, flat_tower, runs
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.transformers.contract import FAMILIES
@@ -70,8 +69,8 @@ class Idefics3(RowsAdapter):
         return list(self.projector.pixel_shuffle(entering, self.scale))
 
     def pack(self, rows: Sequence[Tensor], kind: str, host: Any) -> Any:
-        """The rows of all tiles of a sample together, [K, D] each; for transformers 5.17 in blocks of one row."""
-        if v5_17.is_host():
+        """The rows of all tiles of a sample together, [K, D] each; up to transformers 5.19 in blocks of one row."""
+        if isinstance(host, Tensor):
             return torch.cat(list(rows))[:, None]
         tiles, left = self.served[kind][1], iter(rows)
         copies = len(rows) // max(1, len(tiles))
