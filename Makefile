@@ -22,7 +22,7 @@ pins     = $(shell $(PYTHON) -c 'import sys; print("--constraint $(1)" if sys.ve
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 ENVIRON  := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE PYTHONDONTWRITEBYTECODE=
 
-.PHONY: demo gpu test test-full test-vllm test-hosts test-between lint format setup readme constraints compatibility clean
+.PHONY: demo gpu test test-full test-vllm test-hosts test-between lint format setup environments readme constraints compatibility clean
 .PHONY: lane-oldest lane-pinned lane-newest newest
 
 demo: $(READY)
@@ -41,6 +41,8 @@ format: $(READY)
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 setup: $(READY)
+
+environments: $(SERVING)/.ready $(OLDEST)/.ready
 
 # An environment: $(1) its folder, $(2) pip's options. The authors' llava package works with current releases, but pins
 # old ones: it is installed without them.

@@ -1,6 +1,6 @@
 """Runs the short suite with every minor release of transformers between the floor and the pin: `between.py FOLDER`.
 
-Each is put in front of this environment by PYTHONPATH, without what it asks for: what is here has to do for all of them.
+Each is put in front of this environment by PYTHONPATH, without what it asks for: what is here has to do for all.
 Arguments behind the folder go to pytest. The records lie in the folder, `VERSION.json`; one that is not green fails.
 """
 

@@ -32,8 +32,8 @@ Written by `make compatibility` from the records in [results/lanes](results/lane
 lane ran, on which day, with which releases.
 
 `make test-hosts` builds the oldest and the newest environment beside the pinned one and runs a short suite in each. The
-oldest and the pinned have to be green; the newest says what it found and fails nothing. `make test-between` runs it with
-every minor release of transformers that lies between. `vtp doctor` holds what is installed against these windows.
+oldest and the pinned have to be green; the newest says what it found and fails nothing. `make test-between` runs it
+with every minor release of transformers that lies between. `vtp doctor` holds what is installed against these windows.
 """
 PINS = """## What is pinned, and for whom
 
