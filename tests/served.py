@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from checkpoints import MEANS, VISION_MARKS, template, tokenizer
 from engines import ANSWER, Request, answers, logprobs, reference, scenes
 from families import GEMMA_LAYERS, GEMMA_ROPE, IMAGE, QWEN_VISION, TEXT, VIDEO, VISION
 from safetensors.torch import load_file, save_file
+from served_internvl import LARGE, published
 
 from vtp_plugin import get_strategy, list_strategies, prune
 from vtp_plugin.errors import PruningError
@@ -51,6 +52,8 @@ LANGUAGES = {
     "qwen3_vl": {"rope_parameters": ROPE | INTERLEAVED},
     "qwen3_vl_moe": {"rope_parameters": ROPE | INTERLEAVED, "mlp_only_layers": []} | EXPERTS,
 }
+INTERN = {"hidden_size": 64, "num_attention_heads": 2, "patch_size": [4, 4], "image_size": [TILE, TILE]}
+INTERN |= {"attention_bias": True}
 CLOSE = 2e-4  # log-probabilities, fp32 kernels of two hosts
 
 
@@ -64,7 +67,7 @@ def folder_of(family: str) -> Path:
         if weight.ndim > 1:
             entering = weight.shape[-1] if weight.ndim == 3 else weight[0].numel()
             torch.nn.init.normal_(weight, std=entering**-0.5 * (3 if "proj" in name else 1))
-    target = Path(tempfile.mkdtemp(prefix=f"vtp-{family}-"))
+    target = Path(tempfile.mkdtemp(prefix=f"vtp_{family}_"))
     atexit.register(shutil.rmtree, target)
     model.save_pretrained(target)
     processor.save_pretrained(target)
@@ -114,8 +117,7 @@ def _internvl() -> tuple[Any, type, Any]:
     )
     from transformers.models.internvl import InternVLVisionConfig
 
-    tower = {"patch_size": [4, 4], "image_size": [TILE, TILE], "attention_bias": True}
-    vision = InternVLVisionConfig(**VISION | {"hidden_size": 64, "num_attention_heads": 2} | tower)
+    vision = InternVLVisionConfig(**VISION | INTERN)
     text = Qwen3Config(**TEXT | LANGUAGE)
     config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
     names = {185: "<img>", 186: "</img>", IMAGE: "<IMG_CONTEXT>", VIDEO: "<video>"}
@@ -161,7 +163,12 @@ def _gemma3() -> tuple[Any, type, Any]:
     return config, Gemma3ForConditionalGeneration, processor
 
 
-OTHERS: dict[str, Callable[[], tuple[Any, type, Any]]] = {"internvl": _internvl, "gemma3": _gemma3}
+OTHERS: dict[str, Callable[[], tuple[Any, type, Any]]] = {
+    "internvl": _internvl,
+    "internvl_chat": partial(published, "Qwen2", TEXT | LANGUAGE, VISION | INTERN),  # as in InternVL3
+    "internvl_chat_6b": partial(published, "Qwen3", TEXT | LANGUAGE, VISION | INTERN | LARGE),  # InternVL3.5-38B
+    "gemma3": _gemma3,
+}
 
 
 def write(request: Request, picture: str = PICTURE) -> str:
@@ -205,16 +212,21 @@ def expected(
             pruned.events.clear()
             given = processor(images=list(request[0]), text=write(request), return_tensors="pt", **arguments)
             inputs = {name: value for name, value in given.items() if name not in without}
-            seen, hook = watched(model.model.language_model.rotary_emb, lambda args, kwargs: args[1])
+            seen, hook = watched(rotary(model), lambda args, kwargs: args[1])
             greedy = {"do_sample": False, "return_dict_in_generate": True, "output_scores": True}
             output = model.generate(**inputs, max_new_tokens=ANSWER, **greedy)
             hook.remove()
-            ids = output.sequences[0, inputs["input_ids"].shape[1] :]
+            ids = output.sequences[0, -len(output.scores) :]
             scores = torch.stack(output.scores)[:, 0].log_softmax(-1).gather(1, ids[:, None])[:, 0]
             kept = [index.tolist() for event in pruned.events for index in event.kept]
             positions = torch.cat([table[:, 0] for table in seen], dim=1) if seen[0].ndim == 3 else None
             found.append({"ids": ids.tolist(), "logprobs": scores.tolist(), "kept": kept, "positions": positions})
     return found
+
+
+def rotary(model: Any) -> Any:
+    """Where a language model gets its angles."""
+    return next(m for name, m in model.named_modules() if name.endswith("rotary_emb") and "language_model" in name)
 
 
 def watched(module: Any, take: Callable[[Any, Any], Any]) -> tuple[list[Any], Any]:

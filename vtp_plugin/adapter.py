@@ -36,8 +36,13 @@ class Adapter(Family, ABC):
     @classmethod
     def unlike(cls, model: nn.Module) -> str:
         """How a model of one of the classes differs from what is known of the family; "" if it does not."""
+        return cls.unlike_in(getattr(model, "config", None))
+
+    @classmethod
+    def unlike_in(cls, config: Any) -> str:
+        """The same of a configuration alone."""
         for path, known in cls.facts.items():
-            found = getattr(model, "config", None)
+            found = config
             for part in path.split("."):
                 found = getattr(found, part, None)
             if not (isinstance(found, known) if isinstance(known, type) else found == known):

@@ -13,9 +13,11 @@ from typing import Any
 
 import tomllib
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 ORDER = ("oldest", "pinned", "newest", "beyond", "vllm")
+BETWEEN = "transformers "  # and a release: what lies between the oldest and the pinned
 WHAT = {
     "oldest": "the oldest releases that are supported (constraints-oldest.txt)",
     "pinned": "what `make setup` installs (constraints.txt)",
@@ -30,8 +32,8 @@ Written by `make compatibility` from the records in [results/lanes](results/lane
 lane ran, on which day, with which releases.
 
 `make test-hosts` builds the oldest and the newest environment beside the pinned one and runs a short suite in each. The
-oldest and the pinned have to be green; the newest says what it found and fails nothing. `vtp doctor` holds what is
-installed against these windows.
+oldest and the pinned have to be green; the newest says what it found and fails nothing. `make test-between` runs it
+with every minor release of transformers that lies between. `vtp doctor` holds what is installed against these windows.
 """
 PINS = """## What is pinned, and for whom
 
@@ -46,7 +48,13 @@ tools that build packages, and what torch's own wheel pins for its accelerator. 
 
 def records(folder: Path) -> list[dict[str, Any]]:
     found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    return sorted(found, key=lambda record: ORDER.index(record["lane"]))
+    return sorted(found, key=lambda record: _place(record["lane"]))
+
+
+def _place(lane: str) -> tuple[int, Version]:
+    if lane.startswith(BETWEEN):
+        return len(ORDER), Version(lane.removeprefix(BETWEEN))
+    return ORDER.index(lane), Version("0")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -92,15 +100,19 @@ def broken(found: list[dict[str, Any]]) -> str:
 
 def page(folder: Path) -> str:
     found = records(folder)
-    listed = "".join(f"* `{record['lane']}`: {WHAT[record['lane']]}\n" for record in found)
-    parts = [HEAD, "## Bounds\n\n" + bounds(), "## Lanes\n\n" + listed + "\n" + lanes(found), broken(found), PINS]
-    return "\n".join(part for part in parts if part)
+    own = [record for record in found if record["lane"] in ORDER]
+    between = [record for record in found if record not in own]
+    listed = "".join(f"* `{record['lane']}`: {WHAT[record['lane']]}\n" for record in own)
+    parts = [HEAD, "## Bounds\n\n" + bounds(), "## Lanes\n\n" + listed + "\n" + lanes(own)]
+    if between:
+        parts.append("## Between the oldest and the pinned\n\n" + lanes(between))
+    return "\n".join(part for part in [*parts, broken(found), PINS] if part)
 
 
 def main() -> None:
     if sys.argv[1] == "--keep":
         record, folder = map(Path, sys.argv[2:])
-        shutil.copy(record, folder / f"{json.loads(record.read_text())['lane']}.json")
+        shutil.copy(record, folder / f"{json.loads(record.read_text())['lane'].replace(' ', '-')}.json")
     else:
         print(page(Path(sys.argv[1])), end="")
 

@@ -12,7 +12,7 @@ import tomllib
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 EXTRAS = ("transformers", "lmms-eval")
-TESTS = ("pytest>=8", "pytest-timeout", "ruff")
+TESTS = ("pytest>=8", "pytest-timeout", "pytest-xdist>=3.6", "ruff")
 
 
 def main() -> None:

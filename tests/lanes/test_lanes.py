@@ -95,3 +95,20 @@ def test_oldest_and_pinned_were_green_when_their_records_were_made() -> None:
     found = {record["lane"]: record for record in tool("compatibility").records(RECORDS)}
     assert found["oldest"]["green"]
     assert found["pinned"]["green"]
+
+
+def test_what_lies_between_is_the_last_patch_of_every_minor_release() -> None:
+    between = tool("between")
+    published = ["5.20.1", "5.17.0", "5.18.0", "5.20.10", "5.20.2", "5.21.0rc1", "5.24.0", "5.17.1", "6.0.0"]
+    oldest, newest = between.pinned("constraints-oldest.txt"), between.pinned("constraints.txt")
+    assert oldest < newest
+    assert between.between(published, between.Version("5.17.0"), between.Version("5.24.0")) == ["5.18.0", "5.20.10"]
+
+
+def test_every_release_that_a_record_is_of_was_green() -> None:
+    found = [record for record in tool("compatibility").records(RECORDS) if record["lane"].startswith("transformers ")]
+    assert all(record["lane"] == f"transformers {record['releases']['transformers']}" for record in found)
+    assert all(record["green"] for record in found)
+    assert {record["releases"]["transformers"].rpartition(".")[0] for record in found} == {
+        f"5.{minor}" for minor in range(18, 24)
+    }

@@ -8,21 +8,25 @@ token's. Positions are renumbered after a cut.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from itertools import islice
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
-from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.rows import RowsAdapter, flat_tower, runs
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.call import Image
+from vtp_plugin.surgery.undo import Undo
 
 TILES = "vtp_tiles"  # no argument of the host
+BLOCKS = (5, 20)  # the transformers whose SmolVLM places rows in blocks of `patch_size`, of which a cut leaves parts
 MASKED = "the tower masks its attention by the full patch grid of every tile"
 
 
@@ -70,8 +74,8 @@ class Idefics3(RowsAdapter):
         return list(self.projector.pixel_shuffle(entering, self.scale))
 
     def pack(self, rows: Sequence[Tensor], kind: str, host: Any) -> Any:
-        """The rows of all tiles of a sample together, [K, D] each; for transformers 5.17 in blocks of one row."""
-        if v5_17.is_host():
+        """The rows of all tiles of a sample together, [K, D] each; up to transformers 5.19 in blocks of one row."""
+        if isinstance(host, Tensor):
             return torch.cat(list(rows))[:, None]
         tiles, left = self.served[kind][1], iter(rows)
         copies = len(rows) // max(1, len(tiles))
@@ -79,7 +83,27 @@ class Idefics3(RowsAdapter):
         counts = [tiles.count(sample) for sample in samples for _ in range(copies)]
         return [torch.cat([rows[0][:0], *islice(left, count)]) for count in counts]
 
+    @contextmanager
+    def serving(self, features: Any) -> Iterator[None]:
+        with super().serving(features), Undo() as undo:
+            if features and self.core.config.model_type == "smolvlm" and _release() == BLOCKS:
+                undo.override(self.core, "inputs_merger", self._merged)
+            yield
+
+    def _merged(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_hidden_states: Tensor) -> Tensor:
+        """The rows of all tiles [K, D] in their placeholders, in turn."""
+        if input_ids is None:
+            token = torch.tensor(self.image_token, device=inputs_embeds.device)
+            there = (inputs_embeds == self.core.get_input_embeddings()(token)).all(-1)
+        else:
+            there = input_ids == self.image_token
+        return inputs_embeds.masked_scatter(there[..., None], image_hidden_states.to(inputs_embeds))
+
     def split(self, output: Any, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         """The rows of all tiles of a sample, [K, D] each -> [n, D] per tile."""
         rows = self.tower.grid[0] * self.tower.grid[1] // self.scale**2
         return torch.cat(list(output.pooler_output)).split(rows)
+
+
+def _release() -> tuple[int, ...]:
+    return Version(version("transformers")).release[:2]

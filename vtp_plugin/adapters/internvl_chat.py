@@ -48,6 +48,24 @@ def fused_block(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return class_token_view(block, query[:, :, 0], key, lambda: query, lambda: value[:, :, block.prefix :])
 
 
+def tower_of(vision: nn.Module, config: Any, side: int) -> Tower:
+    """Where the tower has its parts, in the checkpoint's code and inside vLLM, for tiles of `side` pixels."""
+    patch = config.vision_config.patch_size
+    return Tower(
+        module=vision,
+        embeddings=vision.embeddings,
+        patch_embedding=vision.embeddings.patch_embedding,
+        blocks=vision.encoder.layers,
+        post_layernorm=None,
+        prefix=1,
+        grid=(side // patch, side // patch),
+        patch_size=patch,
+        projected=-1,
+        attention="attn",
+        block=round(1 / config.downsample_ratio),
+    )
+
+
 class InternVLChat(InternVL):
     """The `InternVLChatModel` that comes with InternVL's checkpoints."""
 
@@ -73,23 +91,10 @@ class InternVLChat(InternVL):
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         Adapter.__init__(self, model, processor)
-        vision, config = model.vision_model, model.config
+        config = model.config
         self.core, self.projector, self.language_model = model, model.mlp1, model.language_model.model
         self.decoder_layers = self.language_model.layers
-        side = (config.force_image_size or config.vision_config.image_size) // config.vision_config.patch_size
-        self.tower = Tower(
-            module=vision,
-            embeddings=vision.embeddings,
-            patch_embedding=vision.embeddings.patch_embedding,
-            blocks=vision.encoder.layers,
-            post_layernorm=None,
-            prefix=1,
-            grid=(side, side),
-            patch_size=config.vision_config.patch_size,
-            projected=-1,
-            attention="attn",
-            block=round(1 / config.downsample_ratio),
-        )
+        self.tower = tower_of(model.vision_model, config, config.force_image_size or config.vision_config.image_size)
 
     @classmethod
     def unlike(cls, model: nn.Module) -> str:

@@ -85,12 +85,7 @@ class LlavaHf(Adapter):
             return
         with Undo() as undo:
             serve(self.pruned, self.core, "get_image_features", features, undo)
-            if v5_17.is_host():
-                answer = {"image": features}
-                v5_17.repeat_features(self.core, self.model, undo, lambda times: self._expanded(None, answer, times))
-                v5_17.refuse_windows(self.model, undo)
-            else:
-                undo.override(self.model, "_expand_multimodal_outputs", self._expanded)
+            v5_17.expanding(self.core, self.model, undo, {"image": features}, self._expanded)
             yield
 
     def _expanded(self, input_ids: Tensor | None, outputs: Any, expand_size: int = 1, **kwargs: Any) -> Any:

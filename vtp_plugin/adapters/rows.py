@@ -106,11 +106,8 @@ class RowsAdapter(Adapter):
         with Undo() as undo:
             for kind, output in (features or {}).items():
                 serve(self.pruned, self.core, f"get_{kind}_features", output, undo)
-            if features and v5_17.is_host():
-                v5_17.repeat_features(self.core, self.model, undo, lambda times: self._expanded(None, features, times))
-                v5_17.refuse_windows(self.model, undo)
-            elif features:
-                undo.override(self.model, "_expand_multimodal_outputs", self._expanded)
+            if features:
+                v5_17.expanding(self.core, self.model, undo, features, self._expanded)
             undo.callback(self.served.clear)  # features end with their call
             yield
 

@@ -1,8 +1,8 @@
 """What transformers 5.17 does otherwise than 5.18 and later with the features of images; no family itself.
 
 Up to 5.17 a host repeats the pixels for beams and returned sequences and encodes them again; later it repeats the
-features. Its assistants fail behind a sliding window. Families hand their features over in other forms, too: each asks
-`is_host()` where its own differ.
+features, where a model says that it sees (Qwen3.5 says so from 5.20 on). Its assistants fail behind a sliding window.
+Families hand their features over in other forms, too: each asks `is_host()` where its own differ.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ def is_host() -> bool:
     return Version(Version(version("transformers")).base_version) < FIRST_WITH_FEATURES
 
 
+def repeats_pixels(model: nn.Module) -> bool:
+    """Whether `generate` of the host leaves pictures to `forward`, and repeats them as they are."""
+    return is_host() or "image" not in model.input_modalities
+
+
 def arguments(function: Callable[..., Any], kind: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `get_image_features` or `get_video_features`, whose pixels OneVision names alike in 5.17."""
     names = {name: name for name in inspect.signature(function).parameters}
@@ -49,8 +54,20 @@ def handed_over(output: Any) -> Any:
     return output
 
 
+def expanding(
+    core: nn.Module, model: nn.Module, undo: Undo, answer: dict[str, Any], expanded: Callable[..., Any]
+) -> None:
+    """Let beams and returned sequences have features of their samples: `expanded(ids, answer, times)` repeats them."""
+    if repeats_pixels(model):
+        repeat_features(core, model, undo, lambda times: expanded(None, answer, times))
+    else:
+        undo.override(model, "_expand_multimodal_outputs", expanded)
+    if is_host():
+        refuse_windows(model, undo)
+
+
 def repeat_features(core: nn.Module, model: nn.Module, undo: Undo, repeat: Callable[[int], None]) -> None:
-    """Let `generate` of 5.17 leave pixels as they are where it repeats prompts; `repeat(times)` has the features."""
+    """Let `generate` leave pixels as they are where it repeats prompts; `repeat(times)` repeats the features."""
     functions = [getattr(core, f"get_{kind}_features", None) for kind in ("image", "video")]
     visual = {name for function in functions if function for name in inspect.signature(function).parameters}
     visual |= {"pixel_values_videos", *BESIDE_PIXELS}

@@ -31,6 +31,6 @@ def test_a_family_is_a_subclass_of_what_vllm_builds(name: str):
 
 def test_the_list_says_what_is_served():
     said = {row[0]: row[-1] for row in families().rows}
-    assert said["internvl"] == said["qwen2_vl"] == "pixels, vit, projector"
+    assert said["internvl"] == said["internvl_chat"] == said["qwen2_vl"] == "pixels, vit, projector"
     assert said["llava_next"] == Stage.PROJECTOR.value
     assert said["blip2"] == "no"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import ANSWER, ask, columns, engine, events, reference
+from engines import ANSWER, LEAVES_MEMORY, ask, columns, engine, events, reference
 from families import IMAGE
 from served import (
     CLOSE,
@@ -48,7 +48,8 @@ def folder() -> Path:
 SERVED = served(ABSENT)
 SETTINGS = [
     *map(settings_of, SERVED),
-    {"strategy": "divprune+visionzip", "divprune.keep_ratio": 0.6, "visionzip.keep_tokens": 20},
+    # few picks: near the end of a greedy search two distances are the same up to the rounding of two hosts
+    {"strategy": "divprune+visionzip", "divprune.keep_ratio": 0.3, "visionzip.keep_tokens": 20},
     {"strategy": "visionzip", "keep_ratio": 0.25, "positions": "compact"},
 ]
 RANDOM = settings_of("random")
@@ -166,6 +167,7 @@ def test_together_with_caches_and_chunks_requests_answer_as_alone(
     assert any(output.num_cached_tokens for output in again)
 
 
+@LEAVES_MEMORY
 def test_two_tensor_parallel_workers_decide_alike(folder: Path, tmp_path: Path):
     """Heads of the tower are spread over them, and attention is a mean over heads."""
     settings, asked = {"strategy": "visionzip", "keep_ratio": 0.25}, requests()[:3]

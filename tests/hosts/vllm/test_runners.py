@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-BEGINS = {"internvl": "<IMG_CONTEXT>", "gemma3": "<start_of_image>"}
+BEGINS = {"internvl": "<IMG_CONTEXT>", "internvl_chat": "<image>\n", "gemma3": "<start_of_image>"}
 CASES = [
     ("qwen2_vl", settings_of("visionzip")),
     ("qwen2_5_vl", {"strategy": "pixelprune+visionzip", "pixelprune.threshold": 0.1, "visionzip.keep_ratio": 0.5}),
@@ -26,6 +26,7 @@ CASES = [
     ("qwen3_vl", settings_of("random") | {"positions": "compact"}),
     ("qwen3_vl_moe", {"strategy": "l2", "keep_ratio": 0.4}),
     ("internvl", settings_of("fastervlm")),
+    ("internvl_chat", settings_of("fastervlm")),
     ("gemma3", settings_of("fastervlm")),  # whose pictures are seen both ways here
 ]
 CLOSE = 2e-2  # log-probabilities, fp32 on a GPU against a CPU
@@ -40,7 +41,8 @@ def test_a_runner_serves_what_transformers_keeps(
     asked, folder = requests(), folder_of(family)
     ask_for = partial(write, picture=BEGINS[family]) if family in BEGINS else write
     wanted = expected(folder, settings, asked, ask_for)
-    with engine(settings, folder, max_num_batched_tokens=48, enable_chunked_prefill=True) as llm:
+    limits = {"max_num_batched_tokens": 48, "enable_chunked_prefill": True, "trust_remote_code": "chat" in family}
+    with engine(settings, folder, **limits) as llm:
         assert llm.llm_engine.vllm_config.use_v2_model_runner == (runner == "1")
         for request, want in zip(asked, wanted, strict=True):
             with positions_of(llm) as seen:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import ANSWER, WHOLE, Request, expected, one_each, prompt, reference, scenes
+from engines import ANSWER, LEAVES_MEMORY, WHOLE, Request, expected, one_each, prompt, reference, scenes
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.vllm.serving import Server, serving
@@ -20,7 +20,7 @@ OPTIONS = ["--dtype", "float32", "--max-model-len", "640", "--max-num-seqs", "8"
 OPTIONS += ["--limit-mm-per-prompt", '{"image": 2}']
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=lambda workers: f"{workers} worker")
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=LEAVES_MEMORY)], ids=["1 worker", "2 workers"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The embedded model behind ATP, on one or two tensor-parallel workers."""
     log = tmp_path_factory.mktemp("server") / "log"

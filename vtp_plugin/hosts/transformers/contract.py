@@ -49,7 +49,8 @@ def prompt(core: str = ".model", every_logit: bool = False) -> tuple[TouchPoint,
 
 def repeated() -> tuple[TouchPoint, ...]:
     where, why = "._expand_multimodal_outputs", "beams and returned sequences"
-    return (_At(where, why, takes=("input_ids", "expand_size"), since=FEATURES),)
+    sees = _At(".input_modalities", "whether `generate` encodes pictures", since=FEATURES)
+    return (_At(where, why, takes=("input_ids", "expand_size"), since=FEATURES), sees)
 
 
 def clip(path: str) -> tuple[TouchPoint, ...]:

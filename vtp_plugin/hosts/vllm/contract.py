@@ -176,6 +176,15 @@ FAMILIES: dict[str, Family] = {
             takes=("x", "scale_factor"),
         ),
     ),
+    "InternVLChatModel": _tiled(
+        "internvl_chat",
+        "internvl:InternVLChatModel",
+        f"{_MODELS}.intern_vit:InternVisionModel",
+        _At(f"{_MODELS}.internvl:InternVLChatModel.pixel_shuffle", "squares of patches", takes=("x", "scale_factor")),
+        _At(f"{_MODELS}.intern_vit:InternParallelAttention.forward", "attention rows", says=("qkv", "chunk")),
+        _At(f"{_MODELS}.internvl:InternVLProcessingInfo.ctx_video_token", "no videos"),
+        _At("vllm.transformers_utils.processors.internvl", "raw pixels", has=("IMAGENET_MEAN", "IMAGENET_STD")),
+    ),
     "Gemma3ForConditionalGeneration": _tiled(
         "gemma3",
         "gemma3_mm:Gemma3ForConditionalGeneration",

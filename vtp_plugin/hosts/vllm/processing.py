@@ -42,13 +42,20 @@ class CountsKept:
 class Decides:
     """Mixed into a family's multi-modal processor."""
 
+    values = "pixel_values"  # field of an image
+
     def __init__(self, info: Any, dummy_inputs: Any, **kwargs: Any) -> None:
         super().__init__(info, dummy_inputs, **kwargs)
         self.plan: Plan = info.plan
         if self.plan.decided:
-            processor = info.get_hf_processor().image_processor
-            self.pixels = Pixels.of(processor)
-            watch(processor, lambda images, outputs, seconds: self.pixels.remember(outputs))  # for bf16, see Pixels
+            self.pixels = self._pixels()
+
+    def _pixels(self) -> Pixels:
+        """The way back to raw pixels, of the image processor that is watched."""
+        processor = self.info.get_hf_processor().image_processor
+        pixels = Pixels.of(processor)
+        watch(processor, lambda images, outputs, seconds: pixels.remember(outputs))  # for bf16, see Pixels
+        return pixels
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Put what the kept tokens depend on, beside the picture, into the arguments that are hashed with it."""
@@ -61,17 +68,17 @@ class Decides:
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         outputs = super()._apply_hf_processor_main(mm_items, theirs(hf_kwargs))
-        if "pixel_values" not in outputs:  # every picture was seen before
+        if self.values not in outputs:  # every picture was seen before
             return outputs
         if self.plan.decided:
             outputs[KEEP] = self._decisions(outputs)
         if self.plan.reads_question:
-            outputs[QUESTION] = [as_bytes(str(hf_kwargs[QUESTION]))] * len(outputs["pixel_values"])
+            outputs[QUESTION] = [as_bytes(str(hf_kwargs[QUESTION]))] * len(outputs[self.values])
         return outputs
 
     def _decisions(self, outputs: Any) -> Sequence[Tensor]:
         """What the pixel strategies leave of every image in the image processor's outputs, [N] or [tiles, N] bool."""
-        images = self.pixels.images(outputs["pixel_values"])
+        images = self.pixels.images(outputs[self.values])
         return [self.plan.decide(patches(image[None], self.plan.patch)) for image in images]
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Mapping[str, MultiModalFieldConfig]:

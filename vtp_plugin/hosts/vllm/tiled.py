@@ -145,6 +145,8 @@ class AroundTiles(Around):
 
     parts: type[TiledParts]
     number: str  # field of an image: how many tiles it has
+    values = "pixel_values"  # field of an image: its tiles
+    tower = "vision_tower"  # attribute of the model
     per_tile = False  # whether every tile is an image of its own
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -152,15 +154,19 @@ class AroundTiles(Around):
         models = vllm_config.model_config
         if models.get_multimodal_config().mm_encoder_tp_mode == "data":
             raise PruningError("--mm-encoder-tp-mode data is not possible with pruning: workers must decide alike")
-        if not isinstance(self.vision_tower, StageMissingLayer):  # as after --limit-mm-per-prompt image=0
-            parts, room = self.parts(self, cached_image_processor_from_config(models)), vllm_config.scheduler_config
+        if not isinstance(getattr(self, self.tower), StageMissingLayer):  # as after --limit-mm-per-prompt image=0
+            parts, room = self.parts(self, self.image_processor(models)), vllm_config.scheduler_config
             self.vtp = Served(self, parts, self.plan_of(self.config), room.max_num_batched_tokens)
+
+    def image_processor(self, models: Any) -> Any:
+        """What says the mean and deviation of the pixels, from vLLM's configuration of the model."""
+        return cached_image_processor_from_config(models)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         keep = kwargs.pop(KEEP, None)
-        if kwargs.get("pixel_values") is None:
+        if kwargs.get(self.values) is None:
             return super().embed_multimodal(**kwargs)
-        tiles = kwargs["pixel_values"].split(numbers := kwargs[self.number].tolist())
+        tiles = kwargs[self.values].split(numbers := kwargs[self.number].tolist())
         if self.per_tile:
             tiles = [tile[None] for image in tiles for tile in image]
             keep = None if keep is None else [tile for image in keep for tile in image]

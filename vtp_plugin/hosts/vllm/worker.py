@@ -35,20 +35,20 @@ from vtp_plugin.tokens import Selection, VisualTokens
 class Part:
     """`q_proj`, `k_proj` or `v_proj` of an attention whose projections are fused: all heads, wherever they live."""
 
-    def __init__(self, attention: nn.Module, number: int) -> None:
-        self.attention, self.number = attention, number
+    def __init__(self, attention: nn.Module, fused: str, number: int) -> None:
+        self.attention, self.fused, self.number = attention, fused, number
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, H d]."""
-        part = self.attention.qkv_proj(hidden)[0].chunk(3, dim=-1)[self.number]
+        part = getattr(self.attention, self.fused)(hidden)[0].chunk(3, dim=-1)[self.number]
         return tensor_model_parallel_all_gather(part.contiguous()) if self.attention.tp_size > 1 else part
 
 
-def separate(tower: Tower) -> None:
+def separate(tower: Tower, fused: str = "qkv_proj") -> None:
     """Let the attention of a tower have `q_proj`, `k_proj` and `v_proj`, as it has in transformers."""
     for number in range(len(tower.blocks)):
-        fused = tower.attention_of(number)
-        fused.q_proj, fused.k_proj, fused.v_proj = (Part(fused, part) for part in range(3))
+        module = tower.attention_of(number)
+        module.q_proj, module.k_proj, module.v_proj = (Part(module, fused, part) for part in range(3))
 
 
 class Parts(Adapter):

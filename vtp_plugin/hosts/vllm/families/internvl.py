@@ -26,11 +26,15 @@ from vtp_plugin.hosts.vllm.plan import KEY, Plan, planned
 
 def plan_of(config: Any) -> Plan:
     """The plan in a model configuration; PruningError if it cannot be served."""
-    vision, square = config.vision_config, round(1 / config.downsample_ratio)
-    patch = vision.patch_size[0] * square
-    grid = tuple(side // patch for side in vision.image_size)
-    chosen = planned(getattr(config, KEY), grid, patch, vision.num_hidden_layers, False, True)
-    return tiled.checked(chosen, InternVL.models, tiled.ABSENT)
+    return plan_for(config, config.vision_config.image_size, config.vision_config.patch_size[0], InternVL.models)
+
+
+def plan_for(config: Any, sides: Sequence[int], patch: int, models: str) -> Plan:
+    """The same for tiles of rows and columns of pixels, and patches of so many."""
+    unit = patch * round(1 / config.downsample_ratio)
+    grid = tuple(side // unit for side in sides)
+    chosen = planned(getattr(config, KEY), grid, unit, config.vision_config.num_hidden_layers, False, True)
+    return tiled.checked(chosen, models, tiled.ABSENT)
 
 
 class ProcessingInfo(tiled.CountsTiles, InternS1ProcessingInfo):
@@ -47,16 +51,13 @@ class Processor(tiled.DecidesTiles, InternS1MultiModalProcessor):
     number = "image_num_patches"
 
 
-class Parts(tiled.TiledParts):
-    """Where an InternVL has its parts."""
-
-    def __init__(self, model: Any, processor: Any) -> None:
-        super().__init__(model, tower_of(model.vision_tower, model.config), model.multi_modal_projector, processor)
+class Squares(tiled.TiledParts):
+    """A model whose tokens are made by a pixel shuffle."""
 
     def rows(self, encode: Callable[..., Any], inputs: Mapping[str, list[Tensor]]) -> Sequence[Tensor]:
         tiles, numbers = inputs["pixel_values"], [len(image) for image in inputs["pixel_values"]]
         given = {"image_num_patches": torch.tensor(numbers), "image_token_id": inputs["image_token_id"][0]}
-        return encode(pixel_values=torch.cat(tiles), **given)
+        return encode(**{self.model.values: torch.cat(tiles)}, **given)
 
     def arrange(self, maps: Tensor, kind: str, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         square = maps.unflatten(1, self.tower.grid).contiguous()
@@ -68,11 +69,22 @@ class Parts(tiled.TiledParts):
         return self.by_image(entering, inputs)  # behind the pixel shuffle
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=ProcessingInfo, dummy_inputs=InternS1DummyInputsBuilder)
-class Pruned(tiled.AroundTiles, InternS1ForConditionalGeneration):
-    """vLLM's InternVL with strategies around its tower."""
-
-    parts, number, plan_of = Parts, Processor.number, staticmethod(plan_of)
+class Around(tiled.AroundTiles):
+    """Mixed into such a model."""
 
     def shared(self, kwargs: Mapping[str, Any], images: Sequence[Tensor]) -> dict[str, Any]:
         return {"image_token_id": torch.as_tensor(kwargs["image_token_id"]).flatten()[:1].expand(len(images))}
+
+
+class Parts(Squares):
+    """Where an InternVL has its parts."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        super().__init__(model, tower_of(model.vision_tower, model.config), model.multi_modal_projector, processor)
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=ProcessingInfo, dummy_inputs=InternS1DummyInputsBuilder)
+class Pruned(Around, InternS1ForConditionalGeneration):
+    """vLLM's InternVL with strategies around its tower."""
+
+    parts, number, plan_of = Parts, Processor.number, staticmethod(plan_of)
