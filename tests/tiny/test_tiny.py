@@ -18,7 +18,7 @@ from vtp_plugin.errors import PruningError
 from vtp_plugin.tiny import checkpoint
 from vtp_plugin.tiny.checkpoint import NAME, WRITERS, resolve
 from vtp_plugin.tiny.modeling import LLAMA_LAYERS
-from vtp_plugin.tiny.store import WEIGHTS
+from vtp_plugin.tiny.store import WEIGHTS, load_weights, read, write
 
 pytestmark = pytest.mark.long
 
@@ -168,6 +168,18 @@ def test_concurrent_processes_agree(tmp_path):
 def test_resolve_says_what_exists(wrong):
     with pytest.raises(ValueError, match="Available: "):
         resolve(**wrong)
+
+
+def test_weights_are_stored_without_loss(tmp_path):
+    state = load_weights("clip", "projector", prefixed=True)
+    state |= {"odd": torch.tensor([float("inf"), -0.0, 6e-8, 65504]).half(), "one": torch.tensor(0.1).half()}
+    write(tmp_path / "some.safetensors", state)
+    found = read(tmp_path / "some.safetensors")
+    assert list(found) == list(state)
+    for name, value in state.items():
+        assert found[name].shape == value.shape
+        assert torch.equal(found[name].flatten().view(torch.int16), value.flatten().view(torch.int16))
+    assert (tmp_path / "some.safetensors").stat().st_size < 0.9 * sum(2 * value.numel() for value in state.values())
 
 
 def test_the_package_stays_small():

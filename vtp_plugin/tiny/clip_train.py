@@ -32,7 +32,7 @@ from .missing import Sight, whole
 from .modeling import LLAMA_WIDTH, normalize
 from .prompts import Layout, layouts, load_llama_tokenizer
 from .scenes import SHAPES, SIZE, Split, Thing
-from .store import CLIP_FACTORS, WEIGHTS
+from .store import CLIP_FACTORS, WEIGHTS, write
 from .vision import look
 
 POOL = {"validation": 300, "train": 900}
@@ -234,10 +234,8 @@ def at_random(tokens: Tensor, keep: float) -> Sight:
 
 def export(run: Run) -> None:
     """The factors and the projector, in half precision."""
-    from safetensors.torch import save_file
-
     state = {name: value for name, value in student(run).learned.state_dict().items() if not name.startswith("news.")}
-    save_file({name: value.half().contiguous() for name, value in state.items()}, WEIGHTS / CLIP_FACTORS)
+    write(WEIGHTS / CLIP_FACTORS, state)
     run.say(f"exported {(WEIGHTS / CLIP_FACTORS).stat().st_size / 1e6:.1f} MB")
 
 

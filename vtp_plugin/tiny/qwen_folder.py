@@ -17,7 +17,7 @@ from .lowrank import merged
 from .modeling import LLAMA_WIDTH, MEAN, STD, VISION_WIDTH, depth, llama_config
 from .prompts import CHAT_TEMPLATE, IMAGE, Layout, load_llama_tokenizer
 from .scenes import PATCH
-from .store import QWEN_WEIGHTS, WEIGHTS, load_weights
+from .store import QWEN_WEIGHTS, WEIGHTS, load_weights, read
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLConfig
@@ -124,9 +124,7 @@ def qwen_processor(tokenizer: Any) -> Any:
 
 def learned_weights() -> dict[str, dict[str, Tensor]]:
     """`visual`, the tower with its merger, and `factors`, as they were trained."""
-    from safetensors.torch import load_file
-
-    stored = load_file(WEIGHTS / QWEN_WEIGHTS)
+    stored = read(WEIGHTS / QWEN_WEIGHTS)
     return {
         part: {name.removeprefix(f"{part}."): value for name, value in stored.items() if name.startswith(f"{part}.")}
         for part in PARTS

@@ -32,7 +32,7 @@ from .questions import CHOICES
 from .qwen_folder import PARTS, UNITS, qwen_layouts, qwen_tokenizer
 from .qwen_student import Student, nearest, on_axes, shrunk, student
 from .scenes import GRID, Scene
-from .store import QWEN_WEIGHTS, WEIGHTS
+from .store import QWEN_WEIGHTS, WEIGHTS, write
 from .train import HARD, draw_pools, start_from_package
 from .vision import dense_loss, look
 from .workshop import Batch, Workshop
@@ -163,11 +163,9 @@ def test(run: Run) -> None:
 
 def export(run: Run) -> None:
     """Tower, merger and factors, in half precision."""
-    from safetensors.torch import save_file
-
     learned = trained(run).learned
     state = {f"{part}.{name}": value for part in PARTS for name, value in learned[part].state_dict().items()}
-    save_file({name: value.half().contiguous() for name, value in state.items()}, WEIGHTS / QWEN_WEIGHTS)
+    write(WEIGHTS / QWEN_WEIGHTS, state)
     run.say(f"exported {(WEIGHTS / QWEN_WEIGHTS).stat().st_size / 1e6:.1f} MB")
 
 
