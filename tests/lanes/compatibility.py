@@ -40,9 +40,10 @@ PINS = """## What is pinned, and for whom
 `constraints.txt`, `constraints-oldest.txt` and `constraints-vllm.txt` hold name==version of everything in an
 environment that passed; `make setup`, `demo`, `test`, `test-hosts` and `test-vllm` install with them. They hold on
 Python 3.11 and newer, as transformers 5.24 itself does. On Python 3.10 pip resolves inside the bounds of
-`pyproject.toml` alone, which ends at transformers 5.20: that release is run above, Python 3.10 is not. Left out of the files are this package,
-tools that build packages, and what torch's own wheel pins for its accelerator. `make constraints` writes
-`constraints.txt` anew from the newest lane once that is green, and tests the environment that follows from it.
+`pyproject.toml` alone, which ends at transformers 5.20: that release is run above, Python 3.10 is not. Left out of the
+files are this package, tools that build packages, and what torch's own wheel pins for its accelerator. `make
+constraints` writes `constraints.txt` anew from the newest lane once that is green, and tests the environment that
+follows from it.
 """
 
 
