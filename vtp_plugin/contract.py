@@ -56,7 +56,7 @@ class TouchPoint:
 
     def missing(self, root: Any = None) -> str:
         """What is not as it was, as a part of a sentence; "" if all is, or if the release is older than it."""
-        if self.since and _release(self.window.package) < self.since:
+        if self.since and release(self.window.package) < self.since:
             return ""
         name = self.where.lstrip(".") or f"{type(root).__name__}.forward"
         try:
@@ -148,7 +148,7 @@ def _version(package: str) -> str | None:
 
 
 @cache
-def _release(package: str) -> tuple[int, ...]:
+def release(package: str) -> tuple[int, ...]:
     """5.24.0.dev1 -> (5, 24, 0)."""
     parts = (_version(package) or "0").split("+")[0].split(".")
     return tuple(int(part) for part in parts if part.isdigit())

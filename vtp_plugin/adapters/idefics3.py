@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from itertools import islice
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
 from vtp_plugin.adapters.rows import RowsAdapter, flat_tower, runs
+from vtp_plugin.contract import release
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.stages import Stage
@@ -86,7 +85,7 @@ class Idefics3(RowsAdapter):
     @contextmanager
     def serving(self, features: Any) -> Iterator[None]:
         with super().serving(features), Undo() as undo:
-            if features and self.core.config.model_type == "smolvlm" and _release() == BLOCKS:
+            if features and self.core.config.model_type == "smolvlm" and release("transformers")[:2] == BLOCKS:
                 undo.override(self.core, "inputs_merger", self._merged)
             yield
 
@@ -103,7 +102,3 @@ class Idefics3(RowsAdapter):
         """The rows of all tiles of a sample, [K, D] each -> [n, D] per tile."""
         rows = self.tower.grid[0] * self.tower.grid[1] // self.scale**2
         return torch.cat(list(output.pooler_output)).split(rows)
-
-
-def _release() -> tuple[int, ...]:
-    return Version(version("transformers")).release[:2]

@@ -16,7 +16,7 @@ from .folders import composed, save_model, use_published_names
 from .lowrank import merged
 from .prompts import CHAT_TEMPLATE, IMAGE, load_llama_tokenizer
 from .scenes import GRID, PATCH, SIZE
-from .store import CLIP_FACTORS, WEIGHTS, load_weights, read
+from .store import CLIP_FACTORS, WEIGHTS, load_weights, read_parts
 
 VIDEO = "<video>"
 POOLED = 2  # patches on a side of the square that becomes one token of a frame
@@ -90,8 +90,4 @@ def processor(tokenizer: Any) -> Any:
 
 def learned_weights() -> dict[str, dict[str, Tensor]]:
     """`factors` and `projector` as they were trained."""
-    stored = read(WEIGHTS / CLIP_FACTORS)
-    return {
-        part: {name.removeprefix(f"{part}."): value for name, value in stored.items() if name.startswith(f"{part}.")}
-        for part in ("factors", "projector")
-    }
+    return read_parts(WEIGHTS / CLIP_FACTORS, "factors", "projector")

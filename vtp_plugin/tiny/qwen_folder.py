@@ -17,7 +17,7 @@ from .lowrank import merged
 from .modeling import LLAMA_WIDTH, MEAN, STD, VISION_WIDTH, depth, llama_config
 from .prompts import CHAT_TEMPLATE, IMAGE, Layout, load_llama_tokenizer
 from .scenes import PATCH
-from .store import QWEN_WEIGHTS, WEIGHTS, load_weights, read
+from .store import QWEN_WEIGHTS, WEIGHTS, load_weights, read_parts
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLConfig
@@ -124,8 +124,4 @@ def qwen_processor(tokenizer: Any) -> Any:
 
 def learned_weights() -> dict[str, dict[str, Tensor]]:
     """`visual`, the tower with its merger, and `factors`, as they were trained."""
-    stored = read(WEIGHTS / QWEN_WEIGHTS)
-    return {
-        part: {name.removeprefix(f"{part}."): value for name, value in stored.items() if name.startswith(f"{part}.")}
-        for part in PARTS
-    }
+    return read_parts(WEIGHTS / QWEN_WEIGHTS, *PARTS)

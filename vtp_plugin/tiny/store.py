@@ -61,3 +61,12 @@ def read(file: Path) -> dict[str, Tensor]:
     flat = torch.stack([low, high], 1).flatten().view(torch.float16)
     parts = flat.split([torch.Size(shape).numel() for shape in shapes.values()])
     return {name: part.view(shape).clone() for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def read_parts(file: Path, *parts: str) -> dict[str, dict[str, Tensor]]:
+    """The same part by part, each by its names within the part."""
+    stored = read(file)
+    return {
+        part: {name.removeprefix(f"{part}."): value for name, value in stored.items() if name.startswith(f"{part}.")}
+        for part in parts
+    }
