@@ -8,12 +8,10 @@ before, or left it. `test` answers validation clips, `export` puts the factors i
 
 from __future__ import annotations
 
-import argparse
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +23,7 @@ from .clip_folder import CELLS, POOLED
 from .clip_missing import Shown, some_missing
 from .clips import ASKED, FRAMES, Clip, sample_clip
 from .examining import shipped
-from .fitting import Metrics, Plan, Run, fit, progress
+from .fitting import Metrics, Plan, Run, fit, go_through, options, progress
 from .language import answer_loss, examine, write_lesson
 from .lowrank import adapt
 from .missing import Sight, whole
@@ -243,15 +241,8 @@ STAGES: dict[str, Callable[..., None]] = {"draw": draw_clips, "train": train, "t
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m vtp_plugin.tiny.clip_train", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log.txt and log.json")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--stage", choices=STAGES, action="append", help="only these stages (default: all, in order)")
-    parser.add_argument("--steps", type=int, help="steps of training, instead of the recipe's")
-    chosen = parser.parse_args(arguments)
-    run = Run(chosen.out, chosen.device)
-    for name in chosen.stage or STAGES:
-        STAGES[name](run, **({"steps": chosen.steps} if name == "train" else {}))
+    chosen = options("clip_train", __doc__, STAGES).parse_args(arguments)
+    go_through(Run(chosen.out, chosen.device), chosen, STAGES, {"train"})
 
 
 if __name__ == "__main__":

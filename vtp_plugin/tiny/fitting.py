@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -138,3 +139,21 @@ def checkpoint(run: Run, stage: str, modules: nn.ModuleDict, optimizer, step: in
 def progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+
+
+def options(module: str, said: str, stages: Iterable[str]) -> argparse.ArgumentParser:
+    """The command line of a recipe: `said` is its module's docstring."""
+    parser = argparse.ArgumentParser(prog=f"python -m vtp_plugin.tiny.{module}", description=said.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log.txt and log.json")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--stage", choices=stages, action="append", help="only these stages (default: all, in order)")
+    parser.add_argument("--steps", type=int, help="steps of each trained stage, instead of the recipe's")
+    return parser
+
+
+def go_through(
+    run: Run, chosen: argparse.Namespace, stages: Mapping[str, Callable[..., None]], trained: Container[str]
+) -> None:
+    """The chosen stages, or all in their order; those that train are told how many steps."""
+    for name in chosen.stage or stages:
+        stages[name](run, **({"steps": chosen.steps} if name in trained else {}))

@@ -9,11 +9,9 @@ the weights into the package.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import testset
 from .examining import at_random, table
-from .fitting import Metrics, Plan, Run, fit, progress
+from .fitting import Metrics, Plan, Run, fit, go_through, options, progress
 from .language import answer_loss, examine, write_lesson
 from .missing import Sight, renumber, some_missing
 from .modeling import normalize
@@ -186,15 +184,8 @@ STAGES: dict[str, Callable[..., None]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m vtp_plugin.tiny.qwen_train", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log.txt and log.json")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--stage", choices=STAGES, action="append", help="only these stages (default: all, in order)")
-    parser.add_argument("--steps", type=int, help="steps of each trained stage, instead of the recipe's")
-    chosen = parser.parse_args(arguments)
-    run = Run(chosen.out, chosen.device)
-    for name in chosen.stage or STAGES:
-        STAGES[name](run, **({"steps": chosen.steps} if name in TRAINS else {}))
+    chosen = options("qwen_train", __doc__, STAGES).parse_args(arguments)
+    go_through(Run(chosen.out, chosen.device), chosen, STAGES, TRAINS)
 
 
 if __name__ == "__main__":

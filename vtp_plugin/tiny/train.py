@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from . import testset
 from .examining import score, table
-from .fitting import Metrics, Plan, Run, fit, progress
+from .fitting import Metrics, Plan, Run, fit, go_through, options, progress
 from .language import answer_loss
 from .missing import renumber, some_missing, whole
 from .modeling import deepen, normalize
@@ -205,12 +204,8 @@ STAGES: dict[str, Callable[..., None]] = {
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m vtp_plugin.tiny.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log.txt and log.json")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--stage", choices=STAGES, action="append", help="only these stages (default: all, in order)")
+    parser = options("train", __doc__, STAGES)
     parser.add_argument("--shipped", action="store_true", help="start from the package's weights")
-    parser.add_argument("--steps", type=int, help="steps of each trained stage, instead of the recipe's")
     return parser.parse_args(arguments)
 
 
@@ -219,8 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     run = Run(chosen.out, chosen.device)
     if chosen.shipped:
         start_from_package(run)
-    for name in chosen.stage or STAGES:
-        STAGES[name](run, **({"steps": chosen.steps} if name in TRAINS else {}))
+    go_through(run, chosen, STAGES, TRAINS)
 
 
 if __name__ == "__main__":
