@@ -25,6 +25,7 @@ from vtp_plugin.hosts.transformers.shapes import Shape, shape_of
 MODELS = {"llava-1.5-7b": "LLaVA-1.5", "llava-next-7b": "LLaVA-NeXT", "qwen2.5-vl-7b": "Qwen2.5-VL"}
 PART = 4  # a quarter
 FEW = 1 / 16  # a share of the tokens that greedy methods have soon
+MERGED = 1 / 4  # what two blocks, of three in the tower, can leave by merging pairs
 SIZES = ("hidden_size", "intermediate_size", "out_hidden_size")
 SIZES += ("num_attention_heads", "num_key_value_heads", "num_heads")
 BLOCKS = {"num_hidden_layers": 3, "depth": 3, "fullatt_block_indexes": [2]}  # of the tower, where nothing adds up
@@ -81,4 +82,6 @@ def fitting(name: str, keep: float | None) -> PruningStrategy:
     given: dict[str, Any] = {field: value for field, value in words.items() if field in cls.fields()}
     if cls.stage is Stage.LLM and "layer" in cls.fields():
         given["layer"] = 2
-    return cls(**given, **({} if keep is None or cls.nominal or not cls.budgeted else {"keep_ratio": keep}))
+    if keep is not None and cls.budgeted and not cls.nominal:
+        given["keep_ratio"] = max(keep, MERGED) if cls.merges and cls.stage is Stage.VIT else keep
+    return cls(**given)

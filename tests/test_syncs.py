@@ -26,6 +26,7 @@ FILMED += (("flashvid", {"keep_tokens": 5, "segments": 1, "scene": -1.0, "join":
 
 WHOLE = dear(STAGES, ["llava_next"])  # families that are asked for every strategy
 APART = 6  # the others: for every sixth
+POSSIBLE = {"gemma4": 18}  # strategies: it pools inside the tower, and no cut is possible between its layers
 
 
 @pytest.mark.parametrize("name", by_kind(STAGES))
@@ -37,7 +38,7 @@ def test_waits_copies_and_what_is_left(name: str) -> None:
     found = list(syncs.rows(name, layouts, Counter(), part))
     unpruned = {row["layout"]: row for row in found if row["strategy"] is None}
     pruned = [row for row in found if row["strategy"]]
-    assert len(pruned) >= 20 * len(layouts) // (part.step or 1)
+    assert len(pruned) >= POSSIBLE.get(name, 20) * len(layouts) // (part.step or 1)
     bad, patches = [], host(name).grid
     for row in pruned:
         before, case = unpruned[row["layout"]], (row["strategy"], row["layout"])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.stages import Stage
@@ -194,6 +195,8 @@ class PlaceholderCalls:
             inputs["position_ids"] = positions
         known = inspect.signature(self.forward).parameters
         for name, value in inputs.items():
+            if name in PER_TOKEN and isinstance(value, Tensor):  # a host tells it of the prompt only, not of candidates
+                value = functional.pad(value, (0, ids.shape[1] - value.shape[1]))
             if not isinstance(value, Tensor) or value.shape[:2] != ids.shape:
                 continue
             if name in PER_TOKEN or (name not in known and name not in TRANSLATED):

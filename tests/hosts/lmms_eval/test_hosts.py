@@ -253,9 +253,14 @@ def test_counts_and_answers_of_the_host_itself(key: str, work: Work, process: An
 
 
 def answer(line: dict[str, Any]) -> str:
-    """What the model said; a list in memory, with some classes a string in the file."""
-    said = line["filtered_resps"]
-    return said if isinstance(said, str) else said[0]
+    """What the model said, with the spaces that the host's filter strips.
+
+    Lists of lists in memory; in the file a string, which is left out where the filter changed nothing.
+    """
+    said = line.get("resps", line["filtered_resps"])
+    while not isinstance(said, str):
+        said = said[0]
+    return said
 
 
 def counting(model: Any) -> list[int]:
