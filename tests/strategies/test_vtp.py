@@ -45,14 +45,15 @@ def restated(x: torch.Tensor, u: list[float], k: int, herded: int, scale: float 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("at", ["projector", "llm"])
 @pytest.mark.parametrize(("proportion", "focus"), [(None, 0.0), (0.0, 1.0), (0.5, 0.5), (1.0, 2.0)])
-@pytest.mark.parametrize(("n", "k"), [(2, 1), (20, 6), (20, 15)])
+@pytest.mark.parametrize(("n", "k"), [(2, 1), (20, 4), (20, 6), (20, 15)])
 def test_as_described(n: int, k: int, proportion: float | None, focus: float, at: str, dtype: torch.dtype):
     seen = seen_by("random", n, at, dtype)
     kept = get_strategy("vtp")(keep_tokens=k, at=at, proportion=proportion, focus=focus).decide(seen)
     features, importance = (getattr(seen, name) for name in SIGNALS[at])
     for b in range(2):
         u = [(v + 0.1) ** focus for v in slow.minmax(importance[b].double().tolist())]
-        herded = round(k * (k / n if proportion is None else proportion))
+        share = k * (k / n if proportion is None else proportion)
+        herded = round(share) if share >= 1 else 0
         assert slow.columns(kept)[b] == restated(features[b].double(), u, k, herded)
 
 
@@ -72,6 +73,14 @@ def test_what_is_rare_stays_and_what_is_frequent_stays_frequent():
     assert torch.bincount(kinds[kept], minlength=3)[1:].tolist() in ([1, 1], [2, 1])
     (spread,) = get_strategy("vtp")(keep_tokens=8, proportion=0.0).decide(seen).sources
     assert set(kinds[spread].tolist()) == {0, 1, 2}
+
+
+def test_a_share_below_one_token_restores_nothing():
+    """4 of 20: 4 x 4 / 20 is 0.8 of a token; 5 of 20 is more than one."""
+    make, seen = get_strategy("vtp"), seen_by("random", 20)
+    assert [make().covering(k, 20) for k in (1, 3, 4, 5, 10, 20)] == [1, 3, 4, 4, 5, 1]
+    covering = make(keep_tokens=4, proportion=0.0).decide(seen)
+    assert slow.columns(make(keep_tokens=4).decide(seen)) == slow.columns(covering)
 
 
 def test_importance_is_read_only_where_it_counts():

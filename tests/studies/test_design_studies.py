@@ -9,23 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 pytest.importorskip("skimage", reason="backgrounds are the photographs of scikit-image")
 
-from vtp_plugin import prune
+from vtp_plugin import config, prune
 from vtp_plugin.errors import PruningError
-from vtp_plugin.studies import atp_design, vtp_design
+from vtp_plugin.studies import atp_design
+from vtp_plugin.studies.evaluated import hits
 from vtp_plugin.studies.study import conduct
-from vtp_plugin.tiny import probe
-from vtp_plugin.tiny.examining import shipped
+from vtp_plugin.tiny import probe, reading
 from vtp_plugin.tiny.fitting import Run
 from vtp_plugin.tiny.inference import answer, answers, load
-from vtp_plugin.tiny.modeling import normalize
 from vtp_plugin.tiny.pool import draw
 from vtp_plugin.tiny.scenes import PLATE, SIZE, Thing, sample_scene
 from vtp_plugin.tiny.testset import ask
-from vtp_plugin.tiny.vision import look
 
 SCENE = replace(
     sample_scene("test", 0),
@@ -165,30 +164,33 @@ def test_a_batch_answers_as_one_by_one() -> None:
 # -- vtp-design --------------------------------------------------------------------------------------------------------
 
 
-def test_the_arena_s_choice_is_that_of_the_pruned_model() -> None:
-    """Of the shipped networks, asked without a host, and of the checkpoint in transformers."""
-    scene = sample_scene("validation", 3)
-    networks, _ = shipped()
-    with torch.no_grad():
-        view = look(networks["clip"], normalize(torch.from_numpy(draw(scene).copy())[None]))
-        tokens = networks["projector"](view.patches)
-    strategy = vtp_design.VTPDesign({"parts": {"vtp": {}}}, Path())._strategy("vtp", 0.25)
-    model, processor = load()
-    kept: list[list[int]] = []
-    with prune(model, "vtp", keep_ratio=0.25, processor=processor) as pruned:
-        pruned.finished.append(lambda call: kept.append(call.images[0].index.tolist()))
-        from PIL import Image
-
-        answer(model, processor, Image.fromarray(draw(scene)), "what is the digit")
-    assert vtp_design._chosen(strategy, tokens, view).tolist() == kept
+@pytest.mark.parametrize("name", reading.LAYOUTS)
+def test_a_reading_is_that_of_the_pruned_model(name: str) -> None:
+    """What strategies keep, and what is answered: read once for all questions, and by the pruned model, one by one."""
+    reader, numbered = reading.Reading(name), [(seed, sample_scene("validation", seed)) for seed in range(4)]
+    visual = reader.shown([scene for _, scene in numbered])
+    asked = [list(ask(place, seed, scene).values()) for place, (seed, scene) in enumerate(numbered)]
+    for spec, fields in ((None, {}), ("vtp", {}), ("scope", {}), ("divprune", {}), ("stride", {"at": "projector"})):
+        strategies = config.resolve(spec, {"keep_ratio": 0.11, "positions": "original", **fields}) if spec else []
+        strategy = strategies[0] if spec else None
+        columns = reader.kept(visual, strategy)
+        kept, said = [], []
+        with prune(reader.model, strategies or "none", processor=reader.processor) as pruned:
+            pruned.finished.append(lambda call, kept=kept: kept.append(call.images[0].index.tolist()))
+            for (_, scene), questions in zip(numbered, asked, strict=True):
+                picture = Image.fromarray(draw(scene))
+                said.append([answer(reader.model, reader.processor, picture, q.text) == q.answer for q in questions])
+        assert kept == [row.tolist() for row in visual.index.gather(1, columns) for _ in asked[0]]
+        right = reader.answered(visual, strategy, reader.lesson(asked))
+        assert [list(map(bool, hits)) for hits in right.values()] == list(map(list, zip(*said, strict=True)))
 
 
 def test_rows_of_vtp_design(tmp_path: Path) -> None:
     parts = {"vtp": {}, "stride": {"pruning": "stride", "at": "projector"}}
     found, table = results("vtp-design", {"limit": 6, "keep": [0.11], "parts": parts}, tmp_path / "study")
-    rows = {row["part"]: row["right"] for row in found["rows"]}
+    rows = {row["part"]: hits(row["right"]) for row in found["rows"]}
     assert list(rows) == ["unpruned", "vtp", "stride"]
-    assert all(len(hits) == 6 for right in rows.values() for hits in right.values())
+    assert all(len(one) == 6 for right in rows.values() for one in right.values())
     assert np.mean(rows["unpruned"]["attribute"]) > 0.8
     assert f"| vtp | {100 * np.mean(rows['vtp']['presence']):.1f} |" in table
 
@@ -197,8 +199,10 @@ def test_rows_of_vtp_design(tmp_path: Path) -> None:
     ("said", "sentence"),
     [
         ({"parts": {"stride": {}}}, "need one called 'vtp'"),
-        ({"parts": {"vtp": {}, "fastv": {"pruning": "fastv"}}}, "'fastv' needs more than"),
-        ({"parts": {"vtp": {"at": "llm"}}}, "'vtp' needs more than"),
+        ({"parts": {"vtp": {}, "fastv": {"pruning": "fastv"}}}, "'fastv' must choose in front of the projector"),
+        ({"parts": {"vtp": {"at": "llm"}}}, "'vtp' must choose in front of the projector"),
+        ({"parts": {"vtp": {}, "pooling": {"pruning": "pooling"}}}, "'pooling' must choose in front"),
+        ({"model": "vtp-tiny-video"}, "unknown model of vtp-design 'vtp-tiny-video'"),
         ({"limit": 0}, "limit must be from 1"),
         ({"limit": 1001}, "limit must be from 1 to the 1000"),
         ({"keep": []}, "keep must be keep ratios"),

@@ -10,25 +10,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from copy import copy
-from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import nn
 
+from vtp_plugin import contract
 from vtp_plugin.errors import PruningError
 from vtp_plugin.surgery.undo import Undo
 
-FIRST_WITH_FEATURES = Version("5.18")
+FIRST_WITH_FEATURES = (5, 18)  # release
 BESIDE_PIXELS = ("second_per_grid_ts",)  # per video, but no argument of `get_video_features`
 
 
-@cache
 def is_host() -> bool:
     """Whether the installed transformers is that old."""
-    return Version(Version(version("transformers")).base_version) < FIRST_WITH_FEATURES
+    return contract.release("transformers") < FIRST_WITH_FEATURES
 
 
 def repeats_pixels(model: nn.Module) -> bool:
@@ -90,7 +87,7 @@ def refuse_windows(model: nn.Module, undo: Undo) -> None:
         if window is not None and longest > window:
             raise PruningError(
                 f"in transformers 5.17 an assistant_model fails behind its sliding window ({window} tokens, and prompt "
-                f"and answer may have {longest}): take transformers {FIRST_WITH_FEATURES} or later"
+                f"and answer may have {longest}): take transformers {'.'.join(map(str, FIRST_WITH_FEATURES))} or later"
             )
         return original(*args, generation_config=generation_config, assistant_model=assistant_model, **kwargs)
 

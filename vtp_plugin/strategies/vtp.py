@@ -7,8 +7,8 @@ in steps of 2^-12.
    one like it among those that stay, so rare things stay;
 2. proportion: S grows by argmax_j (|S| + 1) mean_i k_ij - sum_{s in S} k_sj, kernel herding (arXiv 1203.3472): what
    stays is distributed as the picture is, so frequent things stay frequent.
-K = round(r N) tokens stay, round(`proportion` K) of them by step 2; None makes the share r itself: the scarcer tokens
-are, the more of them are spent on coverage.
+K = round(r N) tokens stay, round(`proportion` K) of them by step 2, none if that share is less than one token; None
+makes the share K / N: the scarcer tokens are, the more of them are spent on coverage.
 What stays keeps the position that it had in the whole prompt; `positions=compact` counts anew.
 
 Why: attention averages over the tokens that it finds alike, so what is left must keep the proportions of the picture.
@@ -76,9 +76,9 @@ class VTP(PlacedStrategy, ComparingStrategy):
         return Selection.of(herding(alike, covering, k), n)
 
     def covering(self, k: int, n: int) -> int:
-        """How many of k tokens of n are picked to cover, at least one."""
-        share = k / n if self.proportion is None else self.proportion
-        return max(1, k - round(share * k))
+        """How many of k tokens of n are picked to cover, at least one; a share below one token restores nothing."""
+        restoring = k * (k / n if self.proportion is None else self.proportion)
+        return max(1, k - round(restoring)) if restoring >= 1 else k
 
     def weight(self, visual: VisualTokens, alike: Tensor) -> Tensor:
         """u^focus of every token, [B, N]."""

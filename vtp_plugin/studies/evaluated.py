@@ -136,6 +136,16 @@ def select(run: Run, chosen: Callable[[str, int], bool]) -> dict[str, dict[str, 
     return found
 
 
+def digits(right: Mapping[str, Sequence[float]]) -> dict[str, str]:
+    """Answers that are right or wrong, a digit each, as records keep them."""
+    return {task: "".join(str(int(hit)) for hit in hits) for task, hits in right.items()}
+
+
+def hits(right: Mapping[str, str]) -> dict[str, list[int]]:
+    """`digits`, read again."""
+    return {task: list(map(int, written)) for task, written in right.items()}
+
+
 def over_tasks(right: Mapping[str, Sequence[float]]) -> float:
     """The mean of what was right, every task counting the same."""
     return mean({task: statistics.mean(values) for task, values in right.items()})

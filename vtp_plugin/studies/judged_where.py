@@ -22,7 +22,7 @@ from vtp_plugin.reporting import statistics
 from vtp_plugin.reporting.comparison import p_value
 from vtp_plugin.reporting.tables import Table
 from vtp_plugin.stages import Stage
-from vtp_plugin.studies.evaluated import over_tasks, points
+from vtp_plugin.studies.evaluated import digits, hits, over_tasks, points
 from vtp_plugin.studies.study import Study, some
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class JudgedWhere(Study):
                 seen = {place: self.asked.answered(prompts, [strategies[place]]) for place in PLACES}
                 rows.append({"method": name, "keep": keep, "questions": len(whole.said), **compared(seen)})
         self.console.print(f"{self.shown} {numbers[0]} to {numbers[-1]} are answered")
-        return {WHOLE: digits(whole), "rows": rows}
+        return {WHOLE: digits(whole.right), "rows": rows}
 
     # -- what it looks like ---------------------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ class JudgedWhere(Study):
 
     def _said(self, results: Mapping[str, Any]) -> str:
         whole, tasks = results[WHOLE], " and ".join(", ".join(results[WHOLE]).rsplit(", ", 1))
-        alone = ", ".join(f"{task} {100 * mean(map(int, hits)):.1f}" for task, hits in whole.items())
+        alone = ", ".join(f"{task} {100 * mean(right):.1f}" for task, right in hits(whole).items())
         return (
             f"{results[self.shown]} test {self.shown}, a question of each of the tasks {tasks} about each; all tokens: "
             f"{alone}. "
@@ -158,7 +158,7 @@ class JudgedWhere(Study):
         )
         for row, gain, p in zip(results["rows"], every, sure, strict=True):
             if row["keep"] == keep:
-                right = [f"{100 * mean(map(int, row[place][task])):.1f}" for task in tasks for place in PLACES]
+                right = [f"{100 * mean(hits(row[place])[task]):.1f}" for task in tasks for place in PLACES]
                 shares = [f"{100 * row[name]:.0f}" for name in ("same", "both")]
                 table.add(row["method"], *right, gained(gain), p_value(p), *shares)
         table.caption = (
@@ -188,17 +188,12 @@ class JudgedWhere(Study):
         return {"places": figure}
 
 
-def digits(seen: Seen) -> Right:
-    """What was right, as text."""
-    return {task: "".join(str(int(hit)) for hit in hits) for task, hits in seen.right.items()}
-
-
 def compared(seen: Mapping[str, Seen]) -> dict[str, Any]:
     """What was right by either place, and the share of questions and of tokens in which they agree."""
     after, before = (seen[place] for place in PLACES)
     both = mean(len(a & b) / max(len(a), len(b)) for a, b in zip(after.kept, before.kept, strict=True))
     same = mean(a == b for a, b in zip(after.said, before.said, strict=True))
-    return {"after": digits(after), "before": digits(before), "same": same, "both": both}
+    return {"after": digits(after.right), "before": digits(before.right), "same": same, "both": both}
 
 
 def joined_rows(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -212,15 +207,13 @@ def joined_rows(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def gain_of(rows: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
     """Per task, before - after for every clip or scene, the mean of some rows."""
 
-    def hits(row: Mapping[str, Any], place: str, task: str) -> np.ndarray:
-        return np.array([float(digit) for digit in row[place][task]])
-
-    return [np.mean([hits(row, "before", t) - hits(row, "after", t) for row in rows], 0) for t in rows[0]["after"]]
+    read = [{place: hits(row[place]) for place in PLACES} for row in rows]
+    return [np.mean([np.subtract(row["before"][t], row["after"][t]) for row in read], 0) for t in rows[0]["after"]]
 
 
 def accuracy(right: Right) -> float:
     """The mean of the tasks."""
-    return over_tasks({task: list(map(int, hits)) for task, hits in right.items()})
+    return over_tasks(hits(right))
 
 
 def gained(gain: Sequence[np.ndarray]) -> str:

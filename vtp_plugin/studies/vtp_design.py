@@ -1,35 +1,35 @@
 """vtp-design: what every part of `vtp` is worth, on scenes that no table of results is made of.
 
-Source: this package. Methods are asked for their choice of the embedded model's tokens, and its language model answers
-from what is left, at the original positions. No host is between, so a row takes seconds. The scenes are validation
-scenes: other seeds and other photographs than those of the tests.
+Source: this package. Methods choose from what an embedded model shows them of a scene, and its language model answers
+from what is left, at the original positions (tiny/reading.py). The scenes are validation scenes: other seeds and other
+photographs than those of the tests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from vtp_plugin import config
-from vtp_plugin.errors import PruningError
+from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.reporting.tables import Table
 from vtp_plugin.stages import Stage
-from vtp_plugin.studies.evaluated import gain, over_tasks
+from vtp_plugin.studies.evaluated import digits, gain, hits, over_tasks
 from vtp_plugin.studies.study import Study, some
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch import Tensor
 
     from vtp_plugin.strategy import PruningStrategy
-    from vtp_plugin.tiny.vision import View
+    from vtp_plugin.tiny.language import Lesson
+    from vtp_plugin.tiny.reading import Reading
+    from vtp_plugin.tokens import VisualTokens
 
 LEADER, WHOLE = "vtp", "unpruned"
 SCENES = 1000  # that there are, of the validation seeds
-GIVEN = ("projected", "cls_attention", "fingerprint")
+TOGETHER = 25  # scenes
 
 
 class VTPDesign(Study):
@@ -39,9 +39,13 @@ class VTPDesign(Study):
     source = "this package's own strategy: cover the picture, then keep its proportions; what each part is worth"
 
     def check(self) -> None:
+        from vtp_plugin.tiny.reading import LAYOUTS
+
         said = self.settings
         self.check_ratios("keep")
-        self.seeds = range(len(some(range(SCENES), said["limit"], "limit")))
+        if said["model"] not in LAYOUTS:
+            raise unknown(f"model of {self.name}", said["model"], LAYOUTS)
+        self.seeds = some(range(SCENES), said["limit"], "limit")
         if LEADER not in said["parts"] or WHOLE in said["parts"]:
             raise PruningError(f"{self.name}: parts need one called '{LEADER}', and none called '{WHOLE}'")
         for keep in said["keep"]:
@@ -49,11 +53,14 @@ class VTPDesign(Study):
                 self._strategy(name, keep)
 
     def _strategy(self, name: str, keep: float) -> PruningStrategy:
-        """A row's strategy; PruningError if it asks for more than is GIVEN."""
+        """A row's strategy; PruningError if it asks for more than it can be given here."""
+        from vtp_plugin.tiny.reading import SIGNALS
+
         fields = {"keep_ratio": keep, **(self.settings["parts"][name] or {})}
         (strategy,) = config.resolve(fields.pop("pruning", LEADER), fields)
-        if strategy.stage is not Stage.PROJECTOR or set(strategy.needs) - set(GIVEN):
-            raise PruningError(f"{self.name}: '{name}' needs more than {', '.join(GIVEN)} in front of the projector")
+        if strategy.stage is not Stage.PROJECTOR or strategy.merges or set(strategy.needs) - set(SIGNALS):
+            known = f"in front of the projector, and need no more than {', '.join(SIGNALS)}"
+            raise PruningError(f"{self.name}: '{name}' must choose {known}")
         return strategy
 
     def measure(self) -> dict[str, Any]:
@@ -66,17 +73,32 @@ class VTPDesign(Study):
     def _row(self, name: str, keep: float) -> dict[str, Any]:
         return {"part": name, "keep": keep, "right": self._answered(self._strategy(name, keep))}
 
-    def _answered(self, strategy: PruningStrategy | None) -> dict[str, list[float]]:
-        """Per task, 1 or 0 for every scene."""
-        from vtp_plugin.tiny.examining import answered, shipped
-        from vtp_plugin.tiny.pool import draw
-        from vtp_plugin.tiny.scenes import sample_scene
+    @cached_property
+    def reading(self) -> Reading:
+        from vtp_plugin.tiny.reading import Reading
 
-        if not hasattr(self, "scenes"):
-            self.networks, self.layout = shipped()
-            self.scenes = [(seed, sample_scene("validation", seed)) for seed in self.seeds]
-            self.images = np.stack([draw(scene) for _, scene in self.scenes])
-        return answered(self.networks, self.layout, self.images, self.scenes, lambda *seen: _chosen(strategy, *seen))
+        return Reading(self.settings["model"])
+
+    @cached_property
+    def lots(self) -> list[tuple[VisualTokens, Lesson]]:
+        """What is shown of some scenes, and the questions about them."""
+        from vtp_plugin.tiny.scenes import sample_scene
+        from vtp_plugin.tiny.testset import ask
+
+        numbered = [(place, seed, sample_scene("validation", seed)) for place, seed in enumerate(self.seeds)]
+        parts = [numbered[start : start + TOGETHER] for start in range(0, len(numbered), TOGETHER)]
+        return [
+            (
+                self.reading.shown([scene for _, _, scene in part]),
+                self.reading.lesson([list(ask(*of).values()) for of in part]),
+            )
+            for part in parts
+        ]
+
+    def _answered(self, strategy: PruningStrategy | None) -> dict[str, str]:
+        """Per task, 1 or 0 for every scene."""
+        found = [self.reading.answered(visual, strategy, lesson) for visual, lesson in self.lots]
+        return digits({task: [hit for part in found for hit in part[task]] for task in found[0]})
 
     # -- what it looks like ---------------------------------------------------------------------------------------
 
@@ -84,7 +106,7 @@ class VTPDesign(Study):
         return [self._table(results, keep) for keep in self.settings["keep"]]
 
     def _table(self, results: Mapping[str, Any], keep: float) -> Table:
-        rows = {row["part"]: row["right"] for row in results["rows"] if row["keep"] in (1, keep)}
+        rows = {row["part"]: hits(row["right"]) for row in results["rows"] if row["keep"] in (1, keep)}
         tasks = list(rows[WHOLE])
         table = Table(["", *tasks, "mean", f"- {LEADER}"], title=f"Keep {keep:g}")
         for name, right in rows.items():
@@ -95,8 +117,8 @@ class VTPDesign(Study):
                 "" if name == LEADER else gain(right, rows[LEADER]),
             )
         table.caption = (
-            f"{results['scenes']} validation scenes, a question of every task about each. Accuracy in %, original "
-            f"positions; difference to {LEADER} of the mean, in points, paired bootstrap, 95 %."
+            f"{self.settings['model']}: {results['scenes']} validation scenes, a question of every task about each. "
+            f"Accuracy in %, original positions; difference to {LEADER} of the mean, in points, paired bootstrap, 95 %."
         )
         return table
 
@@ -106,25 +128,10 @@ class VTPDesign(Study):
         figure = Figure(figsize=(6, 3.6), layout="constrained")
         axis, rows = figure.subplots(), results["rows"]
         for name in self.settings["parts"]:
-            line = sorted((row["keep"], 100 * over_tasks(row["right"])) for row in rows if row["part"] == name)
+            line = sorted((row["keep"], 100 * over_tasks(hits(row["right"]))) for row in rows if row["part"] == name)
             axis.plot(*zip(*line, strict=True), "o-", label=name, linewidth=2 if name == LEADER else 0.8)
-        axis.axhline(100 * over_tasks(rows[0]["right"]), color="grey", linewidth=0.8, label=WHOLE)
+        axis.axhline(100 * over_tasks(hits(rows[0]["right"])), color="grey", linewidth=0.8, label=WHOLE)
         axis.set_xlabel("keep ratio")
         axis.set_ylabel("mean accuracy, %")
         axis.legend(fontsize=6)
         return {"parts": figure}
-
-
-def _chosen(strategy: PruningStrategy | None, tokens: Tensor, view: View) -> Tensor:
-    """The raster positions [B, K] that a strategy keeps of projected tokens [B, N, D]; None keeps all."""
-    import torch
-
-    from vtp_plugin.tiny.scenes import GRID
-    from vtp_plugin.tokens import VisualTokens
-
-    index = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
-    if strategy is None:
-        return index
-    content = (1e6 * view.patches[:, 0, 0]).long().tolist()  # tells pictures apart, for `random`
-    seen = dict(zip(GIVEN, (tokens, view.attention, tuple(content)), strict=True))
-    return torch.stack(strategy.decide(VisualTokens(view.patches, (GRID, GRID), index, **seen)).sources)
