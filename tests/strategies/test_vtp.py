@@ -83,6 +83,17 @@ def test_a_share_below_one_token_restores_nothing():
     assert slow.columns(make(keep_tokens=4).decide(seen)) == slow.columns(covering)
 
 
+def test_the_fewer_stay_the_wider_they_reach():
+    """Half a median down to a tenth of the tokens, 144 / (20 K) below; what is said is what counts."""
+    make, seen = get_strategy("vtp"), seen_by("random", 40)
+    found = [make().width(k, 144) for k in (144, 36, 16, 15, 10, 7, 1)]
+    assert found == pytest.approx([0.5, 0.5, 0.5, 0.5, 0.72, 144 / 140, 7.2])
+    assert make(scale=0.3).width(1, 144) == 0.3
+    kept = slow.columns(make(keep_tokens=2).decide(seen))
+    assert kept == [restated(x.double(), [1.0] * 40, 2, 0, scale=1.0) for x in seen.projected]
+    assert kept != slow.columns(make(keep_tokens=2, scale=0.05).decide(seen))
+
+
 def test_importance_is_read_only_where_it_counts():
     make = get_strategy("vtp")
     assert tuple(make().needs) == ("projected",)

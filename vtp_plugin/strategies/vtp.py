@@ -2,7 +2,7 @@
 
 Source: this package. x_i are the projected tokens (at=llm: hidden states after the final norm), and their likeness is
 k_ij = exp(-|x_i - x_j|^2 / (scale m)), m the median of |x_i - x_j|^2 over all pairs of the image,
-in steps of 2^-12.
+in steps of 2^-12. Where fewer than a tenth stay, each stands for more, and the scale grows: max(1/2, N / 20 K).
 1. coverage: S grows by argmax_j u_j^focus sum_i max(0, k_ij - max_{s in S} k_is), facility location: every token has
    one like it among those that stay, so rare things stay;
 2. proportion: S grows by argmax_j (|S| + 1) mean_i k_ij - sum_{s in S} k_sj, kernel herding (arXiv 1203.3472): what
@@ -30,6 +30,7 @@ from vtp_plugin.strategy import ComparingStrategy, PlacedStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
 
 FLOOR = 0.1  # importance that every token has
+NARROW, FEW = 0.5, 10  # the scale, while at least one token of so many stays
 
 
 @dataclass(kw_only=True)
@@ -44,14 +45,15 @@ class VTP(PlacedStrategy, ComparingStrategy):
     places = ("projector", "llm")
 
     proportion: float | None = None  # share of the kept tokens that restore the proportions; None: K / N
-    scale: float = 0.5  # squared distance up to which tokens are alike, in medians of that between two tokens
+    scale: float | None = None  # squared distance up to which tokens are alike, in medians; None: by how many stay
     focus: float = 0.0  # exponent of the importance; 0 reads none
 
     def validate(self) -> None:
         super().validate()
         if self.proportion is not None:
             self.check_number("proportion", 0, 1)
-        self.check_number("scale", 1e-3, 1e3)
+        if self.scale is not None:
+            self.check_number("scale", 1e-3, 1e3)
         self.check_number("focus", 0)
 
     @property
@@ -70,10 +72,14 @@ class VTP(PlacedStrategy, ComparingStrategy):
         return round(exact)
 
     def select(self, visual: VisualTokens) -> Selection:
-        alike = gaussian(self.judged(visual, getattr(visual, self._features)), self.scale)
-        k, n = self.wanted(visual), alike.shape[1]
+        k, n = self.wanted(visual), visual.tokens.shape[1]
+        alike = gaussian(self.judged(visual, getattr(visual, self._features)), self.width(k, n))
         covering = stepped_coverage(alike, self.weight(visual, alike), self.covering(k, n))
         return Selection.of(herding(alike, covering, k), n)
+
+    def width(self, k: int, n: int) -> float:
+        """The scale for k tokens of n: half a median, more where fewer than a tenth stay."""
+        return max(NARROW, n / (2 * FEW * k)) if self.scale is None else self.scale
 
     def covering(self, k: int, n: int) -> int:
         """How many of k tokens of n are picked to cover, at least one; a share below one token restores nothing."""

@@ -2,7 +2,7 @@
 
 The embedded model runs in transformers; a strategy that keeps everything notes what it is shown. Others choose from the
 same tokens and signals, and the model's own language model reads what they keep, at the original positions, all
-questions about a scene side by side (language.py). The answers are those of the pruned model, in a tenth of the time.
+questions about a scene side by side (language.py). The answers are those of the pruned model, in less time.
 """
 
 from __future__ import annotations
