@@ -17,9 +17,9 @@ from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting import statistics
 from vtp_plugin.studies import judged_where
 from vtp_plugin.studies.study import conduct, settings_of
-from vtp_plugin.tiny import clip_questions
 from vtp_plugin.tiny.asked import Asked, Once, Seen
-from vtp_plugin.tiny.clip_questions import ClipQuestions
+from vtp_plugin.tiny.clips import questions as clip_questions
+from vtp_plugin.tiny.clips.questions import ClipQuestions
 from vtp_plugin.tiny.scene_questions import SceneQuestions
 
 METHODS = {"l2": {"at": "projector"}, "two": {"pruning": "vtp"}}

@@ -19,11 +19,15 @@ pytest.importorskip("skimage", reason="backgrounds are the photographs of scikit
 pytest.importorskip("rich")
 
 from vtp_plugin.errors import PruningError
-from vtp_plugin.tiny import checkpoint, clip_missing, clip_testset, clip_train, clips
+from vtp_plugin.tiny import checkpoint
 from vtp_plugin.tiny.checkpoint import resolve
-from vtp_plugin.tiny.clip_missing import LEFT, PATTERNS, Shown
-from vtp_plugin.tiny.clip_testset import PARQUET, TASKS, Stored, read
-from vtp_plugin.tiny.clips import ASKED, FRAMES, SIDES, Clip, read_stays, sample_clip
+from vtp_plugin.tiny.clips import clip as clips
+from vtp_plugin.tiny.clips import missing as clip_missing
+from vtp_plugin.tiny.clips import testset as clip_testset
+from vtp_plugin.tiny.clips import train as clip_train
+from vtp_plugin.tiny.clips.clip import ASKED, FRAMES, SIDES, Clip, read_stays, sample_clip
+from vtp_plugin.tiny.clips.missing import LEFT, PATTERNS, Shown
+from vtp_plugin.tiny.clips.testset import PARQUET, TASKS, Stored, read
 from vtp_plugin.tiny.fitting import Plan, Run
 from vtp_plugin.tiny.lowrank import adapt, merged
 from vtp_plugin.tiny.modeling import llama_config
@@ -306,9 +310,9 @@ def test_only_one_layout_is_offered() -> None:
 
 
 def test_without_factors_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(checkpoint.LEARNED, "vtp-tiny-video", ("none.safetensors", "clip_train"))
+    monkeypatch.setitem(checkpoint.LEARNED, "vtp-tiny-video", ("none.safetensors", "clips.train"))
     with pytest.raises(
-        PruningError, match=r"^vtp-tiny-video is not trained yet: python -m vtp_plugin\.tiny\.clip_train"
+        PruningError, match=r"^vtp-tiny-video is not trained yet: python -m vtp_plugin\.tiny\.clips\.train"
     ):
         resolve("vtp-tiny-video", "hf")
 

@@ -12,7 +12,7 @@ import torch
 from vtp_plugin import config
 from vtp_plugin.errors import PruningError
 from vtp_plugin.pruning import prune
-from vtp_plugin.tiny import checkpoint, qwen_train, testset, train
+from vtp_plugin.tiny import checkpoint, testset, train
 from vtp_plugin.tiny.checkpoint import resolve
 from vtp_plugin.tiny.examining import shipped
 from vtp_plugin.tiny.examples import pictures
@@ -20,8 +20,9 @@ from vtp_plugin.tiny.fitting import Plan, Run
 from vtp_plugin.tiny.language import read, write_lesson
 from vtp_plugin.tiny.lowrank import merged
 from vtp_plugin.tiny.missing import renumber, whole
-from vtp_plugin.tiny.qwen_folder import HELPFUL, language_weights, learned_weights, qwen_layouts
-from vtp_plugin.tiny.qwen_student import Reader, Student, first_tower, nearest, on_axes, patches, shrunk
+from vtp_plugin.tiny.qwen import train as qwen_train
+from vtp_plugin.tiny.qwen.folder import HELPFUL, language_weights, learned_weights, qwen_layouts
+from vtp_plugin.tiny.qwen.student import Reader, Student, first_tower, nearest, on_axes, patches, shrunk
 from vtp_plugin.tiny.scenes import GRID, PATCH
 from vtp_plugin.tiny.store import load_weights
 
@@ -52,7 +53,7 @@ def inputs(processor: Any, question: str, picture: Any, system: str = "") -> Any
 def test_the_tower_begins_as_the_embedded_one_and_its_last_block_says_nothing() -> None:
     from transformers import Qwen2VLForConditionalGeneration
 
-    from vtp_plugin.tiny.qwen_folder import qwen_config, qwen_tokenizer
+    from vtp_plugin.tiny.qwen.folder import qwen_config, qwen_tokenizer
 
     clip = shipped()[0]["clip"].vision_model
     visual = Qwen2VLForConditionalGeneration(qwen_config(qwen_tokenizer(), 1)).model.visual.eval()
@@ -189,9 +190,9 @@ def test_only_one_layout_is_offered() -> None:
 
 
 def test_without_weights_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(checkpoint.LEARNED, NAME, ("none.safetensors", "qwen_train"))
+    monkeypatch.setitem(checkpoint.LEARNED, NAME, ("none.safetensors", "qwen.train"))
     with pytest.raises(
-        PruningError, match=r"^vtp-tiny-qwen is not trained yet: python -m vtp_plugin\.tiny\.qwen_train"
+        PruningError, match=r"^vtp-tiny-qwen is not trained yet: python -m vtp_plugin\.tiny\.qwen\.train"
     ):
         resolve(NAME, "hf")
 

@@ -28,7 +28,7 @@ def parts() -> dict[str, Callable[[], str]]:
     from vtp_plugin.bench import gpu_page
     from vtp_plugin.cli.list import families
     from vtp_plugin.tiny import page
-    from vtp_plugin.tiny.qwen_train import TRAINS
+    from vtp_plugin.tiny.qwen.train import TRAINS
 
     return {
         "headline": headline,

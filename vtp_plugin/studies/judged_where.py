@@ -45,7 +45,7 @@ class JudgedWhere(Study):
     source = "rank before merge (a draft): what goes into a merger chooses tokens better than what comes out"
 
     def check(self) -> None:
-        from vtp_plugin.tiny.clip_testset import CLIPS
+        from vtp_plugin.tiny.clips.testset import CLIPS
         from vtp_plugin.tiny.testset import SCENES
 
         said = self.settings
@@ -101,7 +101,8 @@ class JudgedWhere(Study):
 
     @cached_property
     def asked(self) -> Asked:
-        from vtp_plugin.tiny import clip_questions, scene_questions
+        from vtp_plugin.tiny import scene_questions
+        from vtp_plugin.tiny.clips import questions as clip_questions
 
         return clip_questions.ClipQuestions() if self.shown == "clips" else scene_questions.SceneQuestions()
 

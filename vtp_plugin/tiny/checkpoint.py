@@ -20,8 +20,8 @@ from .store import CLIP_FACTORS, FILES, QWEN_WEIGHTS, WEIGHTS
 Layout = Literal["llava", "hf", "clip"]
 NAME, VIDEO_NAME, QWEN_NAME = "vtp-tiny", "vtp-tiny-video", "vtp-tiny-qwen"
 NAMES = (NAME, VIDEO_NAME, QWEN_NAME)
-CODE = ("checkpoint.py", "folders.py", "clip_folder.py", "qwen_folder.py")
-LEARNED = {VIDEO_NAME: (CLIP_FACTORS, "clip_train"), QWEN_NAME: (QWEN_WEIGHTS, "qwen_train")}  # beside vtp-tiny's
+CODE = ("checkpoint.py", "folders.py", "clips/folder.py", "qwen/folder.py")
+LEARNED = {VIDEO_NAME: (CLIP_FACTORS, "clips.train"), QWEN_NAME: (QWEN_WEIGHTS, "qwen.train")}  # beside vtp-tiny's
 DIGEST = "digest.json"  # beside the files: name -> hash, so that a damaged cache is noticed
 
 
@@ -90,7 +90,7 @@ def digests(folder: Path) -> dict[str, str]:
 def fingerprint() -> str:
     """A hash of everything that a written folder depends on."""
     digest = hashlib.sha256()
-    code = (Path(__file__).with_name(name) for name in CODE)
+    code = (Path(__file__).parent / name for name in CODE)
     stored = (WEIGHTS / name for name in (*FILES, CLIP_FACTORS, QWEN_WEIGHTS))
     for file in (*code, *filter(Path.exists, stored)):
         digest.update(file.read_bytes())
@@ -117,13 +117,13 @@ def appear(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_video(folder: Path) -> None:
-    from .clip_folder import write_video as write  # with transformers and more, which the others need when they write
+    from .clips.folder import write_video as write  # with transformers and more, which the others need when they write
 
     write(folder)
 
 
 def write_qwen(folder: Path) -> None:
-    from .qwen_folder import write_qwen as write
+    from .qwen.folder import write_qwen as write
 
     write(folder)
 

@@ -24,8 +24,8 @@ from .missing import Sight
 from .pool import draw
 from .prompts import layouts
 from .questions import Question
-from .qwen_folder import qwen_layouts
-from .qwen_student import Reader, on_axes
+from .qwen.folder import qwen_layouts
+from .qwen.student import Reader, on_axes
 from .scenes import Scene
 
 SIGNALS = ("projected", "cls_attention", "fingerprint")  # what strategies may need

@@ -14,7 +14,7 @@ pytest.importorskip("lmms_eval")
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.lmms_eval.plugin import TASKS, documents
-from vtp_plugin.tiny.clip_testset import CLIPS, PARQUET, read
+from vtp_plugin.tiny.clips.testset import CLIPS, PARQUET, read
 
 VIDEO = "pretrained=vtp-tiny-video,device=cpu"
 TOKENS = 288

@@ -121,7 +121,7 @@ def _with_size(host: type, arguments: dict[str, Any]) -> dict[str, Any]:
     """With the size of pictures that the embedded model knows, where the class chooses one and the user did not."""
     if arguments["pretrained"] != checkpoint.QWEN_NAME:
         return arguments
-    from vtp_plugin.tiny.qwen_folder import PIXELS
+    from vtp_plugin.tiny.qwen.folder import PIXELS
 
     known = inspect.signature(host.__init__).parameters
     return {name: PIXELS**2 for name in ("min_pixels", "max_pixels") if name in known} | arguments

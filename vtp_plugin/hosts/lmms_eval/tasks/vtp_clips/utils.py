@@ -10,8 +10,8 @@ from PIL import Image
 
 from vtp_plugin.hosts.lmms_eval.tasks.vtp_scenes import utils as scenes
 from vtp_plugin.tiny.checkpoint import cache_folder
-from vtp_plugin.tiny.clip_testset import read
-from vtp_plugin.tiny.clips import FRAMES
+from vtp_plugin.tiny.clips.clip import FRAMES
+from vtp_plugin.tiny.clips.testset import read
 
 FRAMES_A_SECOND = 2
 

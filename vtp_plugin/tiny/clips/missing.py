@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .clips import FRAMES
-from .missing import FEWEST, MERGED, MOST, NOISY, ORIGINAL, Sight, absorb, noise, renumber, similarity_to_mean
-from .missing import PATTERNS as OF_PICTURES
+from ..missing import FEWEST, MERGED, MOST, NOISY, ORIGINAL, Sight, absorb, noise, renumber, similarity_to_mean
+from ..missing import PATTERNS as OF_PICTURES
+from .clip import FRAMES
 
 WHOLE = 0.5  # share of the steps in which nothing is missing
 LEFT = np.geomspace(FEWEST, MOST, 10)  # shares that are left; few, because a CPU makes kernels for every length

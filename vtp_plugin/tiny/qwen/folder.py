@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .folders import save_model
-from .lowrank import merged
-from .modeling import LLAMA_WIDTH, MEAN, STD, VISION_WIDTH, depth, llama_config
-from .prompts import CHAT_TEMPLATE, IMAGE, Layout, load_llama_tokenizer
-from .scenes import PATCH
-from .store import QWEN_WEIGHTS, WEIGHTS, load_weights, read_parts
+from ..folders import save_model
+from ..lowrank import merged
+from ..modeling import LLAMA_WIDTH, MEAN, STD, VISION_WIDTH, depth, llama_config
+from ..prompts import CHAT_TEMPLATE, IMAGE, Layout, load_llama_tokenizer
+from ..scenes import PATCH
+from ..store import QWEN_WEIGHTS, WEIGHTS, load_weights, read_parts
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLConfig

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .clips import MOST_MOVES, SIDES, VERBS, Clip, read_stays, sample_clip
-from .photos import sample_crop
-from .scenes import SIZE
+from ..photos import sample_crop
+from ..scenes import SIZE
+from .clip import MOST_MOVES, SIDES, VERBS, Clip, read_stays, sample_clip
 
-FOLDER = Path(__file__).parents[1] / "hosts" / "lmms_eval" / "tasks" / "vtp_clips"
+FOLDER = Path(__file__).parents[2] / "hosts" / "lmms_eval" / "tasks" / "vtp_clips"
 PARQUET, STRIP = FOLDER / "clips.parquet", FOLDER / "grounds.jpg"
 CLIPS, GROUNDS = 480, 30
 TASKS = ("which", "moves", "first", "digit")

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .folders import composed, save_model, use_published_names
-from .lowrank import merged
-from .prompts import CHAT_TEMPLATE, IMAGE, load_llama_tokenizer
-from .scenes import GRID, PATCH, SIZE
-from .store import CLIP_FACTORS, WEIGHTS, load_weights, read_parts
+from ..folders import composed, save_model, use_published_names
+from ..lowrank import merged
+from ..prompts import CHAT_TEMPLATE, IMAGE, load_llama_tokenizer
+from ..scenes import GRID, PATCH, SIZE
+from ..store import CLIP_FACTORS, WEIGHTS, load_weights, read_parts
 
 VIDEO = "<video>"
 POOLED = 2  # patches on a side of the square that becomes one token of a frame
@@ -30,7 +30,7 @@ def write_video(folder: Path) -> None:
     """Model and processor. The new placeholder's rows are copies of the picture's."""
     from transformers import CLIPVisionConfig, LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
 
-    from .modeling import SELECT_LAYER, clip_config, depth, llama_config
+    from ..modeling import SELECT_LAYER, clip_config, depth, llama_config
 
     tokenizer, learned = video_tokenizer(), learned_weights()
     image, video = tokenizer.convert_tokens_to_ids([IMAGE, VIDEO])
@@ -71,7 +71,7 @@ def video_tokenizer() -> Any:
 def processor(tokenizer: Any) -> Any:
     from transformers import LlavaNextImageProcessor, LlavaNextVideoProcessor, LlavaNextVideoVideoProcessor
 
-    from .modeling import MEAN, STD
+    from ..modeling import MEAN, STD
 
     said = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
     said |= {"image_mean": list(MEAN), "image_std": list(STD)}

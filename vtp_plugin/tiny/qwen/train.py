@@ -1,4 +1,4 @@
-"""Train `vtp-tiny-qwen`: `python -m vtp_plugin.tiny.qwen_train --out DIR`, on the embedded model's own weights.
+"""Train `vtp-tiny-qwen`: `python -m vtp_plugin.tiny.qwen.train --out DIR`, on the embedded model's own weights.
 
 `draw` makes the scenes of the embedded model's training. `aim` writes down what its projector says of each, averaged
 over the areas of 8 x 8 tokens. `distil` teaches tower and merger to say that; dense heads, thrown away afterwards, ask
@@ -19,21 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import testset
-from .examining import at_random, table
-from .fitting import Metrics, Plan, Run, fit, go_through, options, progress
-from .language import answer_loss, examine, write_lesson
-from .missing import Sight, renumber, some_missing
-from .modeling import normalize
-from .pool import draw, open_pool, open_scenes, write_features
-from .questions import CHOICES
-from .qwen_folder import PARTS, UNITS, qwen_layouts, qwen_tokenizer
-from .qwen_student import Student, nearest, on_axes, shrunk, student
-from .scenes import GRID, Scene
-from .store import QWEN_WEIGHTS, WEIGHTS, write
-from .train import HARD, draw_pools, start_from_package
-from .vision import dense_loss, look
-from .workshop import Batch, Workshop
+from .. import testset
+from ..examining import at_random, table
+from ..fitting import Metrics, Plan, Run, fit, go_through, options, progress
+from ..language import answer_loss, examine, write_lesson
+from ..missing import Sight, renumber, some_missing
+from ..modeling import normalize
+from ..pool import draw, open_pool, open_scenes, write_features
+from ..questions import CHOICES
+from ..scenes import GRID, Scene
+from ..store import QWEN_WEIGHTS, WEIGHTS, write
+from ..train import HARD, draw_pools, start_from_package
+from ..vision import dense_loss, look
+from ..workshop import Batch, Workshop
+from .folder import PARTS, UNITS, qwen_layouts, qwen_tokenizer
+from .student import Student, nearest, on_axes, shrunk, student
 
 TRAINS = {"distil": ("visual", "heads"), "answer": ("visual", "factors")}
 PLANS = {
@@ -184,7 +184,7 @@ STAGES: dict[str, Callable[..., None]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    chosen = options("qwen_train", __doc__, STAGES).parse_args(arguments)
+    chosen = options("qwen.train", __doc__, STAGES).parse_args(arguments)
     go_through(Run(chosen.out, chosen.device), chosen, STAGES, TRAINS)
 
 

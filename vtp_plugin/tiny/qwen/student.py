@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .examining import shipped
-from .fitting import Run
-from .lowrank import adapt
-from .missing import Sight
-from .modeling import normalize
-from .pool import draw
-from .qwen_folder import FRAMES, MERGED, PATCHES, PIXELS, UNITS, language_weights, qwen_config, qwen_tokenizer
-from .scenes import GRID, PATCH, sample_scene
-from .store import load_weights
-from .vision import DenseHeads, embed
+from ..examining import shipped
+from ..fitting import Run
+from ..lowrank import adapt
+from ..missing import Sight
+from ..modeling import normalize
+from ..pool import draw
+from ..scenes import GRID, PATCH, sample_scene
+from ..store import load_weights
+from ..vision import DenseHeads, embed
+from .folder import FRAMES, MERGED, PATCHES, PIXELS, UNITS, language_weights, qwen_config, qwen_tokenizer
 
 RANK = 16
 

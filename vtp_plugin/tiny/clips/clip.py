@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from .photos import sample_crop
-from .questions import Question
-from .scenes import (
+from ..photos import sample_crop
+from ..questions import Question
+from ..scenes import (
     MARGIN,
     MIDLINE,
     NUMBERS,

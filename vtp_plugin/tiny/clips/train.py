@@ -1,4 +1,4 @@
-"""Train `vtp-tiny-video`: `python -m vtp_plugin.tiny.clip_train --out DIR`, on the embedded model's own weights.
+"""Train `vtp-tiny-video`: `python -m vtp_plugin.tiny.clips.train --out DIR`, on the embedded model's own weights.
 
 `draw` makes clips and writes down what the tower makes of their frames, as LLaVA-NeXT-Video pools them. `train` learns
 low-rank factors beside the language model's matrices and the projector; the tower rests. A linear head, thrown away
@@ -19,19 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .clip_folder import CELLS, POOLED
-from .clip_missing import Shown, some_missing
-from .clips import ASKED, FRAMES, Clip, sample_clip
-from .examining import shipped
-from .fitting import Metrics, Plan, Run, fit, go_through, options, progress
-from .language import answer_loss, examine, write_lesson
-from .lowrank import adapt
-from .missing import Sight, whole
-from .modeling import LLAMA_WIDTH, normalize
-from .prompts import Layout, layouts, load_llama_tokenizer
-from .scenes import SHAPES, SIZE, Split, Thing
-from .store import CLIP_FACTORS, WEIGHTS, write
-from .vision import look
+from ..examining import shipped
+from ..fitting import Metrics, Plan, Run, fit, go_through, options, progress
+from ..language import answer_loss, examine, write_lesson
+from ..lowrank import adapt
+from ..missing import Sight, whole
+from ..modeling import LLAMA_WIDTH, normalize
+from ..prompts import Layout, layouts, load_llama_tokenizer
+from ..scenes import SHAPES, SIZE, Split, Thing
+from ..store import CLIP_FACTORS, WEIGHTS, write
+from ..vision import look
+from .clip import ASKED, FRAMES, Clip, sample_clip
+from .folder import CELLS, POOLED
+from .missing import Shown, some_missing
 
 POOL = {"validation": 300, "train": 900}
 RANK = 16
@@ -241,7 +241,7 @@ STAGES: dict[str, Callable[..., None]] = {"draw": draw_clips, "train": train, "t
 
 
 def main(arguments: list[str] | None = None) -> None:
-    chosen = options("clip_train", __doc__, STAGES).parse_args(arguments)
+    chosen = options("clips.train", __doc__, STAGES).parse_args(arguments)
     go_through(Run(chosen.out, chosen.device), chosen, STAGES, {"train"})
 
 

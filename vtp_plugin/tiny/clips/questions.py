@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from .asked import Asked
-from .clip_testset import documents, read
+from ..asked import Asked
+from .testset import documents, read
 
 
 class ClipQuestions(Asked):
