@@ -127,6 +127,12 @@ def test_the_first_snippet_runs_as_it_stands(tmp_path: Path) -> None:
     assert said.startswith("fastv 0.25: 144 -> 36 visual tokens per image, prefill FLOPs 0.")
 
 
+def test_the_strategy_of_the_readme_is_a_file_that_keeps_its_promises(tmp_path: Path) -> None:
+    (snippet,) = (block for block in code((ROOT / "README.md").read_text(), "python") if "PruningStrategy" in block)
+    (tmp_path / "my_file.py").write_text(snippet)
+    assert "brightest: all checks passed" in vtp("check", "brightest", "--module", tmp_path / "my_file.py")
+
+
 def test_the_first_screen_has_two_commands_and_a_number() -> None:
     (commands,) = code(first_screen())
     assert [line.split()[0] for line in commands.strip().splitlines()] == ["make", "lmms-eval"]
@@ -152,6 +158,12 @@ def test_the_citation_is_whole() -> None:
     assert {"cff-version", "message", "title", "authors"} <= set(said)
     assert said["version"] == __version__
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_nothing_is_installed_from_an_index_that_does_not_have_it() -> None:
+    said = [line for page in PAGES for line in page.read_text().splitlines() if "pip install" in line]
+    assert len(said) > 5
+    assert not [line for line in said if re.search(r"pip install[^#]*vtp-plugin(?!.*@ file:)", line)]
 
 
 # -- commands that need nothing but the package, run with small limits ------------------------------------------------

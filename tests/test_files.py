@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from vtp_plugin import config, files, plugins, settings
-from vtp_plugin.errors import LONGEST, PruningError, one_line, sentence
+from vtp_plugin.errors import LONGEST, PruningError, one_line, reason, sentence
 
 MODULE = '''
 from dataclasses import dataclass
@@ -176,6 +176,19 @@ def test_an_error_is_one_line_that_a_terminal_shows_as_it_is() -> None:
     assert sentence(ModuleNotFoundError("No module", name="jinja2")).startswith("the package 'jinja2' is not installed")
     assert sentence(OSError(28, "No space left", "a")) == "No space left: a"
     assert "VTP_TRACEBACK=1" in sentence(KeyError("x"))
+
+
+def test_what_a_host_tried_several_times_is_said_by_what_it_failed_of() -> None:
+    """lmms-eval reads data sets through tenacity, whose own error names a future at an address."""
+    tenacity = pytest.importorskip("tenacity")
+
+    def read() -> None:
+        raise FileNotFoundError(2, "No such file", "/nowhere/hub")
+
+    with pytest.raises(tenacity.RetryError) as gave_up:
+        tenacity.Retrying(stop=tenacity.stop_after_attempt(2))(read)
+    assert reason(gave_up.value) == "FileNotFoundError: [Errno 2] No such file: '/nowhere/hub'"
+    assert reason(PruningError("as it is")) == "as it is"
 
 
 # -- settings by name -------------------------------------------------------------------------------------------------

@@ -21,6 +21,10 @@ class NothingPruned(PruningError):
     """Images went in and no token was cut, although the configuration asked for it."""
 
 
+class Failed(PruningError):
+    """Work that had begun and failed, a cell or a server; its message says why."""
+
+
 class Interrupted(PruningError):
     """Stopped from the keyboard; its message says what is kept and how to go on."""
 
@@ -36,6 +40,13 @@ def unknown(kind: str, name: str, known: Iterable[str], *, of: str = "", listed:
 def sentence(error: BaseException) -> str:
     """What a boundary (the program, a host's run) says about an error of any kind: one line, no control letters."""
     return one_line(_said(error))
+
+
+def reason(error: BaseException) -> str:
+    """What a run of a host failed of: the error, or what each of several tries failed of."""
+    while type(error).__name__ == "RetryError" and error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) if isinstance(error, PruningError) else f"{type(error).__name__}: {error}"
 
 
 def _said(error: BaseException) -> str:

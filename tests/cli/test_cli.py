@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,12 @@ import pytest
 import yaml
 from commands import ended, program, vtp
 from PIL import Image
+from rich.text import Text
 
 from vtp_plugin import plugins
-from vtp_plugin.cli import app, vtp_register_commands
+from vtp_plugin.cli import app, doctor, vtp_register_commands
+from vtp_plugin.errors import Failed
+from vtp_plugin.hosts.vllm import throughput
 from vtp_plugin.reporting import readme
 from vtp_plugin.version import __version__
 
@@ -67,6 +71,8 @@ def test_calibration_reaches_the_share_and_its_yaml_is_usable(picture: Path, tmp
             "--pruning is given twice with",
         ),
         (["show", "nowhere.png", "--question", "x", "-o", "a.png", "--output=b.png"], "values: a.png and b.png"),
+        (["compare", "--model_args", "a=1", "--model_args=a=2", "-o", "x"], "--model-args is given twice with"),
+        (["compare", "--model-args", "a=1", "--model_args", "a=2", "-o", "x"], "different values: a=1 and a=2"),
         (["show", __file__, "--question", "x", "-o", "a.txt"], "its name must end in .png"),
         (["calibrate", "vprune", "nowhere", "--target", "0.2"], "not found: nowhere"),
         (["calibrate", "vprune", ".", "--target", "2"], "--target must be a share between 0 and 1"),
@@ -123,6 +129,30 @@ def test_text_is_printed_as_it_is() -> None:
     result = program("show", "[/red] :smile: \x1b[31m.png", "--question", "x")
     assert result.stderr == "vtp: error: picture not found: [/red] :smile: \\x1b[31m.png\n"
     assert ended("--version").stdout == f"vtp-plugin {__version__}\n"
+
+
+def test_the_packages_of_doctor_stand_in_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are not installed, whose words are coloured, too."""
+    there = {"python": "3.11.7", "torch": "2.14.1"}
+    monkeypatch.setattr(doctor, "versions", lambda: there)
+    lines = [Text.from_markup(line).plain for line in doctor._packages()]
+    assert any("not installed" in line for line in lines)
+    assert len({line.index("tested:") for line in lines if "tested:" in line}) == 1
+
+
+def test_the_log_of_a_server_that_failed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(model: str, settings: object, options: object, load: object, log: Path) -> None:
+        log.write_text("the whole story")
+        raise Failed(f"the server did not start (log: {log})")
+
+    monkeypatch.setattr(throughput, "measure", failing)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    said = ended("serve-bench", "--model", "a/model")
+    assert said.returncode == 1
+    assert Path(said.stderr.split("log: ")[1].rstrip(")\n")).read_text() == "the whole story"
+    monkeypatch.setattr(throughput, "measure", lambda *given: [])
+    assert ended("serve-bench", "--model", "a/model").returncode == 0
+    assert len(list(tmp_path.iterdir())) == 1  # that of the one that failed
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import pytest
 import runfolder
 import warm
 import yaml
+from commands import ended
 from paths import TESTS
 from rich.console import Console
 from sweeps import CELLS, FAKE, HOST, SPECS, Folder
@@ -424,6 +425,20 @@ def test_compare_ends_with_a_table_and_an_exit_code(folder: Folder, monkeypatch:
     table = (folder.run_dir / "table.md").read_text()
     assert all(name in table for name in ("| unpruned |", "| l2-0.25 |", "| random-0.25 (2 seeds) |"))
     assert "random-0.25 (2 seeds)" in said.output
+
+
+@pytest.mark.parametrize("failing", ["none", "l2-0.75"])
+def test_a_cell_that_failed_is_no_bad_input(folder: Folder, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """Exit code 1, though there is nothing to compare or to tune without it; 2 is for what was asked."""
+    monkeypatch.setenv("FAKE_LOG", str(folder.log))
+    monkeypatch.setenv("FAKE_RAISES", failing)
+    options = [f"--{key}={value}" for key, value in HOST.items()]
+    command = ["compare", "--keep=0.5"] if failing == "none" else ["tune", "--max-drop=0", "--step=0.25"]
+    said = ended(*command, "-o", folder.run_dir, "--pruning=l2", *options)
+    assert said.returncode == 1
+    assert f"{failing}" in said.stderr
+    assert "failed: this cell cannot be run" in said.stderr
+    assert said.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("drop", "sentence"), [("90%", "l2: keep_ratio=0.25 stays"), ("0", "l2: no keep ratio stays")])

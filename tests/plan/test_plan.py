@@ -17,7 +17,7 @@ from vtp_plugin.cli import app, vtp_register_commands
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.transformers import architectures, shapes
 from vtp_plugin.plan import queue
-from vtp_plugin.plan.cards import CARDS, NAMES_OF_DEVICES, Card, known_as, probe
+from vtp_plugin.plan.cards import CARDS, NAMES_OF_DEVICES, Card, from_file, known_as, probe
 from vtp_plugin.plan.error import compared, dtype_of
 from vtp_plugin.plan.roofline import Roof, fitting, pays_from
 from vtp_plugin.plan.work import Model, pruned, scaled, unpruned
@@ -278,6 +278,11 @@ REFUSED = {
     "--device rtx3090 --model llava-1.5-13b": "does not fit on RTX 3090: its weights take",
     "--overhead -1": "--overhead must not be negative",
     "--check nowhere.json": "file not found: nowhere.json",
+    "--kept 40": "--kept must be a share in (0, 1], got 40",
+    "--price -3": "--price must not be negative",
+    "--rate 3 --slo nan": "--slo must not be negative, and finite, got nan",
+    "--rate nan": "--rate must be above 0",
+    "--rate 1,inf": "--rate must be above 0",
 }
 
 
@@ -288,6 +293,29 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(options: str) -> None:
     assert REFUSED[options] in str(result.exception)
     assert "\n" not in str(result.exception)
     assert not result.stdout
+
+
+@pytest.mark.parametrize("harm", ["cut", "a folder", "no rows", "other rows", "another device"])
+def test_a_record_that_is_none_is_refused(tmp_path: Path, harm: str) -> None:
+    path, read = tmp_path / "record.json", json.loads(readme.BENCH.read_text())
+    path.mkdir() if harm == "a folder" else None
+    read["timings"] = {"no rows": "none", "other rows": [{"strategy": "l2"}]}.get(harm, read["timings"])
+    read["device"] = None if harm == "another device" else read["device"]
+    if harm != "a folder":
+        path.write_text(json.dumps(read)[: 200 if harm == "cut" else None])
+    refused = run("--check", str(path)).exception
+    assert isinstance(refused, PruningError)
+    assert str(refused).startswith(f"{path}")
+
+
+@pytest.mark.parametrize("harm", [{"flops": 3}, {"flops": {"bfloat16": "fast"}}, {"memory": None}, {"reach": 1.0}])
+def test_a_device_that_is_none_is_refused(tmp_path: Path, harm: dict[str, Any]) -> None:
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps(CARDS["l4"].as_json()))
+    assert from_file(path) == CARDS["l4"]
+    path.write_text(json.dumps({**CARDS["l4"].as_json(), **harm}))
+    with pytest.raises(PruningError, match="is not a device that"):
+        from_file(path)
 
 
 def test_a_probe_measures_this_machine() -> None:

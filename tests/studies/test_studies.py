@@ -19,13 +19,14 @@ from typer.testing import CliRunner
 pytest.importorskip("lmms_eval")
 pytest.importorskip("skimage")
 
+from commands import ended
 from paths import ROOT
 
 from vtp_plugin.cli.study import command
 from vtp_plugin.errors import PruningError
 from vtp_plugin.studies import poster_l2
 from vtp_plugin.studies.evaluated import interval
-from vtp_plugin.studies.study import CONFIGS, SCHEMA, conduct, settings_of, some, studies
+from vtp_plugin.studies.study import CONFIGS, SCHEMA, Study, conduct, settings_of, some, studies
 
 SMALL = {
     "atp-efficiency": {
@@ -336,6 +337,16 @@ def test_without_a_name_the_command_lists_the_studies() -> None:
     app.command()(command)
     said = CliRunner().invoke(app, [], env={"COLUMNS": "200"}).output
     assert all(name in said for name in studies())
+
+
+def test_a_stop_from_the_keyboard_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(self: Study) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(poster_l2.PosterL2, "measure", stopped)
+    said = ended("study", "poster-l2", "-o", tmp_path / "study")
+    assert said.returncode == 130
+    assert f"kept in {tmp_path / 'study'}: the same command goes on" in said.stderr
 
 
 def test_the_command_says_where_the_record_is(tmp_path: Path) -> None:

@@ -16,15 +16,21 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from vtp_plugin.errors import Interrupted, PruningError, one_line, sentence
+from vtp_plugin.errors import Failed, Interrupted, PruningError, one_line, sentence
 from vtp_plugin.hookspecs import hookimpl
 from vtp_plugin.reporting.terminal import console
 from vtp_plugin.version import __version__
 
-REFUSED, FAILED, STOPPED = 2, 1, 130  # exit codes: bad input, an error that is not the user's, Ctrl-C
+REFUSED, FAILED, STOPPED = 2, 1, 130  # exit codes: bad input, something failed, Ctrl-C
 Modules = Annotated[
     list[Path] | None, typer.Option("--module", help="A Python file with strategies or families of one's own.")
 ]
+
+
+def _hyphened(name: str) -> str:
+    """An option as it is known here: --model_args is how the host spells it."""
+    return name.replace("_", "-")
+
 
 app = typer.Typer(
     name="vtp",
@@ -32,7 +38,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},  # --model_args as the host spells
+    context_settings={"token_normalize_func": _hyphened},
 )
 
 
@@ -135,9 +141,9 @@ def _refuse_twice(arguments: Sequence[str]) -> None:
 
 
 def _given(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The values of an option, as often as it stands there."""
+    """The values of an option, as often as it stands there, in either spelling."""
     pairs = [(part.partition("="), behind) for part, behind in pairwise([*arguments, ""])]
-    return [value if equals else behind for (name, equals, value), behind in pairs if name in names]
+    return [value if equals else behind for (name, equals, value), behind in pairs if _hyphened(name) in names]
 
 
 def _failed(error: BaseException) -> int:
@@ -149,4 +155,4 @@ def _failed(error: BaseException) -> int:
     console(stderr=True).print(f"vtp: error: {sentence(error)}")
     if isinstance(error, Interrupted):
         return STOPPED
-    return REFUSED if isinstance(error, PruningError) else FAILED
+    return REFUSED if isinstance(error, PruningError) and not isinstance(error, Failed) else FAILED

@@ -34,8 +34,9 @@ def _packages() -> Iterator[str]:
         window = compatibility.TESTED.get(package)
         tested = f"tested: {window}" if window else ""
         strange = compatibility.outside(window) if window else ""
-        here = found.get(package, "[yellow]not installed[/]")
-        yield f"  {package:<14} {here:<24} {tested}{f'  [yellow]{strange}[/]' if strange else ''}".rstrip()
+        here = f"{found.get(package, 'not installed'):<24}"
+        here = here if package in found else f"[yellow]{here}[/]"
+        yield f"  {package:<14} {here} {tested}{f'  [yellow]{strange}[/]' if strange else ''}".rstrip()
 
 
 def _report(console: Console, check: Callable[[], str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,7 @@ def command(
 
         _show(error_table(compared(check, known.card_of(device, dtype_of(check)) if device else None)))
         return
+    _refuse_numbers(kept=kept, price=price, overhead=overhead, slo=slo)
     asked = pages.Workload(pictures, text, answer, concurrency, dtype, overhead / 1e3)
     asked.check()
     if save_device is not None:
@@ -61,6 +63,15 @@ def command(
         _show(pages.queue_table(sides, queued, asked, seed, slo))
 
 
+def _refuse_numbers(**said: float) -> None:
+    """Refuse what is no amount of anything."""
+    for name, value in said.items():
+        if not 0 <= value < math.inf:
+            raise PruningError(f"--{name} must not be negative, and finite, got {value:g}")
+    if said["kept"] > 1:
+        raise PruningError(f"--kept must be a share in (0, 1], got {said['kept']:g}")
+
+
 def _show(table: Any) -> None:
     """As wide as a page, on a terminal and in a log."""
     table.show(Console(width=80, markup=False, emoji=False, highlight=False))
@@ -75,6 +86,6 @@ def _rates(rate: str, cards: str) -> list[tuple[float, int]]:
         rates, numbers = [float(part) for part in rate.split(",")], [int(part) for part in cards.split(",")]
     except ValueError:
         raise PruningError(f"--rate and --cards must be numbers with commas, got '{rate}' and '{cards}'") from None
-    if min(rates) <= 0 or min(numbers) < 1:
+    if not all(0 < one < math.inf for one in rates) or min(numbers) < 1:
         raise PruningError(f"--rate must be above 0 and --cards at least 1, got {min(rates):g} and {min(numbers)}")
     return [(one, number) for one in rates for number in numbers]

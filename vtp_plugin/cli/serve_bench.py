@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vtp_plugin import files
-from vtp_plugin.errors import PruningError
+from vtp_plugin.errors import Failed, PruningError
 from vtp_plugin.reporting.terminal import console
 
 
@@ -43,14 +46,27 @@ def command(
         files.check_output(output)
     path, extra = _served(model)
     out, lines = console(), []
-    with tempfile.TemporaryDirectory() as folder:
+    with _logs() as folder:
         for number, settings in enumerate(runs):
             out.print(f"serving {model} with {settings or 'no pruning'}")
-            log = Path(folder) / f"{number}.log"
-            lines += measure(path, settings, [*extra, *shlex.split(options)], load, log)
+            lines += measure(path, settings, [*extra, *shlex.split(options)], load, folder / f"{number}.log")
     _table(lines).show(out)
     if output is not None:
         files.write_json(output, _record(model, options, load, lines))
+
+
+@contextmanager
+def _logs() -> Iterator[Path]:
+    """A folder for the servers' logs, which is left where one failed: its message names the log."""
+    folder, kept = Path(tempfile.mkdtemp(prefix="vtp-serve-bench-")), False
+    try:
+        yield folder
+    except Failed:
+        kept = True
+        raise
+    finally:
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check(load: Any) -> None:

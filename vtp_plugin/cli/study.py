@@ -28,7 +28,7 @@ def command(
     jobs: Annotated[int, typer.Option(help="lmms-eval processes side by side.")] = 1,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder; studies/NAME by default.")] = None,
 ) -> None:
-    from vtp_plugin.errors import PruningError
+    from vtp_plugin.errors import Interrupted, PruningError
     from vtp_plugin.studies.study import conduct, listed
 
     if name is None:
@@ -43,5 +43,8 @@ def command(
             raise PruningError(f"--set needs key=value, got '{pair}'")
         said[key] = files.parse_yaml(value)
     folder = files.check_folder(output or Path("studies") / name)
-    record = conduct(name, said, folder, console(), jobs)
+    try:
+        record = conduct(name, said, folder, console(), jobs)
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; what is finished is kept in {folder}: the same command goes on") from None
     console().print(f"record, tables and figures: {record.parent}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from vtp_plugin import config
 from vtp_plugin.compare import matrix, sweep
-from vtp_plugin.errors import PruningError
+from vtp_plugin.errors import Failed, PruningError
 from vtp_plugin.reporting import rows, verdicts
 from vtp_plugin.reporting.statistics import Estimate
 
@@ -78,6 +78,6 @@ def _measured(folder: Path, spec: str, ratio: float, **host: Any) -> Estimate:
     cell = matrix.cell(spec, ratio)
     run = sweep.run(folder, [matrix.UNPRUNED, cell], **host)
     if run[cell.id].error:
-        raise PruningError(f"{cell.id} failed: {run[cell.id].error}")
+        raise Failed(f"{cell.id} failed: {run[cell.id].error}")
     unpruned = rows.Row([run.baseline], run.tasks)
     return rows.difference(rows.Row([run[cell.id]], run.tasks), unpruned)

@@ -5,7 +5,6 @@ Peaks are dense tensor-core figures with fp32 accumulation, as in the data sheet
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -16,7 +15,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
+from vtp_plugin import files
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.metrics.latency import clock
 
@@ -98,9 +99,10 @@ def from_file(path: Path) -> Card:
     """What `vtp plan --device probe --save-device FILE` wrote."""
     if not path.is_file():
         raise PruningError(f"file not found: {path}")
+    read = files.read_json(path)
     try:
-        return Card(**json.loads(path.read_text()))
-    except (ValueError, TypeError, RecursionError):
+        return TypeAdapter(Card).validate_python(asdict(Card(**read)))
+    except (TypeError, ValidationError):
         raise PruningError(f"{path} is not a device that `vtp plan --save-device` wrote") from None
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vtp_plugin import config, plugins
+from vtp_plugin import config, files, plugins
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.transformers.architectures import QUESTION_TOKENS
 from vtp_plugin.hosts.transformers.shapes import SHAPES
@@ -46,8 +45,12 @@ def compared(record: Path, card: Card | None = None) -> list[Compared]:
     rows, shape, dtype = read["timings"], read["shape"], read["dtype"]
     if shape not in SHAPES or not SHAPES[shape].decodes:
         raise PruningError(f"{record} is of '{shape}', which is no shape of a model that answers")
-    model, known = planned(shape, read["layers"]), card or known_as(read["device"])
-    return [_row(model, row, known, dtype) for row in rows if row["strategy"] in plugins.strategies()]
+    try:
+        model, known = planned(shape, read["layers"]), card or known_as(read["device"])
+        return [_row(model, row, known, dtype) for row in rows if row["strategy"] in plugins.strategies()]
+    except (LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise PruningError(f"{record} is a record of vtp bench that cannot be read ({said})") from None
 
 
 def dtype_of(record: Path) -> str:
@@ -57,14 +60,12 @@ def dtype_of(record: Path) -> str:
 
 def _read(record: Path) -> dict[str, Any]:
     """A record of `vtp bench`; PruningError for any other file."""
-    try:
-        read = json.loads(record.read_text())
-        if all(name in read for name in ("timings", "shape", "dtype", "layers", "device")):
-            return read
-    except FileNotFoundError:
-        raise PruningError(f"file not found: {record}") from None
-    except (ValueError, TypeError, RecursionError):
-        pass
+    if not record.exists():
+        raise PruningError(f"file not found: {record}")
+    read = files.read_json(record)
+    kinds = {"timings": list, "shape": str, "dtype": str, "layers": int, "device": str}
+    if all(isinstance(read.get(name), kind) for name, kind in kinds.items()):
+        return read
     raise PruningError(f"{record} is not a record of vtp bench")
 
 

@@ -37,8 +37,6 @@ class Workload:
                 raise PruningError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if self.dtype not in ITEMSIZE:
             raise unknown("dtype", self.dtype, ITEMSIZE)
-        if self.overhead < 0:
-            raise PruningError(f"--overhead must not be negative, got {self.overhead * 1e3:g}")
 
 
 @dataclass(frozen=True)

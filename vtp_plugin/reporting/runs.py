@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp_plugin import files
-from vtp_plugin.errors import PruningError, unknown
+from vtp_plugin.errors import Failed, PruningError, unknown
 from vtp_plugin.reporting import schema
 
 SCHEMA = 1
@@ -203,7 +203,7 @@ class Run:
         missing = f"{self.folder}: a comparison needs the unpruned run ({BASELINE})"
         broken = [cell for cell in self.failed if cell.pruning == BASELINE] or self.failed
         if broken:
-            missing = (
+            raise Failed(
                 f"{self.folder}: the cell '{broken[0].id}' failed: {broken[0].error}. Mend that and run the same "
                 "command again, which goes on from here; `vtp doctor` says whether the installation is sound"
             )

@@ -19,7 +19,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from vtp_plugin import contract, plugins
-from vtp_plugin.errors import PruningError
+from vtp_plugin.errors import PruningError, reason
 from vtp_plugin.hosts import compatibility
 from vtp_plugin.hosts.lmms_eval import settings, status
 from vtp_plugin.hosts.lmms_eval.contract import COMMAND_LINE
@@ -88,21 +88,16 @@ def _single(original: Callable, failures: list[str], args: argparse.Namespace) -
         args.model_args = settings.folded(said[settings.CARRIER], said[settings.KEY], said[settings.ARGS])
         return original(args)
     except Exception as error:
-        status.say(status.FAILED, error=sentence(error))
+        status.say(status.FAILED, error=reason(error))
         ours = isinstance(error, PruningError)
         if ours or f"{settings.KEY}=" in str(args.model_args):
-            failures.append(sentence(error))
+            failures.append(reason(error))
         if not ours or args.verbosity == "DEBUG":
             raise
         print(f"lmms-eval: error: {error}", file=sys.stderr, flush=True)
         return None, None  # as where there are no results
     finally:
         status.cell.reset(token)
-
-
-def sentence(error: BaseException) -> str:
-    """An error as a user reads it."""
-    return str(error) if isinstance(error, PruningError) else f"{type(error).__name__}: {error}"
 
 
 # -- the parser -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vtp_plugin import config
-from vtp_plugin.errors import PruningError
+from vtp_plugin.errors import PruningError, reason
 from vtp_plugin.hosts.lmms_eval import status
 from vtp_plugin.hosts.lmms_eval.documents import Documents, Fetched
 from vtp_plugin.hosts.lmms_eval.perturb import Perturbation
@@ -127,7 +127,7 @@ class Run:
         try:
             return original(*args, **kwargs)
         except Exception as error:
-            self.seen.failure = self.seen.failure or _sentence(error)
+            self.seen.failure = self.seen.failure or reason(error)
             raise
 
     def _asked(self, original: Callable, requests: Sequence[Any]) -> list[Any]:
@@ -211,7 +211,3 @@ def _annotate(logged: Mapping[str, list[dict[str, Any]]], samples: list[dict[str
         for line in lines:
             if report := reports.get((task, line["doc_id"])):
                 line[KEY] = {k: v for k, v in report.items() if k not in ("task", "doc_id")}
-
-
-def _sentence(error: BaseException) -> str:
-    return str(error) if isinstance(error, PruningError) else f"{type(error).__name__}: {error}"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vtp_plugin.errors import PruningError
+from vtp_plugin.errors import Failed
 from vtp_plugin.hosts.vllm.orphans import VARIABLE
 from vtp_plugin.hosts.vllm.plan import KEY
 
@@ -59,7 +59,7 @@ class Server:
 def serving(
     model: str, settings: Mapping[str, Any] | None, options: Sequence[str], log: Path, patience: float = 600
 ) -> Iterator[Server]:
-    """`vllm serve MODEL` with this `vtp_pruning` until the block ends; PruningError with the log's end if it fails.
+    """`vllm serve MODEL` with this `vtp_pruning` until the block ends; Failed with the log's end if it does.
 
     The server ends with this process, too, however that ends.
     """
@@ -82,7 +82,7 @@ def _wait(server: Server, process: subprocess.Popen, log: Path, patience: float)
     while not server.ready:
         if process.poll() is not None or time.monotonic() > until:
             lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
-            raise PruningError(f"the server did not start: {lines[-1]} (log: {log})")
+            raise Failed(f"the server did not start: {lines[-1]} (log: {log})")
         time.sleep(POLL)
 
 
