@@ -16,7 +16,7 @@ from rich.text import Text
 from vtp_plugin import plugins
 from vtp_plugin.cli import app, doctor, vtp_register_commands
 from vtp_plugin.errors import Failed
-from vtp_plugin.hosts.vllm import throughput
+from vtp_plugin.hosts.vllm import serving, throughput
 from vtp_plugin.reporting import readme
 from vtp_plugin.version import __version__
 
@@ -153,6 +153,17 @@ def test_the_log_of_a_server_that_failed_is_kept(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(throughput, "measure", lambda *given: [])
     assert ended("serve-bench", "--model", "a/model").returncode == 0
     assert len(list(tmp_path.iterdir())) == 1  # that of the one that failed
+
+
+def test_a_server_says_what_it_failed_of() -> None:
+    """The last line, unless that points at an error above; what a warning quotes is none."""
+    quoted = "(APIServer pid=7) WARNING 11-27 [utils.py:255] errors like `OSError: [Errno 24] Too many files`"
+    first = "(Worker pid=9) ERROR 11-27 [executor.py:953] ValueError: not enough memory"
+    last = "RuntimeError: Engine core initialization failed. See root cause above."
+    assert serving.cause("\n".join([quoted, first, last])) == "ValueError: not enough memory"
+    assert serving.cause("\n".join([first, "vllm: error: unknown strategy 'apt'", ""])).endswith("strategy 'apt'")
+    assert serving.cause("") == "no output"
+    assert serving.cause(last) == last
 
 
 @pytest.mark.slow

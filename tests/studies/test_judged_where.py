@@ -80,6 +80,14 @@ def test_what_was_answered_is_put_together(pretended: type[Pretended], tmp_path:
     assert half.rows[0][-2:] == ("80", "75")
 
 
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    study = judged_where.JudgedWhere(settings_of("judged-where", SAID), tmp_path)
+    study.once("clips-000", lambda: {"a": 1})
+    (tmp_path / "units" / "clips-000.json").write_text('{"a": ')
+    with pytest.raises(PruningError, match=r"units.clips-000\.json is damaged: without it the study measures"):
+        study.once("clips-000", dict)
+
+
 def test_p_is_adjusted_for_all_rows_and_the_verdict_names_methods() -> None:
     sure = {"a": 0.01, "b": 0.5, "c": 0.04}
     gains = {

@@ -19,6 +19,8 @@ from vtp_plugin import files
 from vtp_plugin.errors import Failed, PruningError
 from vtp_plugin.reporting.terminal import console
 
+CACHE = 2**28  # bytes, of the embedded model's server
+
 
 def command(
     model: Annotated[str, typer.Option(help="What vLLM serves: vtp-tiny, a folder or a name on the hub.")] = "vtp-tiny",
@@ -82,12 +84,16 @@ def _check(load: Any) -> None:
 
 
 def _served(model: str) -> tuple[str, list[str]]:
-    """What vLLM is told to serve, and the options that the embedded model needs."""
+    """What vLLM is told to serve, and the options that the embedded model needs.
+
+    Its cache is small: by default one wants nearly all of a CPU's memory, and does not start beside another program.
+    """
     if model != "vtp-tiny":
         return model, []
     from vtp_plugin.tiny.checkpoint import resolve
 
-    return str(resolve(model, "hf")), ["--dtype", "float32", "--max-model-len", "640", "--enforce-eager"]
+    small = ["--max-model-len", "640", "--kv-cache-memory-bytes", str(CACHE)]
+    return str(resolve(model, "hf")), ["--dtype", "float32", *small, "--enforce-eager"]
 
 
 def _number(text: str, kind: type) -> Any:

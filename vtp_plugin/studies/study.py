@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import sys
@@ -77,7 +78,10 @@ class Study(ABC):
             value = work()
             done.parent.mkdir(parents=True, exist_ok=True)
             files.write(done, json.dumps(value))
-        return json.loads(done.read_text())
+        try:
+            return json.loads(done.read_text())
+        except ValueError:
+            raise PruningError(f"{done} is damaged: without it the study measures that part again") from None
 
 
 def whole(value: Any) -> bool:
@@ -163,7 +167,9 @@ def publish(study: Study, results: Mapping[str, Any]) -> None:
     for table in tables:
         table.show(study.console)
     for name, figure in study.figures(results).items():
-        figure.savefig(study.folder / f"{name}.png", dpi=110)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=110)
+        files.write(study.folder / f"{name}.png", drawn.getvalue())
 
 
 def _claim(folder: Path, name: str, settings: Mapping[str, Any]) -> None:

