@@ -45,7 +45,7 @@ def translated(model: nn.Module, call: Call) -> Iterator[None]:
         )
         if not length:
             return mask
-        left = turn.behind(len(embeds), embeds.shape[1], length)
+        left = turn.behind(len(embeds), embeds.shape[1], length).to(embeds.device)
         if mask is not None:
             mask = left.mask(mask, embeds.shape[1])
         elif not left.full:

@@ -79,11 +79,18 @@ class PlaceholderCalls:
             if not images or filled is not None:
                 return self.generate(**inputs)
             inputs |= masks.assumed(self.model, inputs)
-            features = self._turn(
-                call, {name: value for name, value in inputs.items() if not name.startswith("output_")}
-            )
+            given = {name: value for name, value in inputs.items() if not name.startswith("output_")}
+            features = self._turn(call, self._beside(given))
             with self.family.serving(features), self._assisting(inputs):
                 return self.generate(**inputs)
+
+    def _beside(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with what has a value per column next to the model: the host takes it there pass by pass."""
+        device = self.model.device
+        if device.type == "meta" or inputs["input_ids"].device == device:
+            return inputs
+        moving = [name for name in TRANSLATED if isinstance(inputs.get(name), Tensor)]
+        return inputs | {name: inputs[name].to(device) for name in moving}
 
     @contextmanager
     def _assisting(self, inputs: Mapping[str, Any]) -> Iterator[None]:
@@ -203,7 +210,7 @@ class PlaceholderCalls:
         known = inspect.signature(self.forward).parameters
         for name, value in inputs.items():
             if name in PER_TOKEN and isinstance(value, Tensor):  # a host tells it of the prompt only, not of candidates
-                value = functional.pad(value, (0, ids.shape[1] - value.shape[1]))
+                value = functional.pad(value.to(ids.device), (0, ids.shape[1] - value.shape[1]))
             if not isinstance(value, Tensor) or value.shape[:2] != ids.shape:
                 continue
             if name in PER_TOKEN or (name not in known and name not in TRANSLATED):
