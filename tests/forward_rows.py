@@ -92,6 +92,7 @@ def right_padding(host: Tiny, case: str) -> None:
     wanted, output = host.model(**first, labels=told), host.model(**other, labels=told.gather(1, order))
     close(output.logits[other["attention_mask"].bool()], wanted.logits[real])
     close(output.loss, wanted.loss)
+    close(host.model(**other, logits_to_keep=4).logits, output.logits[:, -4:])
 
 
 @row("position_ids")
@@ -164,6 +165,8 @@ def logits_to_keep(host: Tiny, case: str) -> None:
         close(host.model(**first, logits_to_keep=count).logits, full[:, -count:])
     for columns in ([length - 1], [3, 40, -2], [50, 49]):
         close(host.model(**first, logits_to_keep=torch.tensor(columns)).logits, full[:, columns])
+    for columns in (torch.tensor(length - 2), torch.arange(length) > 40):
+        close(host.model(**first, logits_to_keep=columns).logits, full[:, columns])
     if not hasattr(modeling_utils, "slice_logits_to_keep"):  # the host of 5.17 knows no columns by row
         return
     each = torch.tensor([[5, 60], [70, 77], [40, 41]])

@@ -67,6 +67,26 @@ def test_the_unpruned_host_runs_on_it_too(name: str) -> None:
     assert not [place for place in counts.places() if "vtp_plugin" in place and "hosts.llava.frozen" not in place]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("way", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+@pytest.mark.parametrize("name", dear(["llava_next", "gemma3"], ["gemma3"]))
+@torch.no_grad()
+def test_text_may_lie_beside_the_host(name: str, way: dict[str, str], layout: str) -> None:
+    """`generate` takes ids and masks to the model pass by pass, where the host does: transformers 5.24 and later."""
+    one, settings = host(name), {"max_new_tokens": 3, "do_sample": False, **way}
+    with one.device as device:
+        here, there = one.inputs(layout), device.put(one.inputs(layout))
+        mixed = here | {key: value for key, value in there.items() if key.startswith(("pixel", "image"))}
+        try:
+            one.there.generate(**mixed, **settings)
+        except RuntimeError as error:
+            pytest.skip(f"not this host: {error}")
+        for case in ("stride", *(["fastv"] if not way else [])):
+            with vtp.prune(one.there, case, processor=one.processor):
+                wanted, found = (one.there.generate(**given, **settings) for given in (there, mixed))
+            assert found.tolist() == wanted.tolist()
+
+
 # -- the device itself ------------------------------------------------------------------------------------------------
 
 

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, Processor, Prompt, words
-from family_runs import NEW, batched, by_kind, generated, model_of, prompts_of
+from families import FAMILIES, IMAGE, Processor, Prompt, words
+from families_reference import Reference
+from family_runs import NEW, batched, by_kind, generated, kept_by_sample, model_of, prompts_of
 from matrix import dear
 from torch import Tensor, nn
+from transformers import StaticCache
 
 import vtp_plugin as vtp
+from vtp_plugin.errors import PruningError
 from vtp_plugin.surgery import cache
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -154,6 +157,112 @@ def test_attentions_of_decoding_steps_are_at_the_callers_columns(name: str, case
             assert weights.shape[-1] == length + step or number < cut  # before it a window's map is the host's
             torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]), **CLOSE)
         assert not maps[-1][..., :length].abs().sum((1, 2))[~there].any()
+
+
+@pytest.mark.parametrize("name", by_kind(FAMILIES))
+@torch.no_grad()
+def test_a_batch_without_a_mask(name: str) -> None:
+    """The host's `generate` takes ids of padding for padding."""
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    first = batched(family, prompts_of(name, "batch"))
+    bare = {key: value for key, value in first.items() if key != "attention_mask"}
+    for case in CASES if "llm" in family.stages else ("stride",):
+        with pruned(name, case, "compact"):
+            wanted, found = (torch.stack(generated(model, dict(given)).logits) for given in (first, bare))
+        torch.testing.assert_close(found, wanted, **CLOSE)
+
+
+def ending(name: str, images: int, seed: int = 0) -> Prompt:
+    """A prompt whose last token is a picture's."""
+    prompt = FAMILIES[name].sample(seed, images)
+    last = max(place for place, token in enumerate(prompt.ids) if token == IMAGE)
+    return Prompt(prompt.ids[: last + 1], prompt.images, prompt.totals)
+
+
+ENDING = [name for name in FAMILIES if "omni" not in name]  # whose hosts fail there by themselves
+
+
+@pytest.mark.covering("name case", "case positions")
+@pytest.mark.parametrize(("name", "case", "positions"), [each for each in cases() if each.values[0] in ENDING])
+@torch.no_grad()
+def test_a_prompt_that_ends_with_a_picture(name: str, case: str, positions: str) -> None:
+    """What is left of it says what comes next: the slow reference's answer, in a loop of one's own, too."""
+    family, model, prompts = FAMILIES[name], model_of(name, "sdpa"), (ending(name, 2), ending(name, 1, 1))
+    inputs = batched(family, prompts)
+    with pruned(name, case, positions) as attached:
+        output = generated(model, dict(inputs))
+        decisions = kept_by_sample(list(attached.events), prompts, "llm" if case == "fastv" else "projector", positions)
+        alike = model(**inputs), model(**inputs, logits_to_keep=1)
+    for answer in alike:
+        torch.testing.assert_close(answer.logits[:, -1], output.logits[0], **CLOSE)
+    agreeing = 1 if family.mrope and (case, positions) != ("stride", "compact") else NEW  # see the next test
+    for row, (prompt, kept) in enumerate(zip(prompts, decisions, strict=True)):
+        if case == "fastv":  # the last token is kept, and not judged
+            kept.late[-1] = torch.cat([kept.late[-1], torch.tensor([prompt.totals[-1] - 1])])
+        reference = Reference(model, batched(family, (prompt,)), prompt.totals, kept, family.later)
+        expected = reference.logits(output.sequences[row, -NEW:].tolist())[:agreeing]
+        torch.testing.assert_close(torch.stack([step[row] for step in output.logits[:agreeing]]), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("name", [name for name in ENDING if FAMILIES[name].mrope])
+@torch.no_grad()
+def test_tokens_behind_a_picture_on_several_axes(name: str, positions: str) -> None:
+    """The host's `generate` goes on from the picture's last place, axis by axis; candidates are where others are."""
+    family, model, seen = FAMILIES[name], model_of(name, "sdpa"), []
+    inputs = batched(family, (ending(name, 1),))
+
+    def behind(**kwargs: Any) -> Any:
+        seen.clear()
+        return generated(model, dict(inputs), **kwargs)
+
+    handle = model.model.language_model.rotary_emb.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("position_ids", args[-1])[-3:, 0, -1]), with_kwargs=True
+    )
+    behind()
+    places = torch.stack(seen[1:])
+    with pruned(name, "stride", positions) as attached:
+        plain = behind()
+        found = torch.stack(seen[1:])
+        if not model._is_stateful:
+            drafted = behind(assistant_model=family.build("sdpa"))
+            torch.testing.assert_close(torch.stack(drafted.logits), torch.stack(plain.logits), **CLOSE)
+        (lost,) = (b - a for b, a in zip(attached.events[0].before, attached.events[0].after, strict=True))
+    handle.remove()
+    counted = torch.arange(inputs["input_ids"].shape[1], inputs["input_ids"].shape[1] + NEW - 1) - lost
+    assert found.equal(places if positions == "original" else counted[:, None].expand(-1, 3))
+
+
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES.values() if family.mrope])
+@torch.no_grad()
+def test_one_axis_of_positions_for_several(name: str) -> None:
+    """A caller's position ids [1, L] hold for every axis, as in the host: in a prompt, and behind it."""
+    family, model = FAMILIES[name], model_of(name, "sdpa")
+    inputs = batched(family, prompts_of(name, "single"))
+    length = inputs["input_ids"].shape[1]
+    one, step = torch.arange(length)[None], torch.tensor([[length]])
+    for positions in ("original", "compact"):
+        with pruned(name, "stride", positions):
+            logits = []
+            for axes in ((), (3, -1, -1)):
+                output = model(**inputs, position_ids=one.expand(*axes) if axes else one, use_cache=True)
+                given = {"position_ids": step.expand(*axes) if axes else step, **held(model, cache.of_output(output))}
+                later = model(input_ids=torch.tensor([[41]]), **given)
+                logits.append(torch.cat([output.logits, later.logits], 1))
+        torch.testing.assert_close(*logits, **CLOSE)
+
+
+@torch.no_grad()
+def test_generate_behind_a_pruned_prompt_in_a_static_cache_is_refused() -> None:
+    model = model_of("llava_next", "sdpa")
+    first = batched(FAMILIES["llava_next"], prompts_of("llava_next", "single"))
+    fixed = StaticCache(config=model.config.get_text_config(), max_cache_len=300)
+    with pruned("llava_next", "stride", "compact"):
+        ids = generated(model, dict(first), **held(model, fixed)).sequences
+        whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with pytest.raises(PruningError, match="cannot go on behind a pruned prompt in a static cache"):
+            generated(model, whole, **held(model, fixed))
+        assert model(ids[:, -1:], attention_mask=whole["attention_mask"], **held(model, fixed)).logits.any()
 
 
 @pytest.mark.parametrize("name", by_kind(FAMILIES))

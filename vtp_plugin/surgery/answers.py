@@ -20,6 +20,7 @@ class Wanted:
 
     given: Any
     length: int  # columns of the caller
+    ends: Tensor | None = None  # [B]: the last columns of prompts that may have lost them
 
     @property
     def every(self) -> bool:
@@ -49,7 +50,11 @@ class Wanted:
         """How many of the last columns that are left hold all of them; at least one."""
         if self.at_the_end(left):
             return self.given
-        wanted = (left.columns >= self.first).any(0)
+        wanted = left.columns >= self.first
+        if self.ends is not None:
+            speaking = torch.arange(left.short, device=wanted.device) == self._speaking(left.columns)[:, None]
+            wanted |= speaking & (self.ends >= self.first)[:, None]
+        wanted = wanted.any(0)
         return left.short - int(wanted.int().argmax()) if wanted.any() else 1
 
     def of(self, short: Tensor, left: Columns) -> Tensor:
@@ -61,12 +66,27 @@ class Wanted:
         at = torch.where(last >= first, last - first, -1)
         whole = left.padded is False and left.short == left.length  # as far as the host knows
         full = Columns(at, left.length - first, padded=not whole).put(short)
+        if self.ends is not None:
+            full = self._ended(full, short, self._speaking(last).to(short.device))
         if not self.positions:
             return full
         if self.given.dtype is torch.bool:
-            return full[self.given[:, first:]]
+            chosen = self.given[..., first:]
+            return full[:, chosen] if chosen.ndim == 1 else full[chosen]
         where = self.given % self.length - first
-        return full[:, where] if where.ndim == 1 else full.take_along_dim(where[..., None], 1)
+        return full[:, where] if where.ndim < 2 else full.take_along_dim(where[..., None], 1)
+
+    def _speaking(self, columns: Tensor) -> Tensor:
+        """Where the last one of these columns [B, K] is that belongs to the prompt, [B]."""
+        there = (columns >= 0) & (columns <= self.ends[:, None])
+        return (there * torch.arange(1, columns.shape[1] + 1, device=columns.device)).argmax(1)
+
+    def _ended(self, full: Tensor, short: Tensor, speaking: Tensor) -> Tensor:
+        """Logits [B, K, V] where the last column that is left of a prompt says what follows it."""
+        at = self.ends.to(full.device) - self.first
+        rows, there = torch.arange(len(full), device=full.device), at.clamp(min=0)
+        said = torch.where((at >= 0)[:, None], short[rows, speaking], full[rows, there])
+        return full.index_put((rows, there), said)
 
 
 def seen(call: Call, left: Columns, layer: int | None = None) -> Columns:

@@ -91,6 +91,14 @@ def refuse_filled_cache(stored: Any) -> None:
         raise PruningError("pruning cannot add images behind a filled cache of the caller")
 
 
+def refuse_fixed_cache(stored: Any) -> None:
+    """The host's `generate` would take what is left in a static cache for all of the prompt, and make masks of it."""
+    if getattr(stored, "is_compileable", False):
+        raise PruningError(
+            "generate cannot go on behind a pruned prompt in a static cache: take a dynamic one, or a loop of your own"
+        )
+
+
 def refuse_images_behind(family: PlaceholderModel, inputs: Mapping[str, Any]) -> None:
     """The same where the cache holds a pruned prompt."""
     if family.has_images(inputs) or inputs.get("mm_encoder_outputs"):

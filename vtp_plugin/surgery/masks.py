@@ -1,19 +1,32 @@
-"""Masks that the host makes ahead of a decoding step, for caches of fixed length: over what is left of the prompt."""
+"""Masks that the host makes by itself: of a prompt that comes without one, and ahead of a decoding step.
+
+Those of a step, for caches of fixed length, are over what is left of the prompt.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from vtp_plugin.surgery import cache, turns
+from vtp_plugin.surgery import asking, cache, turns
 from vtp_plugin.surgery.call import Call
 from vtp_plugin.surgery.undo import MISSING, Undo, put_back
 
 NAME = "create_masks_for_generate"
+
+
+def assumed(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The mask that the host's `generate` makes of ids [B, L] without one: of what is no padding; none if it cannot."""
+    padding, ends = (asking.setting(model, inputs, name) for name in ("pad_token_id", "eos_token_id"))
+    if inputs.get("attention_mask") is not None or padding is None:
+        return {}
+    if padding in (ends if isinstance(ends, list) else [ends]):
+        return {}
+    return {"attention_mask": inputs["input_ids"].ne(padding).long()}
 
 
 @contextmanager
@@ -32,7 +45,7 @@ def translated(model: nn.Module, call: Call) -> Iterator[None]:
         )
         if not length:
             return mask
-        left = turn.behind(len(embeds), embeds.shape[1], length)
+        left = turn.behind(len(embeds), embeds.shape[1], length).to(embeds.device)
         if mask is not None:
             mask = left.mask(mask, embeds.shape[1])
         elif not left.full:

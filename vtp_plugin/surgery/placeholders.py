@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.signals import reads_question
+from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.batching import at_once, moved
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.columns import Columns, Rows, slots
@@ -72,6 +73,11 @@ class Read:
         return self.real.sum(1).tolist()
 
     @property
+    def ends(self) -> list[int]:
+        """The last real column of every row."""
+        return (self.real * torch.arange(1, self.real.shape[1] + 1)).argmax(1).tolist()
+
+    @property
     def tail(self) -> int:
         """The last columns that are real in every row."""
         return int(self.real.all(0).flip(0).cumprod(0).sum())
@@ -110,8 +116,12 @@ class Prompt:
         if all(len(rows.source) == image.total for image, rows in zip(call.images, left, strict=True)):
             judged = [rows.only_judged(where) for where, rows in zip(moved(places, ids.device), left, strict=True)]
             call.place(real, judged, [image.sample for image in call.images], read.lengths)
-            return None, features
-        return self._shorter(call, read, real, places, left), features
+            columns = None
+        else:
+            columns = self._shorter(call, read, real, places, left)
+        if any(strategy.stage is Stage.LLM for strategy in self.pruned.strategies):
+            _spare(call.images, read.ends, places, left)
+        return columns, features
 
     def _shorter(self, call: Call, read: Read, real: Tensor, places: Sequence[Tensor], left: Sequence[Rows]) -> Columns:
         """The prompt with `left` of its images, which are at the columns `places` [n] (on the host); tells the call.
@@ -168,6 +178,14 @@ class Prompt:
         questions = [question_of(self.family.decode(row[mask])) for row, mask in zip(read.ids, text, strict=True)]
         for image in call.images:
             image.question = questions[image.sample]
+
+
+def _spare(images: Sequence[Image], ends: Sequence[int], places: Sequence[Tensor], left: Sequence[Rows]) -> None:
+    """Let no decoder layer judge the last token of a prompt that ends with an image: it says what comes next."""
+    for image, place, rows in zip(images, places, left, strict=True):
+        if not rows.fixed and len(image.columns) and int(place[-1]) == ends[image.sample]:  # else a newline is the last
+            image.entered, image.fixed = len(image.columns), 1
+            image.columns, image.index = image.columns[:-1], image.index[:-1]
 
 
 def padding(model: nn.Module) -> int:

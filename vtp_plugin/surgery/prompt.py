@@ -72,15 +72,25 @@ class PlaceholderCalls:
         ids, images = inputs.get("input_ids"), self.family.has_images(inputs)
         filled = turns.recall(inputs)
         asking.check(self.pruned, inputs, images and filled is None, generating=True)
+        if filled is not None:
+            asking.refuse_fixed_cache(cache.given(inputs))
         with self.pruned.calling() as call, torch.no_grad(), spoken.generating(), masks.translated(self.model, call):
             call.rows = 1 if ids is None else len(ids)
             if not images or filled is not None:
                 return self.generate(**inputs)
-            features = self._turn(
-                call, {name: value for name, value in inputs.items() if not name.startswith("output_")}
-            )
+            inputs |= masks.assumed(self.model, inputs)
+            given = {name: value for name, value in inputs.items() if not name.startswith("output_")}
+            features = self._turn(call, self._beside(given))
             with self.family.serving(features), self._assisting(inputs):
                 return self.generate(**inputs)
+
+    def _beside(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with what has a value per column next to the model: the host takes it there pass by pass."""
+        device = self.model.device
+        if device.type == "meta" or inputs["input_ids"].device == device:
+            return inputs
+        moving = [name for name in TRANSLATED if isinstance(inputs.get(name), Tensor)]
+        return inputs | {name: inputs[name].to(device) for name in moving}
 
     @contextmanager
     def _assisting(self, inputs: Mapping[str, Any]) -> Iterator[None]:
@@ -160,7 +170,7 @@ class PlaceholderCalls:
             return self._answered(self.forward(**inputs, return_dict=True), named)
         rows, length = inputs["input_ids"].shape
         left = turn.columns.repeated(rows).followed(length - turn.length)
-        wanted = answers.Wanted(inputs.get("logits_to_keep", 0), length)
+        wanted = answers.Wanted(inputs.get("logits_to_keep", 0), length, turn.ends(rows))
         labelled = any(inputs.get(name) is not None for name in losses.LABELS)
         self._shorten(turn, inputs, left)
         call.positions = None if hasattr(self.family, "axes") else turn.table()
@@ -181,9 +191,13 @@ class PlaceholderCalls:
     def _shorten(self, turn: Turn, inputs: dict[str, Any], left: Columns) -> None:
         """Every argument with one entry per column of the prompt, for what is left of it."""
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        if hasattr(self.family, "axes") and not turn.untouched and inputs.get("position_ids") is None:
-            inputs["position_ids"] = self.family.axes(inputs, turn.ids, turn.real)
-        positions = turn.shortened(inputs.get("position_ids"), ids.shape[1] - turn.length)
+        positions = inputs.get("position_ids")
+        if hasattr(self.family, "axes") and not turn.untouched:
+            if positions is None:
+                positions = self.family.axes(inputs, turn.ids, turn.real)
+            elif positions.ndim == 2:  # the host takes them for every axis
+                positions = positions.expand(3, -1, -1)
+        positions = turn.shortened(positions, ids.shape[1] - turn.length)
         if turn.untouched:
             return
         inputs["input_ids"] = left.take(ids, padding(self.model))
@@ -196,7 +210,7 @@ class PlaceholderCalls:
         known = inspect.signature(self.forward).parameters
         for name, value in inputs.items():
             if name in PER_TOKEN and isinstance(value, Tensor):  # a host tells it of the prompt only, not of candidates
-                value = functional.pad(value, (0, ids.shape[1] - value.shape[1]))
+                value = functional.pad(value.to(ids.device), (0, ids.shape[1] - value.shape[1]))
             if not isinstance(value, Tensor) or value.shape[:2] != ids.shape:
                 continue
             if name in PER_TOKEN or (name not in known and name not in TRANSLATED):

@@ -38,7 +38,8 @@ class Turn:
     first: int = 0  # the host's number of the first token
     untouched: bool = False  # nothing was dropped before the language model
     by_column: bool = True  # the host counts columns, padding included; else real tokens
-    shift: Tensor | None = None  # [B] or [A, B]: what a new token's number becomes, where the caller counts
+    shift: Tensor | None = None  # [B]: what a new token's number becomes, where the caller counts
+    several: bool = False  # its positions have several axes
     known: tuple[Tensor, list[bool]] | None = None  # position ids of the prompt, and how they count: `_counting`
     facts: dict[str, Any] = field(default_factory=dict)  # of the call: images, valid, cuts, positions
     carried: dict[str, Any] = field(default_factory=dict)  # attributes [B, ...] of the model that its passes share
@@ -53,6 +54,13 @@ class Turn:
         """How many tokens every row lost, [B]."""
         lost = self.real.sum(1) - self.columns.valid.sum(1)
         return torch.zeros_like(lost) if self.untouched else lost  # its columns are all there, padding included
+
+    def ends(self, rows: int) -> Tensor | None:
+        """The last real column of every prompt, [rows]; None if no row has lost it."""
+        if self.columns.tail:
+            return None
+        last = (self.real * torch.arange(1, self.length + 1, device=self.real.device)).argmax(1)
+        return last.repeat_interleave(rows // len(self.ids), 0)
 
     def begins(self, ids: Tensor, given: Tensor | None = None) -> bool:
         """Whether these ids [B', L + n] are the prompt, perhaps repeated, and what was generated behind it.
@@ -80,7 +88,7 @@ class Turn:
             "positions": None if self.facts["positions"] is None else self.facts["positions"][own],
             "cuts": {layer: cut.of_rows(picked, rows) for layer, cut in self.facts["cuts"].items()},
         }
-        shift = None if self.shift is None else self.shift[..., own]
+        shift = None if self.shift is None else self.shift[own]
         carried = {
             name: value if value is None else value[own.to(value.device)] for name, value in self.carried.items()
         }
@@ -98,7 +106,8 @@ class Turn:
         at, positions = self.columns.followed(new), given
         given, real = self._beside(given, new)
         at = at.repeated(given.shape[-2])
-        if given.ndim == 3:
+        self.several = given.ndim == 3
+        if self.several:
             return self._axes(given, at, real)
         told = known is not None and known[0] is positions
         by_token, by_column = known[1] if told else torch.stack(self._counting(positions, new)).tolist()
@@ -135,23 +144,29 @@ class Turn:
             taken = torch.where(lost[:, None], counted, taken)
         if len(given) == 4:
             taken[0] = counted
-        shift = _last(taken, at.valid) - _last(given, real)
-        self.shift = shift[:, :: len(real) // len(self.ids)]
+        self.shift = torch.zeros_like(self.dropped)
+        if self.numbering == "compact":  # a new token continues behind the highest number of the prompt
+            highest = torch.where(real, given[-3:], 0)[..., : self.length].amax((0, 2))[:: len(real) // len(self.ids)]
+            self.shift = torch.where(self.dropped > 0, self.columns.valid.sum(1) - 1 - highest, 0)
         return taken
 
     def moved(self, given: Tensor | None) -> Tensor | None:
         """Position ids [B, q] or [A, B, q] of new tokens."""
         if given is None or self.shift is None:
             return given
-        if given.ndim != self.shift.ndim + 1:
+        if given.ndim == 3 and not self.several:
             raise PruningError("position_ids of new tokens have other axes than those of the prompt in the cache")
-        shift = self.shift.to(given.device)
-        if given.ndim == 3:  # one, three, or four with that of text first; those of images move alike
-            text = -self.dropped[None].to(given.device) if len(given) == 4 else shift[:0]
-            shift = torch.cat([text, shift[-1:].expand(len(given) - len(text), -1)])
-        if given.shape[-2] > shift.shape[-1]:
-            shift = shift.repeat_interleave(given.shape[-2] // shift.shape[-1], -1)
-        return given + shift[..., None]
+        if given.ndim == 2 or len(given) < 4:  # one axis or three
+            return given + self._beside_new(self.shift, given)
+        dropped = self._beside_new(self.dropped, given)
+        text, axes = given[:1] - dropped, given[1:]  # four: that of text comes first
+        if self.numbering == "compact":
+            axes = torch.where(dropped > 0, text, axes)
+        return torch.cat([text, axes])
+
+    def _beside_new(self, own: Tensor, given: Tensor) -> Tensor:
+        """What rows of the prompt have, [B], for position ids of new tokens, where beams may share it: [B', 1]."""
+        return own.to(given.device).repeat_interleave(max(1, given.shape[-2] // len(own)), 0)[:, None]
 
     def table(self) -> Tensor | None:
         """What the host counts -> original positions, for the rotary embedding; see `surgery.positions.lookup`."""
@@ -187,12 +202,6 @@ class Turn:
         if not text or self.facts["cuts"]:
             raise PruningError("the cache was cropped into what is left of an image: begin with the prompt again")
         return Columns(self.columns.columns[:, :-lost], self.length - lost)
-
-
-def _last(positions: Tensor, real: Tensor) -> Tensor:
-    """The positions [A, B, L] of the last real columns, [A, B]."""
-    last = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1)
-    return positions.gather(2, last[None, :, None].expand(len(positions), -1, -1))[..., 0]
 
 
 def _same(given: Tensor, expected: Tensor, real: Tensor) -> Tensor:
