@@ -153,6 +153,11 @@ def best(scores: Tensor, k: int) -> Tensor:
     return scores.float().sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
+def last_true(mask: Tensor) -> Tensor:
+    """The last column [B] that is True in each row of a mask [B, N]; 0 in a row without one."""
+    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+
+
 def true_columns(mask: Tensor, k: int) -> Tensor:
     """Where a mask [..., N] with k True in every row is True, ascending: [..., k]; nobody waits for the device."""
     return mask.byte().sort(dim=-1, descending=True, stable=True).indices[..., :k]

@@ -22,7 +22,7 @@ from vtp_plugin import config
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting import statistics
 from vtp_plugin.reporting.tables import Table
-from vtp_plugin.studies.evaluated import interval, over_tasks, points
+from vtp_plugin.studies.evaluated import interval, over_tasks, paired, points
 from vtp_plugin.studies.study import Study, some, whole
 
 if TYPE_CHECKING:
@@ -236,11 +236,6 @@ class AtpDesign(Study):
         axis.set_ylabel("mean accuracy, %")
         axis.legend(title="keep")
         return {"follows": figure}
-
-
-def paired(right: Mapping[str, Sequence[bool]], other: Mapping[str, Sequence[bool]]) -> list[np.ndarray]:
-    """Per task, what the first has right more than the second, question by question."""
-    return [np.subtract(right[task], other[task], dtype=float) for task in right]
 
 
 def questions(chosen: Sequence[int]) -> tuple[list[Scene], list[Asked]]:

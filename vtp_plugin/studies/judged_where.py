@@ -22,7 +22,7 @@ from vtp_plugin.reporting import statistics
 from vtp_plugin.reporting.comparison import p_value
 from vtp_plugin.reporting.tables import Table
 from vtp_plugin.stages import Stage
-from vtp_plugin.studies.evaluated import digits, hits, over_tasks, points
+from vtp_plugin.studies.evaluated import digits, hits, over_tasks, paired, points
 from vtp_plugin.studies.study import Study, some
 
 if TYPE_CHECKING:
@@ -208,8 +208,8 @@ def joined_rows(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def gain_of(rows: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
     """Per task, before - after for every clip or scene, the mean of some rows."""
 
-    read = [{place: hits(row[place]) for place in PLACES} for row in rows]
-    return [np.mean([np.subtract(row["before"][t], row["after"][t]) for row in read], 0) for t in rows[0]["after"]]
+    gains = [paired(hits(row["before"]), hits(row["after"])) for row in rows]
+    return [np.mean(of_task, 0) for of_task in zip(*gains, strict=True)]
 
 
 def accuracy(right: Right) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtp_plugin.surgery.call import Call
 from vtp_plugin.surgery.columns import Columns
+from vtp_plugin.tokens import last_true
 
 LAYERED = ("hidden_states", "attentions")
 
@@ -78,8 +79,7 @@ class Wanted:
 
     def _speaking(self, columns: Tensor) -> Tensor:
         """Where the last one of these columns [B, K] is that belongs to the prompt, [B]."""
-        there = (columns >= 0) & (columns <= self.ends[:, None])
-        return (there * torch.arange(1, columns.shape[1] + 1, device=columns.device)).argmax(1)
+        return last_true((columns >= 0) & (columns <= self.ends[:, None]))
 
     def _ended(self, full: Tensor, short: Tensor, speaking: Tensor) -> Tensor:
         """Logits [B, K, V] where the last column that is left of a prompt says what follows it."""

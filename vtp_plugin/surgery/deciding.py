@@ -19,7 +19,7 @@ from vtp_plugin.surgery.call import Call
 from vtp_plugin.surgery.cut import Cut, equalised
 from vtp_plugin.surgery.reading import Reading
 from vtp_plugin.surgery.session import Session
-from vtp_plugin.tokens import true_columns
+from vtp_plugin.tokens import last_true, true_columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +172,7 @@ class Text:
         """The text [B, L] bool, and whether the next cut may see another one [B]."""
         before = self.before
         text, column = before.valid.clone(), torch.arange(before.valid.shape[1], device=before.valid.device)
-        last, ends = (before.valid * (column + 1)).argmax(1), []
+        last, ends = last_true(before.valid), []
         for row, columns in self.images:
             if len(columns) == 0:
                 continue

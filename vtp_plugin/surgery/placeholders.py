@@ -17,6 +17,7 @@ from vtp_plugin.surgery.batching import at_once, moved
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.columns import Columns, Rows, slots
 from vtp_plugin.surgery.question import question_of
+from vtp_plugin.tokens import last_true
 
 if TYPE_CHECKING:
     from vtp_plugin.surgery.session import Session
@@ -75,7 +76,7 @@ class Read:
     @property
     def ends(self) -> list[int]:
         """The last real column of every row."""
-        return (self.real * torch.arange(1, self.real.shape[1] + 1)).argmax(1).tolist()
+        return last_true(self.real).tolist()
 
     @property
     def tail(self) -> int:

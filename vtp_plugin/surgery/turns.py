@@ -19,6 +19,7 @@ from vtp_plugin.surgery.call import Call
 from vtp_plugin.surgery.columns import Columns
 from vtp_plugin.surgery.positions import lookup
 from vtp_plugin.surgery.spoken import OfCache, Spoken
+from vtp_plugin.tokens import last_true
 
 MARK = "_vtp_turn"
 REGROUPING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")  # of a cache: they move its rows
@@ -59,8 +60,7 @@ class Turn:
         """The last real column of every prompt, [rows]; None if no row has lost it."""
         if self.columns.tail:
             return None
-        last = (self.real * torch.arange(1, self.length + 1, device=self.real.device)).argmax(1)
-        return last.repeat_interleave(rows // len(self.ids), 0)
+        return last_true(self.real).repeat_interleave(rows // len(self.ids), 0)
 
     def begins(self, ids: Tensor, given: Tensor | None = None) -> bool:
         """Whether these ids [B', L + n] are the prompt, perhaps repeated, and what was generated behind it.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from vtp_plugin.tokens import at
 
 from . import testset
 from .fitting import Metrics
@@ -19,9 +18,7 @@ from .questions import TASKS
 from .scenes import Scene
 from .store import WEIGHTS, load_weights
 from .tokenizers import load_clip_tokenizer
-from .vision import View, look
-
-Chooser = Callable[[Tensor, View], Tensor]  # projected tokens [B, N, D] and the tower's view -> [B, K], ascending
+from .vision import look
 
 
 def shipped() -> tuple[nn.ModuleDict, Layout]:
@@ -41,34 +38,22 @@ def score(
     device: str = "cpu",
 ) -> Metrics:
     """Accuracy per task and over all; with a random share of the tokens, at their original positions."""
-    right = answered(nets, layout, images, scenes, partial(at_random, keep), device)
-    accuracy = {task: sum(values) / len(values) for task, values in right.items()}
-    return accuracy | {"all": sum(accuracy.values()) / len(accuracy)}
-
-
-def answered(
-    nets: nn.ModuleDict,
-    layout: Layout,
-    images: np.ndarray,
-    scenes: Sequence[tuple[int, Scene]],
-    choose: Chooser,
-    device: str = "cpu",
-) -> dict[str, list[float]]:
-    """Per task, 1 or 0 for every scene, with the tokens that are chosen, at their original positions."""
     asked = [list(testset.ask(index, seed, scene).values()) for index, (seed, scene) in enumerate(scenes)]
     lessons = [write_lesson(layout, asked[start : start + 25]).to(device) for start in range(0, len(asked), 25)]
 
     def see(part: slice) -> Sight:
         view = look(nets["clip"], normalize(torch.from_numpy(np.array(images[part])).to(device)))
         tokens = nets["projector"](view.patches)
-        index = choose(tokens, view)
-        left = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+        index = at_random(keep, tokens)
+        left = at(tokens, index)
         return renumber(left, index, tokens.shape[1], original=True)
 
-    return examine(nets["llama"], see, lessons)
+    right = examine(nets["llama"], see, lessons)
+    accuracy = {task: sum(values) / len(values) for task, values in right.items()}
+    return accuracy | {"all": sum(accuracy.values()) / len(accuracy)}
 
 
-def at_random(keep: float, tokens: Tensor, view: View) -> Tensor:
+def at_random(keep: float, tokens: Tensor) -> Tensor:
     """A share of the tokens, of every batch the same."""
     noise = PATTERNS["random"](tokens, tokens, tokens, np.random.default_rng(0))
     return noise.topk(round(keep * tokens.shape[1]), 1).indices.sort(1).values

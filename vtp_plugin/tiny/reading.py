@@ -16,7 +16,7 @@ from torch import Tensor
 from vtp_plugin.pruning import prune
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
-from vtp_plugin.tokens import Selection, VisualTokens
+from vtp_plugin.tokens import Selection, VisualTokens, at
 
 from .inference import load
 from .language import Lesson, examine, write_lesson
@@ -37,7 +37,7 @@ LAYOUTS = {  # model: how its processor asks, and positions as its language mode
 
 @dataclass(kw_only=True)
 class Noting(PruningStrategy):
-    """Keeps everything, and notes it."""
+    """Keeps everything, and notes it. It has a budget, so that pictures pass the tower together."""
 
     name = "noting"
     paper = "none"
@@ -88,7 +88,7 @@ class Reading:
     ) -> dict[str, list[float]]:
         """Per task, 1 or 0 for every scene, from the tokens that the strategy keeps; None keeps all."""
         columns = self.kept(visual, strategy)
-        left = visual.projected.gather(1, columns[..., None].expand(-1, -1, visual.projected.shape[-1]))
+        left = at(visual.projected, columns)
         sight = Sight(left, visual.index.gather(1, columns), visual.index.shape[1])
         return examine(self.reader, lambda _: self.placed(sight), [lesson])
 

@@ -25,7 +25,7 @@ RANK = 16
 
 
 class Reader(nn.Module):
-    """Qwen2-VL's language model with its head, named like a Llama's."""
+    """A language model of transformers with its head, named like a Llama's."""
 
     def __init__(self, model: nn.Module, lm_head: nn.Module) -> None:
         super().__init__()

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vtp_plugin.tokens import at
+
 from .. import testset
 from ..examining import at_random, table
 from ..fitting import Metrics, Plan, Run, fit, go_through, options, progress
@@ -132,8 +134,8 @@ def score(pupil: Student, images: np.ndarray, scenes: list[tuple[int, Scene]], k
 
     def see(part: slice) -> Sight:
         _, tokens = pupil.look(torch.from_numpy(np.array(images[part])).to(device))
-        index = at_random(keep, tokens, None)
-        left = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+        index = at_random(keep, tokens)
+        left = at(tokens, index)
         return on_axes(renumber(left, index, tokens.shape[1], original=True))
 
     right = examine(pupil.reader, see, lessons)
