@@ -181,19 +181,21 @@ class Pruned(OneAtATime):
     def calling(self) -> Iterator[Call]:
         """One call of the host model; proves at its end that every strategy has cut."""
         self._places.check()
-        call = Call(warmup=not self._called, decisions=[] if self.keep_decisions else None, measured=self._measured)
+        device, decisions = self.device, [] if self.keep_decisions else None
+        call = Call(warmup=not self._called, decisions=decisions, device=device, measured=self._measured)
         self._called = True
         call.spend("image_processing", self._processed)
-        self._processed, call.started = 0.0, clock(self.device, waiting=call.measured)
+        self._processed, call.started = 0.0, clock(device, waiting=call.measured)
         try:
             with self.going_on(call):
                 yield call
             self._prove(call)
+            self._totals.foresee(call)
             call.settle()
         except BaseException as error:
             self.failure = self.failure or error
             raise
-        call.spend("total", clock(self.device, waiting=call.measured) - call.started)
+        call.spend("total", clock(device, waiting=call.measured) - call.started)
         call.first_token = call.seconds["total"] if call.first_token is None else call.first_token
         self.events.extend(call.events)
         for listener in self.finished:
@@ -214,9 +216,9 @@ class Pruned(OneAtATime):
     def timed(self, part: str) -> Iterator[list[float]]:
         """Add the wall time of the block to a part of the call; the list holds it afterwards."""
         spent = [0.0]
-        latency.begin(self.call, part, self.device)
+        latency.begin(self.call, part)
         yield spent
-        spent[0] = latency.end(self.call, self.device)
+        spent[0] = latency.end(self.call)
 
     @property
     def device(self) -> torch.device:

@@ -15,4 +15,7 @@ class Stage(str, Enum):
 
     @property
     def order(self) -> int:
-        return list(Stage).index(self)
+        return _ORDER[self]
+
+
+_ORDER = {stage: place for place, stage in enumerate(Stage)}

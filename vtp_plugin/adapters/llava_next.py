@@ -45,11 +45,11 @@ class LlavaNext(RowsAdapter):
     def images(self, inputs: Mapping[str, Any]) -> list[Image]:
         tiles = self._tiles(inputs)
         patches = self.tower.grid[0] * self.tower.grid[1]
-        packed = self._packed(torch.zeros(sum(tiles), patches, 1, device=inputs["pixel_values"].device), inputs)
+        packed = self._packed(torch.zeros(sum(tiles), patches, 1), inputs)
         return [
             Image(
                 total=len(rows),
-                index=torch.arange(len(rows), device=rows.device),
+                index=torch.arange(len(rows), device=inputs["pixel_values"].device),
                 tiles=n,
                 patches=n * patches,
                 projectable=n * patches,

@@ -51,9 +51,10 @@ class LlavaOnevision(RowsAdapter):
         found, patches = [], self.tower.grid[0] * self.tower.grid[1]
         if inputs.get("pixel_values") is not None:
             tiles = self._tiles(inputs)
-            packed = self._packed(torch.zeros(sum(tiles), patches, 1, device=inputs["pixel_values"].device), inputs)
+            packed = self._packed(torch.zeros(sum(tiles), patches, 1), inputs)
             made = zip(tiles, packed, self._views(inputs, tiles), strict=True)
-            found += [replace(self._image("image", len(rows), n, rows.device), views=views) for n, rows, views in made]
+            device = inputs["pixel_values"].device
+            found += [replace(self._image("image", len(rows), n, device), views=views) for n, rows, views in made]
         if inputs.get("pixel_values_videos") is not None:
             videos = inputs["pixel_values_videos"]
             film = videos.shape[1], -(-self.tower.grid[0] // 2), -(-self.tower.grid[1] // 2)

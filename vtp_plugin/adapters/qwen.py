@@ -9,7 +9,6 @@ per frame.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from vtp_plugin.adapters.qwen_tower import PACKED, function_of, packed_tower
 from vtp_plugin.adapters.rows import VALUES, RowsAdapter
 from vtp_plugin.stages import Stage
+from vtp_plugin.surgery.binding import signature_of
 from vtp_plugin.surgery.call import Image
 
 GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
@@ -37,7 +37,7 @@ class Axes:
             self.core.rope_deltas = torch.zeros(len(ids), 1, dtype=torch.long, device=ids.device)
             return (real.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
         index = self.core.get_rope_index
-        given = {name: inputs[name] for name in inspect.signature(index).parameters if inputs.get(name) is not None}
+        given = {name: inputs[name] for name in signature_of(index).parameters if inputs.get(name) is not None}
         positions, self.core.rope_deltas = index(**given | {"input_ids": ids, "attention_mask": real.long()})
         return positions
 

@@ -7,7 +7,6 @@ Families hand their features over in other forms, too: each asks `is_host()` whe
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 
 from vtp_plugin import contract
 from vtp_plugin.errors import PruningError
+from vtp_plugin.surgery.binding import signature_of
 from vtp_plugin.surgery.undo import Undo
 
 FIRST_WITH_FEATURES = (5, 18)  # release
@@ -35,7 +35,7 @@ def repeats_pixels(model: nn.Module) -> bool:
 
 def arguments(function: Callable[..., Any], kind: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `get_image_features` or `get_video_features`, whose pixels OneVision names alike in 5.17."""
-    names = {name: name for name in inspect.signature(function).parameters}
+    names = {name: name for name in signature_of(function).parameters}
     if kind == "video" and "pixel_values" in names:
         names["pixel_values"] = "pixel_values_videos"
     return {name: inputs[given] for name, given in names.items() if inputs.get(given) is not None}
@@ -66,7 +66,7 @@ def expanding(
 def repeat_features(core: nn.Module, model: nn.Module, undo: Undo, repeat: Callable[[int], None]) -> None:
     """Let `generate` leave pixels as they are where it repeats prompts; `repeat(times)` repeats the features."""
     functions = [getattr(core, f"get_{kind}_features", None) for kind in ("image", "video")]
-    visual = {name for function in functions if function for name in inspect.signature(function).parameters}
+    visual = {name for function in functions if function for name in signature_of(function).parameters}
     visual |= {"pixel_values_videos", *BESIDE_PIXELS}
 
     def expanded(expand_size: int = 1, input_ids: Any = None, **kwargs: Any) -> Any:

@@ -22,15 +22,15 @@ PERCENTILES = (50, 90, 99)
 QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 
 
-def begin(call: Call, part: str, device: torch.device) -> None:
+def begin(call: Call, part: str) -> None:
     """A part of a call begins, perhaps inside another one."""
-    call.running.append([part, clock(device, waiting=call.measured), 0.0])
+    call.running.append([part, clock(call.device, waiting=call.measured), 0.0])
 
 
-def end(call: Call, device: torch.device) -> float:
+def end(call: Call) -> float:
     """The innermost part ends; its seconds, those of parts inside it included."""
     part, started, inside = call.running.pop()
-    spent = clock(device, waiting=call.measured) - started
+    spent = clock(call.device, waiting=call.measured) - started
     call.spend(part, spent - inside)
     if call.running:
         call.running[-1][2] += spent
@@ -51,11 +51,11 @@ def watch(pruned: Session, undo: Undo) -> None:
 def _time(pruned: Session, undo: Undo, module: nn.Module, part: Callable[[Call], str]) -> None:
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         if pruned.call is not None:
-            begin(pruned.call, part(pruned.call), pruned.device)
+            begin(pruned.call, part(pruned.call))
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if pruned.call is not None and pruned.call.running:
-            end(pruned.call, pruned.device)
+            end(pruned.call)
 
     undo.before(module, before)
     undo.after(module, after)
@@ -74,7 +74,7 @@ def _counter(pruned: Session) -> Callable[..., None]:
             call.copies, call.columns = max(1, rows // call.rows), tokens
             return
         if call.first_token is None:
-            call.first_token = clock(pruned.device) - call.started
+            call.first_token = clock(call.device) - call.started
         cached = kwargs.get("use_cache", True) is not False and tokens < call.columns
         done = sum(step[0] for step in call.steps)
         call.steps.append((tokens if cached else tokens - call.columns - done, done, cached))

@@ -18,10 +18,15 @@ class Totals:
         self.sums: Counter[str] = Counter()
         self.selector = 0.0  # seconds
 
+    def foresee(self, call: Call) -> None:
+        """Work out while the device is busy what a call cost, unless that needs numbers of the device."""
+        if all(seen.ends is None for seen in call.seen):
+            for row in _rows(call):
+                counting.accounts(self.pruned, call, row)  # which the call remembers
+
     def add(self, call: Call) -> None:
         """One call that ended well."""
-        rows = max([call.rows, *(image.sample + 1 for image in call.images)])
-        for row in range(rows if call.valid is None else len(call.valid)):
+        for row in _rows(call):
             self._sample(call, row)
         self.selector += call.seconds.get("selector", 0.0)
 
@@ -29,19 +34,17 @@ class Totals:
         numbers = [n for n, image in enumerate(call.images) if image.sample == row and image.counted]
         counts = [(call.images[n].total, counting.kept(call, n)) for n in numbers]
         before, after = counting.accounts(self.pruned, call, row)
-        self.sums += Counter(
-            {
-                "samples": 1,
-                "with_images": bool(numbers),
-                "pruned": any(left < total for total, left in counts),
-                "images": len(numbers),
-                "tokens_before": sum(total for total, _ in counts),
-                "tokens_after": sum(left for _, left in counts),
-                "flops_before": before.first_token,
-                "flops_after": after.first_token,
-                "cache_before": before.cache_bytes,
-                "cache_after": after.cache_bytes,
-            }
+        self.sums.update(
+            samples=1,
+            with_images=bool(numbers),
+            pruned=any(left < total for total, left in counts),
+            images=len(numbers),
+            tokens_before=sum(total for total, _ in counts),
+            tokens_after=sum(left for _, left in counts),
+            flops_before=before.first_token,
+            flops_after=after.first_token,
+            cache_before=before.cache_bytes,
+            cache_after=after.cache_bytes,
         )
 
     def entry(self) -> dict[str, Any]:
@@ -57,3 +60,9 @@ class Totals:
             "prefill_flops": {"before": 2 * s["flops_before"], "after": 2 * s["flops_after"]},
             "kv_cache_bytes": {"before": s["cache_before"], "after": s["cache_after"]},
         }
+
+
+def _rows(call: Call) -> range:
+    """The samples of a call."""
+    rows = max([call.rows, *(image.sample + 1 for image in call.images)])
+    return range(rows if call.valid is None else len(call.valid))

@@ -7,7 +7,8 @@ blocks, windows and unequal tiles are counted as they ran.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class Seen:
     entering: tuple[int, int]  # rows and tokens per row
     leaving: tuple[int, int]
     owners: tuple[int, ...]  # image of every tile
-    packed: tuple[int, ...]  # of a packed sequence: patches of every image in `images`
+    packed: tuple[int, ...]  # patches of every image in `images`, where rows are no equally long tiles
     images: tuple[int, ...]
     ends: Ends | None  # of a packed sequence
 
@@ -84,22 +85,17 @@ def watch(pruned: Session, undo: Undo) -> None:
 def _observer(pruned: Session, part: str, number: int) -> Any:
     def observe(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = pruned.call
-        if call is None or not call.batch:
+        if call is None or call.tower is None or not call.tower.batch:
             return
         before = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
         after = output[0] if isinstance(output, tuple) else output
-        left = _embedded(after) if part == PATCH else _rows(after)
-        patches = [call.images[n].patches or call.images[n].total for n in call.batch]
-        seen = Seen(
-            part,
-            number,
-            left if part == PATCH else _rows(before),
-            left,
-            tuple(call.tower.tiles),
-            tuple(call.tower.packed or patches),
-            tuple(call.batch),
-            _ends(call, kwargs.get("cu_seqlens")) if part == BLOCK else None,
-        )
+        leaving = _embedded(after) if part == PATCH else _rows(after)
+        entering = leaving if part == PATCH else _rows(before)
+        ends, tower = _ends(call, kwargs.get("cu_seqlens")) if part == BLOCK else None, call.tower
+        seen = Seen(part, number, entering, leaving, tuple(tower.tiles), (), tuple(tower.batch), ends)
+        if not seen.uniform:
+            patches = [call.images[n].patches or call.images[n].total for n in tower.batch]
+            seen = replace(seen, packed=tuple(tower.packed or patches))
         call.seen.append(seen)
 
     return observe
@@ -118,11 +114,13 @@ def _ends(call: Call, cumulative: Tensor | None) -> Ends | None:
 
 def _embedded(tensor: Tensor) -> tuple[int, int]:
     """Rows and tokens per row of what a patch embedding makes, [B, D, rows, columns], [B, N, D] or [S, D]."""
-    return (len(tensor), tensor.shape[2:].numel()) if tensor.ndim == 4 else _rows(tensor)
+    shape = tensor.shape
+    return (shape[0], prod(shape[2:])) if len(shape) == 4 else _rows(tensor)
 
 
 def _rows(tensor: Tensor | list[Tensor]) -> tuple[int, int]:
     """Rows and tokens per row of [B, N, D], [B, rows, columns, D] or [S, D], or of [n, D] per image."""
     if isinstance(tensor, list):
         return 1, sum(map(len, tensor))
-    return (len(tensor), tensor.shape[1:-1].numel()) if tensor.ndim > 2 else (1, len(tensor))
+    shape = tensor.shape
+    return (shape[0], prod(shape[1:-1])) if len(shape) > 2 else (1, shape[0])

@@ -154,7 +154,8 @@ def everything() -> Iterator[Signal]:
 
 def given(stage: Stage, *, inside: bool = False) -> dict[str, Signal]:
     """The signals of a stage by name; `inside`: of the tower's blocks, where a vit-stage strategy merges in them."""
-    return {s.name: s for s in everything() if s.view.stage is stage and s.view.inside is inside}
+    declared = [own for view, own in _DECLARED.items() if view.stage is stage and view.inside is inside]
+    return {name: one for own in declared for name, one in own.items()}
 
 
 def needed(strategy: Asking, *, inside: bool = False) -> list[Signal]:

@@ -22,7 +22,6 @@ from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.batching import moved
 from vtp_plugin.surgery.vision import VisionCuts
-from vtp_plugin.tokens import true_columns
 
 MIXED = 0.02  # the variance of token numbers within a row that is made of several
 WHOLE = 1e-4  # a row whose tokens are all left has this much of them missing at most
@@ -82,14 +81,18 @@ class Arrangement:
         self.kind, self.device = vision.passing.kind, vision.session.device
         self.shape = vision.layout.shape(vision.tower, vision.passing)
         self._made: dict[Any, list[Tensor]] = {}
-        self._tokens: list[Tensor] | None = None  # per image, the token of every row [n], -1 for a newline
-        if vision.family.tokenwise and vision.at(Stage.PROJECTOR):
-            self._tokens = self._numbers()
+        wanted = vision.family.tokenwise and vision.at(Stage.PROJECTOR)
+        self._numbers = self._counted() if wanted else None  # on the host, the token of every row [n], -1: a newline
 
     @property
     def tokenwise(self) -> bool:
         """Whether a row is one token, and strategies see tokens of the tower."""
-        return self._tokens is not None
+        return self._numbers is not None
+
+    @cached_property
+    def _tokens(self) -> list[Tensor]:
+        """`_numbers` next to the model."""
+        return list(moved(self._numbers, self.device))
 
     def host(self, maps: Tensor) -> Sequence[Tensor]:
         """Channels of maps, [*shape, C] -> per image [n, C]."""
@@ -99,7 +102,7 @@ class Arrangement:
         """A signal of the tower's tokens as rows of the prompt, per image [n] or [n, D]; made once per key."""
         if key not in self._made:
             flat = maps[..., None] if maps.ndim == len(self.shape) else maps
-            rows = self.host(flat) if self._tokens is None else self._looked_up(flat)
+            rows = self._of_tokens(flat, self._tokens) if self.tokenwise else self.host(flat)
             self._made[key] = [r[..., 0] for r in rows] if flat.ndim > maps.ndim else list(rows)
         return self._made[key]
 
@@ -122,54 +125,45 @@ class Arrangement:
     def parts(self, features: Sequence[Tensor]) -> list[ImageRows]:
         """The rows of every image, tokens beside features [n, D'] where the projector works token by token."""
         left = self._left()
-        if any((~alive.isnan() & (alive > WHOLE) & (alive < 1 - WHOLE)).any() for alive, _ in left):
+        every, sizes = torch.cat([alive for alive, _ in left]), [len(alive) for alive, _ in left]
+        if ((every > WHOLE) & (every < 1 - WHOLE)).any():
             raise PruningError(
                 f"{self.vision.at(Stage.PIXELS, Stage.VIT)[0].name}: the model interpolates the tower's output of "
                 f"this {self.kind}, so no patch can be dropped before: use a strategy of the projector or llm stage"
             )
         tokens = self.rows("features", self.passing.features) if self.tokenwise else features
-        known = [((alive > 0.5).nonzero().flatten(), alive.isnan().nonzero().flatten()) for alive, _ in left]
-        there = iter(self._there(known, features[0].device if len(features) else self.device))
+        known = list(zip(_places(every > 0.5, sizes), _places(every.isnan(), sizes), strict=True))
+        there = iter(moved(sum(known, ()), features[0].device if len(features) else self.device))
         whole = zip(self.passing.batch, features, tokens, left, known, strict=True)
         return [
             _rows_of(number, rows, seen, tile, next(there), next(there), on_host)
             for number, rows, seen, (_, tile), (on_host, _) in whole
         ]
 
-    def _there(self, known: Sequence[Sequence[Tensor]], device: torch.device) -> Sequence[Tensor]:
-        """The rows [k] and newlines [m] of every image, one image after the other, on the device."""
-        if self._tokens is None or self.passing.alive is not None:
-            return moved([index for pair in known for index in pair], device)
-        made = []
-        for number, (rows, newlines) in zip(self._tokens, known, strict=True):
-            real = number.to(device) >= 0
-            made += [true_columns(real, len(rows)), true_columns(~real, len(newlines))]
-        return made
-
     def _left(self) -> list[tuple[Tensor, Tensor]]:
         """On the host, per image and row: the share of its tokens that is left (nan for a newline), and its tile."""
         alive = self.passing.alive
         alive = torch.ones(self.shape) if alive is None else alive.cpu().float()
-        tile = self.vision.layout.tile(self.tower, self.passing)
-        return [rows.unbind(-1) for rows in self._on_host(torch.stack([alive, tile], dim=-1))]
+        maps = torch.stack([alive, self.vision.layout.tile(self.tower, self.passing)], dim=-1)
+        rows = self._on_host(maps) if self._numbers is None else self._of_tokens(maps, self._numbers)
+        return [row.unbind(-1) for row in rows]
 
-    def _numbers(self) -> list[Tensor] | None:
-        """`_tokens`; None if the host makes rows of several tokens: one that interpolates has projected them before."""
+    def _counted(self) -> list[Tensor] | None:
+        """`_numbers`; None if the host makes rows of several tokens: who interpolates has projected them before."""
         numbers = torch.arange(math.prod(self.shape)).view(self.shape).float()
         maps = torch.stack([numbers, numbers % 251, (numbers % 251) ** 2], dim=-1)
-        made = [rows.unbind(-1) for rows in self._on_host(maps)]
-        if any((square - mean**2 > MIXED).any() for _, mean, square in made):
+        made = self._on_host(maps)
+        number, mean, square = torch.cat(list(made)).unbind(-1)
+        if (square - mean**2 > MIXED).any():
             return None
-        sizes = [len(number) for number, *_ in made]
-        every = torch.cat([number for number, *_ in made]).nan_to_num(nan=-1.0).long()
-        return list(moved([every], self.device)[0].split(sizes))
+        return list(number.nan_to_num(nan=-1.0).long().split([len(rows) for rows in made]))
 
-    def _looked_up(self, maps: Tensor) -> list[Tensor]:
-        """Maps [*shape, C] of tokens that are rows, one by one."""
+    def _of_tokens(self, maps: Tensor, numbers: Sequence[Tensor]) -> list[Tensor]:
+        """Maps [*shape, C] of tokens that are rows, one by one, `numbers` [n] of them per image."""
         flat = maps.flatten(0, len(self.shape) - 1)
         newline = flat.new_full((1, *flat.shape[1:]), float("nan"))
         flat = torch.cat([flat, newline])  # which is the last, number -1
-        return [flat[number.to(flat.device)] for number in self._tokens]
+        return [flat[number.to(flat.device)] for number in numbers]
 
     def _on_host(self, maps: Tensor) -> list[Tensor]:
         """The arrangement of what is on the host; a host that computes on its own device is waited for."""
@@ -194,6 +188,15 @@ class Arrangement:
         found = [(part, (of == tile).nonzero().flatten()) for part, of in tiles for tile in of.unique()]
         there = moved([where for _, where in found], parts[0].source.device if parts else self.device)
         return [[(part, where)] for (part, _), where in zip(found, there, strict=True)]
+
+
+def _places(wanted: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Where every image's part of `wanted` [n] is True, per image [k]."""
+    found = wanted.nonzero().flatten()
+    ends = torch.tensor(sizes).cumsum(0)
+    starts = (ends - torch.tensor(sizes)).tolist()
+    counts = torch.searchsorted(found, ends).diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
+    return [part - start for part, start in zip(found.split(counts), starts, strict=True)]
 
 
 def _rows_of(

@@ -24,7 +24,10 @@ def moved(indices: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
     """Whole numbers [n] of the host on a device, in one copy that nobody waits for."""
     if not indices:
         return ()
-    return torch.cat(list(indices)).to(device, non_blocking=True).split([len(index) for index in indices])
+    every = torch.cat(list(indices))
+    if device.type == "cuda" and torch.cuda.is_available():
+        every = every.pin_memory()  # else the copy waits for everything that the device was given before
+    return every.to(device, non_blocking=True).split([len(index) for index in indices])
 
 
 def at_once(find: Callable[..., Tensor], *values: Sequence[Tensor]) -> list[Tensor]:

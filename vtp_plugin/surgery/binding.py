@@ -5,13 +5,26 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from vtp_plugin.surgery import cache
+
+_known: WeakKeyDictionary[Callable, inspect.Signature] = WeakKeyDictionary()  # by function: reading one takes a while
+
+
+def signature_of(function: Callable) -> inspect.Signature:
+    """The signature of a function or of a method, without what it is bound to."""
+    own = getattr(function, "__func__", function)
+    if own is function:
+        return inspect.signature(function)
+    if own not in _known:
+        _known[own] = inspect.signature(function)
+    return _known[own]
 
 
 def bound(original: Callable, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments by name; what the signature does not name beside them."""
-    signature = inspect.signature(original)
+    signature = signature_of(original)
     kwargs = _renamed(signature, kwargs)
     arguments = dict(signature.bind(*args, **kwargs).arguments)
     rest = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]

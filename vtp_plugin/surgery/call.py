@@ -16,6 +16,8 @@ from vtp_plugin.stages import Stage
 from vtp_plugin.surgery.passes import PromptPass, TowerPass
 from vtp_plugin.tokens import Selection
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class PruningEvent:
@@ -57,6 +59,7 @@ class Call:
     cuts: dict[int, Any] = field(default_factory=dict)  # llm stage: what was decided at each decoder layer
     events: list[PruningEvent] = field(default_factory=list)
     wanted: list[tuple[Tensor, Callable[[Tensor], Any]]] = field(default_factory=list)  # see `afterwards`
+    device: torch.device = CPU  # where the model computes
     measured: bool = False  # its parts are timed: the clock waits for the device
     seen: list[Any] = field(default_factory=list)  # shapes that passed the tower: metrics.watching.Seen
     counted: dict[Any, Any] = field(default_factory=dict)  # what metrics.counting worked out of these

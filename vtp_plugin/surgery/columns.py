@@ -33,6 +33,16 @@ class Rows:
         """Of values [K, ...] those of rows that a strategy may drop."""
         return values[true_columns(self.judged, len(values) - self.fixed)] if self.fixed else values
 
+    @staticmethod
+    def every_judged(left: Sequence[Rows], values: Sequence[Tensor]) -> list[Tensor]:
+        """`only_judged` of several images, alike ones at once: values [K] each."""
+        found = dict(enumerate(values))
+        for fixed, k in dict.fromkeys((rows.fixed, len(rows.source)) for rows in left if rows.fixed):
+            numbers = [n for n, rows in enumerate(left) if (rows.fixed, len(rows.source)) == (fixed, k)]
+            columns = true_columns(torch.stack([left[n].judged for n in numbers]), k - fixed)
+            found |= zip(numbers, torch.stack([values[n] for n in numbers]).gather(1, columns), strict=True)
+        return [found[number] for number in range(len(values))]
+
     def to(self, device: torch.device) -> Rows:
         """The same next to the prompt, which may live on another device than the tower."""
         if self.source.device == device:

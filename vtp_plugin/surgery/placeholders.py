@@ -115,7 +115,7 @@ class Prompt:
         features, left = self.family.encode(call, inputs)
         left = [rows.to(ids.device) for rows in left]
         if all(len(rows.source) == image.total for image, rows in zip(call.images, left, strict=True)):
-            judged = [rows.only_judged(where) for where, rows in zip(moved(places, ids.device), left, strict=True)]
+            judged = Rows.every_judged(left, moved(places, ids.device))
             call.place(real, judged, [image.sample for image in call.images], read.lengths)
             columns = None
         else:
@@ -124,30 +124,33 @@ class Prompt:
             _spare(call.images, read.ends, places, left)
         return columns, features
 
-    def _shorter(self, call: Call, read: Read, real: Tensor, places: Sequence[Tensor], left: Sequence[Rows]) -> Columns:
+    def _shorter(self, call: Call, read: Read, mask: Tensor, places: Sequence[Tensor], left: Sequence[Rows]) -> Columns:
         """The prompt with `left` of its images, which are at the columns `places` [n] (on the host); tells the call.
 
         Every token has its own position. Images that are alike are put in their places together.
         """
-        length, counts, tail = read.ids.shape[1], list(read.lengths), read.tail
-        for image, place, rows in zip(call.images, places, left, strict=True):
-            if not read.real[image.sample, place].all():
-                raise PruningError(f"a placeholder of an {image.kind} is padding, as the attention mask says")
+        length, counts, totals = read.ids.shape[1], list(read.lengths), [len(place) for place in places]
+        for image, rows in zip(call.images, left, strict=True):
             counts[image.sample] -= image.total - len(rows.source)
-            tail = min(tail, length - 1 - int(place[-1]) if len(place) else tail)
-        flat = [place + image.sample * length for image, place in zip(call.images, places, strict=True)]
-        there = moved(flat, real.device)
+        every, samples = torch.cat(list(places)), torch.tensor([image.sample for image in call.images])
+        flat = every + (samples * length).repeat_interleave(torch.tensor(totals))
+        real = read.real.view(-1)[flat]
+        if not real.all():
+            kind = next(image.kind for image, own in zip(call.images, real.split(totals), strict=True) if not own.all())
+            raise PruningError(f"a placeholder of one {kind} is padding, as the attention mask says")
+        tail = min(read.tail, length - 1 - int(every.max()))
+        (flat,) = moved([flat], mask.device)
+        there = flat.split(totals)
         sources = [rows.source for rows in left]
         held = at_once(lambda where, source: where.gather(1, slots(source, where.shape[1])), there, sources)
         own = at_once(lambda where, source: where.gather(1, source.clamp(min=0)), there, sources)
-        taken, wanted = torch.cat(held), real.clone()
-        wanted.view(-1).index_fill_(0, torch.cat(list(there)), False).index_fill_(0, taken, True)
+        taken, wanted = torch.cat(held), mask.clone()
+        wanted.view(-1).index_fill_(0, flat, False).index_fill_(0, taken, True)
         shortened = Columns.of(wanted, counts, left=bool(read.real[:, -1].all()), tail=tail)
         place = shortened.places(wanted).view(-1)[taken]
         origin = shortened.columns.clone()
         origin.view(-1).index_copy_(0, place + taken // length * shortened.short, torch.cat(own) % length)
-        where = place.split([len(rows.source) for rows in left])
-        judged = [rows.only_judged(one) for one, rows in zip(where, left, strict=True)]
+        judged = Rows.every_judged(left, place.split([len(rows.source) for rows in left]))
         call.place(shortened.valid, judged, [image.sample for image in call.images], counts)
         return replace(shortened, origin=origin)
 
@@ -165,10 +168,12 @@ class Prompt:
         wanted = [image.total for image in images]
         if sum(wanted) != len(rows):
             raise PruningError(f"the prompt has {len(rows)} {kind} placeholders, its {kind}s make {sum(wanted)} tokens")
-        for image, row in zip(images, rows.split(wanted), strict=True):
-            if len(row) and (row != row[0]).any():
-                raise PruningError(f"the placeholders of one {kind} lie in two prompts of the batch")
-            image.sample = int(row[0])
+        ends = torch.tensor(wanted).cumsum(0)
+        first, last = rows[torch.stack([ends - torch.tensor(wanted), ends - 1])].tolist()
+        if first != last:
+            raise PruningError(f"the placeholders of one {kind} lie in two prompts of the batch")
+        for image, row in zip(images, first, strict=True):
+            image.sample = row
         return columns.split(wanted)
 
     def _read_questions(self, call: Call, read: Read) -> None:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from vtp_plugin.errors import PruningError
 from vtp_plugin.stages import Stage
 from vtp_plugin.surgery import answers, asking, cache, losses, masks, spoken, turns
-from vtp_plugin.surgery.binding import bound
+from vtp_plugin.surgery.binding import bound, signature_of
 from vtp_plugin.surgery.call import Call
 from vtp_plugin.surgery.columns import Columns
 from vtp_plugin.surgery.owning import unwrapped
@@ -95,7 +95,7 @@ class PlaceholderCalls:
     @contextmanager
     def _assisting(self, inputs: Mapping[str, Any]) -> Iterator[None]:
         """While open, an assistant gets the caller's pixels, not the features that are left of them."""
-        known = set(inspect.signature(self.forward).parameters) - {*TRANSLATED, *cache.NAMES}
+        known = set(signature_of(self.forward).parameters) - {*TRANSLATED, *cache.NAMES}
 
         def candidates(*args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
             given = {k: v for k, v in model_kwargs.items() if k != "mm_encoder_outputs"}
@@ -207,7 +207,7 @@ class PlaceholderCalls:
             inputs["attention_mask"] = left.valid.long()
         if positions is not None:
             inputs["position_ids"] = positions
-        known = inspect.signature(self.forward).parameters
+        known = signature_of(self.forward).parameters
         for name, value in inputs.items():
             if name in PER_TOKEN and isinstance(value, Tensor):  # a host tells it of the prompt only, not of candidates
                 value = functional.pad(value.to(ids.device), (0, ids.shape[1] - value.shape[1]))

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from vtp_plugin.stages import Stage
 from vtp_plugin.strategy import PruningStrategy
 from vtp_plugin.surgery.arrangement import Arrangement, Group, ImageRows
-from vtp_plugin.surgery.batching import joined
+from vtp_plugin.surgery.batching import alike, joined
 from vtp_plugin.surgery.columns import Rows
 from vtp_plugin.surgery.grouped import GroupRows, Shown, judged_at_once
 from vtp_plugin.surgery.judging import Judgement
 from vtp_plugin.surgery.undo import Undo
 from vtp_plugin.surgery.vision import Cutting
-from vtp_plugin.tokens import true_columns
+from vtp_plugin.tokens import at, true_columns
 
 
 class RowsLate(Cutting):
@@ -51,7 +51,7 @@ class RowsLate(Cutting):
                     part.become([rest for owner, *rest in pieces if owner is part])
                 for part, count in zip(parts, before, strict=True):
                     cut.note(part.number, count, part.source)
-        return [self._finished(part, rows) for part, rows in zip(parts, features, strict=True)]
+        return self._finished(parts, features)
 
     def _shown(self, made: Arrangement, strategy: PruningStrategy, group: Group) -> Shown:
         """Rows that share one budget, with their signals."""
@@ -90,22 +90,35 @@ class RowsLate(Cutting):
         left = _owned(torch.where(chosen >= 0, rows.owner[chosen.clamp(min=0)], 0), len(rows.group))
         return [(part, source[m], tokens[m], features[m]) for (part, _), m in zip(rows.group, left, strict=True)]
 
-    def _finished(self, part: ImageRows, rows: Tensor) -> tuple[Tensor, Rows]:
-        """The rows of an image that enter the prompt, in the order of the host where nothing was merged."""
-        image = self.call.images[part.number]
-        image.index, image.fixed = part.source, len(part.fixed)
-        image.entered = len(part.source) + len(part.fixed)
-        if part.ordered and not image.fixed:
-            return part.features, Rows(part.source)
-        source = torch.cat([part.source, part.fixed])
-        features = torch.cat([part.features, rows[part.fixed].to(part.features)])
-        place = torch.arange(len(source), device=source.device)
-        judged = place < len(part.source)
-        rank = source if image.fixed else torch.where((source >= 0).all(), source, place)
-        order = rank.sort(stable=True).indices
-        left = Rows(source[order], judged[order], image.fixed)
-        image.index = left.only_judged(left.source)
-        return features[order], left
+    def _finished(self, parts: Sequence[ImageRows], rows: Sequence[Tensor]) -> list[tuple[Tensor, Rows]]:
+        """The rows of every image that enter the prompt, in the order of the host where nothing was merged."""
+        found: dict[int, tuple[Tensor, Rows]] = {}
+        for part in parts:
+            image = self.call.images[part.number]
+            image.index, image.fixed = part.source, len(part.fixed)
+            image.entered = len(part.source) + len(part.fixed)
+        facts = [(len(part.source), len(part.fixed), part.ordered and not len(part.fixed)) for part in parts]
+        for numbers in alike(facts):
+            if facts[numbers[0]][-1]:
+                found |= {number: (parts[number].features, Rows(parts[number].source)) for number in numbers}
+            else:
+                some = [(parts[number], rows[number]) for number in numbers]
+                found |= zip(numbers, self._in_order(some), strict=True)
+        return [found[number] for number in range(len(parts))]
+
+    def _in_order(self, some: Sequence[tuple[ImageRows, Tensor]]) -> list[tuple[Tensor, Rows]]:
+        """The same of images with equally many rows, and equally many that are always kept."""
+        judged, fixed = len(some[0][0].source), len(some[0][0].fixed)
+        source = torch.stack([torch.cat([part.source, part.fixed]) for part, _ in some])  # [G, n]
+        features = torch.stack([torch.cat([part.features, rows[part.fixed].to(part.features)]) for part, rows in some])
+        place = torch.arange(judged + fixed, device=source.device).expand_as(source)
+        rank = source if fixed else torch.where((source >= 0).all(1, keepdim=True), source, place)
+        order = rank.sort(dim=-1, stable=True).indices
+        source, features, mine = source.gather(1, order), at(features, order), order < judged
+        index = source.gather(1, true_columns(mine, judged)) if fixed else source
+        for (part, _), own in zip(some, index, strict=True):
+            self.call.images[part.number].index = own
+        return [(one, Rows(own, of, fixed)) for one, own, of in zip(features, source, mine, strict=True)]
 
 
 def _owned(owner: Tensor, parts: int) -> list[Tensor]:
