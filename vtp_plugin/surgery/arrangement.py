@@ -83,6 +83,7 @@ class Arrangement:
         self._made: dict[Any, list[Tensor]] = {}
         wanted = vision.family.tokenwise and vision.at(Stage.PROJECTOR)
         self._numbers = self._counted() if wanted else None  # on the host, the token of every row [n], -1: a newline
+        self.left = self._left()
 
     @property
     def tokenwise(self) -> bool:
@@ -124,8 +125,7 @@ class Arrangement:
 
     def parts(self, features: Sequence[Tensor]) -> list[ImageRows]:
         """The rows of every image, tokens beside features [n, D'] where the projector works token by token."""
-        left = self._left()
-        every, sizes = torch.cat([alive for alive, _ in left]), [len(alive) for alive, _ in left]
+        every, sizes = torch.cat([alive for alive, _ in self.left]), [len(alive) for alive, _ in self.left]
         if ((every > WHOLE) & (every < 1 - WHOLE)).any():
             raise PruningError(
                 f"{self.vision.at(Stage.PIXELS, Stage.VIT)[0].name}: the model interpolates the tower's output of "
@@ -134,7 +134,7 @@ class Arrangement:
         tokens = self.rows("features", self.passing.features) if self.tokenwise else features
         known = list(zip(_places(every > 0.5, sizes), _places(every.isnan(), sizes), strict=True))
         there = iter(moved(sum(known, ()), features[0].device if len(features) else self.device))
-        whole = zip(self.passing.batch, features, tokens, left, known, strict=True)
+        whole = zip(self.passing.batch, features, tokens, self.left, known, strict=True)
         return [
             _rows_of(number, rows, seen, tile, next(there), next(there), on_host)
             for number, rows, seen, (_, tile), (on_host, _) in whole

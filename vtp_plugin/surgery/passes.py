@@ -50,11 +50,12 @@ class TowerPass:
     key_weights: Tensor | None = None  # [B, 1, prefix + N]: added to the logits of merged keys
     merged: Merged | None = None  # None: nothing merges inside the blocks
     features: Tensor | None = None  # what goes into the projector
+    arranged: Any = None  # surgery.arrangement.Arrangement, once something goes into the projector
 
     def part(self, tiles: list[int], columns: Tensor) -> TowerPass:
         """A pass of some of the tiles that keeps these patches of them."""
         owners = [self.owners[tile] for tile in tiles]
-        return replace(self, owners=owners, columns=columns, maps={}, whole={}, outputs={})
+        return replace(self, owners=owners, columns=columns, maps={}, whole={}, outputs={}, arranged=None)
 
     def of_image(self, number: int) -> TowerPass:
         """What was read of one of the images, of one tile each."""

@@ -34,13 +34,16 @@ class RowsLate(Cutting):
             undo.before(self.family.projector, self._projecting)
 
     def _projecting(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Keep what goes into the projector."""
-        if self.passing is not None:
-            self.passing.features = args[0] if args else kwargs["hidden_states"]
+        """Keep what goes into the projector; which rows are which tokens is seen while the device is busy."""
+        if self.passing is None:
+            return
+        self.passing.features = args[0] if args else kwargs["hidden_states"]
+        if self.family.tokenwise and self.passing.arranged is None:
+            self.passing.arranged = Arrangement(self.vision)
 
     def rows(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Rows]]:
         """What is left of the rows [n, D'] that the host made of the images in the tower."""
-        made = Arrangement(self.vision)
+        made = self.passing.arranged = self.passing.arranged or Arrangement(self.vision)
         parts = made.parts(features)
         for strategy in self.vision.at(Stage.PROJECTOR):
             with self.session.judging(strategy) as cut:
@@ -51,6 +54,7 @@ class RowsLate(Cutting):
                     part.become([rest for owner, *rest in pieces if owner is part])
                 for part, count in zip(parts, before, strict=True):
                     cut.note(part.number, count, part.source)
+        self.passing.arranged = None  # each holds the other
         return self._finished(parts, features)
 
     def _shown(self, made: Arrangement, strategy: PruningStrategy, group: Group) -> Shown:
