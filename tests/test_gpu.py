@@ -10,11 +10,13 @@ guessed: the pruned model may be twice as far from its reference as the unpruned
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache as remembered
 from functools import lru_cache
+from inspect import unwrap
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from transformers.utils import is_flash_attn_2_available
 
 import vtp_plugin as vtp
-from vtp_plugin import replay, selectors
+from vtp_plugin import fused, replay, selectors
 from vtp_plugin.surgery import cache
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.003, torch.bfloat16: 0.02}  # four layers
@@ -458,12 +460,16 @@ def test_a_family_answers_as_on_the_cpu(name: str, stage: str) -> None:
             assert waits - unpruned <= WAITS, strategy
 
 
+# -- greedy selections ------------------------------------------------------------------------------------------------
+
 SELECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "farthest_points": lambda x: selectors.farthest_points(selectors.distances(x), 20),
     "weighted farthest_points": lambda x: selectors.farthest_points(selectors.distances(x), 20, x.square().mean(-1)),
     "coverage": lambda x: selectors.coverage(selectors.gaussian(x, 0.5), torch.ones_like(x[..., 0]), 20),
+    "coverage_at_once": lambda x: selectors.stepped_coverage(selectors.gaussian(x, 0.5), x.square().mean(-1), 20),
     "herding": lambda x: selectors.herding(selectors.gaussian(x, 0.5), torch.arange(3).to(x.device).expand(2, -1), 20),
     "determinantal": lambda x: selectors.determinantal(selectors.cosines(x), 20, x.mean(-1)),
+    "smallest": lambda x: selectors.smallest(selectors.distances(x).flatten(1), 1000),
 }
 
 
@@ -471,16 +477,73 @@ SELECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", SELECTIONS)
 @torch.no_grad()
-def test_a_selection_that_is_replayed_is_the_same(name: str) -> None:
-    draw = torch.Generator().manual_seed(0)
+def test_a_selection_that_is_replayed_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no kernel does it all: recorded once, on the third call. Those that it asks are recorded beside it."""
+    monkeypatch.setattr(fused, "undisturbed", lambda tensors: False)
+    monkeypatch.setattr(replay, "_recorded", OrderedDict())
+    monkeypatch.setattr(replay, "_calls", Counter())
+    draw, own = torch.Generator().manual_seed(0), unwrap(getattr(selectors, name.split()[-1]))
     for number in range(replay.SEEN + 3):
         x = torch.randn(2, 60, 16, generator=draw).cuda()
-        recorded = len(replay._recorded)
         found = SELECTIONS[name](x)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(replay, "_worthwhile", lambda tensors: False)
             assert found.equal(SELECTIONS[name](x))
-        assert len(replay._recorded) == recorded + (number == replay.SEEN), "recorded once, on the third call"
+        recorded = [function for function, *_ in replay._recorded]
+        assert recorded.count(own) == (number >= replay.SEEN)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 5), (60, 60), (576, 144), (577, 577), (2928, 732)])
+@torch.no_grad()
+def test_a_kernel_finds_the_bits_of_what_it_replaces(n: int, k: int) -> None:
+    """Three images, one of which has twelve kinds of tokens only; for each of the selections that are `fused`."""
+    kernels, draw = pytest.importorskip("vtp_plugin.kernels"), torch.Generator().manual_seed(n)
+    x, first = torch.randn(3, n, 24, generator=draw), torch.rand(3, n, generator=draw).argsort()[:, : (k + 1) // 2]
+    x[1] = x[1, torch.arange(n) % 12 % n]
+    x, first, weight = x.cuda(), first.cuda(), torch.rand(3, n, generator=draw).cuda()
+    apart, alike = selectors.distances(x), selectors.gaussian(x, 0.5)
+    for name, *given in (
+        ("farthest_points", apart, k),
+        ("farthest_points", apart, k, weight),
+        ("herding", alike, first, k),
+        ("coverage_at_once", alike, torch.ones_like(weight), k),
+        ("coverage_at_once", alike, weight, k),
+        *(("smallest", apart.flatten(1), place) for place in (0, (n * n - 1) // 2, n * n - 1)),
+    ):
+        expected = unwrap(getattr(selectors, name))(*given)
+        assert getattr(kernels, name)(*given).equal(expected), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@torch.no_grad()
+def test_where_nothing_is_a_number_a_kernel_picks_from_what_is_there() -> None:
+    kernels, nothing = pytest.importorskip("vtp_plugin.kernels"), torch.full((2, 70, 70), float("nan"), device="cuda")
+    ascending = torch.arange(20, device="cuda").expand(2, -1)
+    assert kernels.farthest_points(nothing, 20).equal(ascending)
+    assert kernels.herding(nothing, ascending[:, :1], 20).equal(ascending)
+    assert kernels.coverage_at_once(nothing, nothing[0, :2], 20).equal(ascending)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["vtp", "divprune"])
+@torch.no_grad()
+def test_a_greedy_strategy_launches_fewer_kernels_than_it_picks(name: str) -> None:
+    pytest.importorskip("vtp_plugin.kernels")
+    x = torch.randn(1, 576, 64, generator=torch.Generator().manual_seed(0)).cuda()
+    index = torch.arange(576, device="cuda")[None]
+    visual = vtp.VisualTokens(tokens=x, grid=(24, 24), index=index, projected=x)
+    strategy = vtp.get_strategy(name)(keep_tokens=288)
+    strategy.select(visual)  # kernels are made
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        strategy.select(visual)
+        torch.cuda.synchronize()
+    launched = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert 0 < len(launched) < 288
+    assert fused.failed == []
 
 
 @pytest.mark.gpu

@@ -73,12 +73,16 @@ def replayed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return called
 
 
-def _worthwhile(tensors: list[Tensor]) -> bool:
-    """Whether these can be recorded: all on a CUDA device that is there, asked for nothing else meanwhile."""
+def undisturbed(tensors: list[Tensor]) -> bool:
+    """Whether all are on a CUDA device that is there, without gradients, and nobody traces or captures what is done."""
     return (
         all(tensor.is_cuda and not tensor.requires_grad for tensor in tensors)
         and torch.cuda.is_available()
         and not torch.compiler.is_compiling()
         and not torch.cuda.is_current_stream_capturing()
-        and sum(tensor.numel() for tensor in tensors) <= NUMBERS
     )
+
+
+def _worthwhile(tensors: list[Tensor]) -> bool:
+    """Whether these can be recorded."""
+    return undisturbed(tensors) and sum(tensor.numel() for tensor in tensors) <= NUMBERS

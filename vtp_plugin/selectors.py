@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from vtp_plugin.fused import TOKENS, fused
 from vtp_plugin.replay import replayed
 from vtp_plugin.tokens import best
 
@@ -80,6 +81,7 @@ def distances(tokens: Tensor) -> Tensor:
     return (sizes[:, :, None] + sizes[:, None]).sub_(inner, alpha=2).clamp_(min=0)
 
 
+@fused(TOKENS)
 @replayed
 def farthest_points(distance: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
     """Max-min diversity: repeatedly the largest weight_j min over picks d_sj; distance [B, N, N], weight [B, N].
@@ -109,6 +111,7 @@ def _to_others(distance: Tensor) -> Tensor:
     return nearest
 
 
+@fused(TOKENS)
 @replayed
 def herding(kernel: Tensor, picks: Tensor, k: int) -> Tensor:
     """Add to the picks [B, M] until there are k [B, k], each time argmax_j (M + 1) mean_i k_ij - sum over picks k_sj.
@@ -147,6 +150,7 @@ def lower_median(values: Tensor) -> Tensor:
     return smallest(values, (values.shape[1] - 1) // 2)  # torch searches a row with one of a hundred multiprocessors
 
 
+@fused(2**30)
 @replayed
 def smallest(values: Tensor, k: int) -> Tensor:
     """The value [B] that k of the values [B, M] of a row come before; fp32, not negative.
@@ -166,6 +170,7 @@ def stepped_coverage(similarity: Tensor, weight: Tensor, k: int) -> Tensor:
     return (coverage_at_once if similarity.is_cuda else coverage)(similarity, weight, k)
 
 
+@fused(TOKENS)
 @replayed
 def coverage_at_once(similarity: Tensor, weight: Tensor, k: int) -> Tensor:
     """The same, reading the likenesses once a pick: what a GPU waits for is memory.
