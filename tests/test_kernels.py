@@ -35,15 +35,16 @@ torch.save([getattr(kernels, name)(*given) for name, *given in calls], sys.argv[
 def cases() -> Iterator[tuple[Any, ...]]:
     """Names and arguments: images with ties, one token, more rows than a tile has, all picks; long rows of values."""
     draw = torch.Generator().manual_seed(0)
-    for n, k in ((1, 1), (5, 5), (37, 12), (66, 3)):
+    for n, k in ((1, 1), (5, 5), (37, 24), (66, 3)):
         x = torch.randn(2, n, 6, generator=draw)
         x[1] = x[1, torch.arange(n) % 5 % n]
         apart, alike = selectors.distances(x), selectors.gaussian(x, 0.5)
         weight = torch.rand(2, n, generator=draw).sub_(0.1)
-        first = torch.stack([torch.randperm(n, generator=draw)[: (k + 1) // 2] for _ in x])
+        first = torch.stack([torch.randperm(n, generator=draw)[: k - k // 4] for _ in x])
         yield "farthest_points", apart, k
         yield "farthest_points", torch.cat([apart, -apart], 2)[..., :n], k, weight
         yield "herding", alike, first, k
+        yield "herding", alike, first[:, :1], k
         yield "coverage_at_once", alike, torch.ones(2, n), k
         yield "coverage_at_once", alike, weight, k
     nothing = torch.full((2, 7, 7), float("nan"))
@@ -54,12 +55,12 @@ def cases() -> Iterator[tuple[Any, ...]]:
         values = torch.rand(2, size, generator=draw) * 10.0 ** torch.randint(-9, 9, (2, 1), generator=draw)
         values[:, ::3] = values[:, :1].clone()
         values[:, 5::7], values[1, 2::5] = 0, float("inf")
-        for k in {0, (size - 1) // 2, size * 2 // 3, size - 1}:
+        for k in {0, (size - 1) // 2, size * 2 // 3, size - 1} if size > 900 else {size // 2}:
             yield "smallest", values, k
 
 
 def test_the_interpreted_kernels_find_the_same_bits(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="Triton is not on every platform")
+    pytest.importorskip("triton", "3.8", reason="no Triton whose interpreter knows NumPy 2.4")
     given, found = tmp_path / "given.pt", tmp_path / "found.pt"
     calls = list(cases())
     torch.save(calls, given)
