@@ -42,12 +42,24 @@ class Account:
 
 def accounts(pruned: Session, call: Call, row: int) -> tuple[Account, Account]:
     """One sample of a finished call: without pruning, and as it ran. Samples that are alike share theirs."""
-    images = {n: image for n, image in enumerate(call.images) if image.sample == row and image.counted}
-    lengths = decoder_lengths(pruned.adapter, call, row)
-    facts = (tuple(lengths), *(_facts(call, n) for n, image in enumerate(call.images) if image.sample == row))
-    if facts not in call.counted:
-        call.counted[facts] = _accounts(pruned, call, row, images, lengths)
-    return call.counted[facts]
+    if ("account", row) not in call.counted:
+        lengths = decoder_lengths(pruned.adapter, call, row)
+        facts = (tuple(lengths), *(_facts(call, n) for n in images_of(call, row)))
+        if facts not in call.counted:
+            images = {n: call.images[n] for n in images_of(call, row) if call.images[n].counted}
+            call.counted[facts] = _accounts(pruned, call, row, images, lengths)
+        call.counted["account", row] = call.counted[facts]
+    return call.counted["account", row]
+
+
+def images_of(call: Call, row: int) -> Sequence[int]:
+    """The numbers of the images of one sample of a finished call."""
+    if "samples" not in call.counted:
+        found: dict[int, list[int]] = {}
+        for number, image in enumerate(call.images):
+            found.setdefault(image.sample, []).append(number)
+        call.counted["samples"] = found
+    return call.counted["samples"].get(row, ())
 
 
 def _facts(call: Call, number: int) -> tuple[Any, ...]:

@@ -31,7 +31,7 @@ class Totals:
         self.selector += call.seconds.get("selector", 0.0)
 
     def _sample(self, call: Call, row: int) -> None:
-        numbers = [n for n, image in enumerate(call.images) if image.sample == row and image.counted]
+        numbers = [n for n in counting.images_of(call, row) if call.images[n].counted]
         counts = [(call.images[n].total, counting.kept(call, n)) for n in numbers]
         before, after = counting.accounts(self.pruned, call, row)
         self.sums.update(
