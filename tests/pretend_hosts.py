@@ -72,12 +72,12 @@ class Host:
         self.name, self.dtype = name, dtype
         self.tiny = models.FAMILIES[name]("sdpa") if name in models.FAMILIES else None
         self.processor = self.tiny.processor if self.tiny else families.Processor()
-        self.model, other = self._build(), self._build()
+        self.model, other = self.build(), self.build()
         self.model.requires_grad_(False)  # as on the device: torch picks matrix products by it
         with Device() as self.device:
             self.there = self.device.move(other)
 
-    def _build(self) -> nn.Module:
+    def build(self) -> nn.Module:
         if self.name in models.FAMILIES:
             return models.FAMILIES[self.name]("sdpa").model.to(self.dtype)
         model = deepcopy(_drawn(self.name)).to(self.dtype)
@@ -141,7 +141,7 @@ class Host:
 
     @cache  # noqa: B019 - there is one
     def _moved(self, device: str) -> nn.Module:
-        return self._build().to(device)
+        return self.build().to(device)
 
     def on_device(self, device: str, strategy: PruningStrategy | None, layout: str, new: int = 2) -> tuple[Answer, int]:
         """On a real device, and how often the host waited for it."""

@@ -16,6 +16,7 @@ from matrix import FULL, dear
 from pretend import Counts, Device, OnDevice
 from pretend_hosts import CASES, DTYPES, LAYOUTS, STAGES, can, host
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vtp_plugin as vtp
 from vtp_plugin import Stage, plugins
@@ -85,6 +86,23 @@ def test_text_may_lie_beside_the_host(name: str, way: dict[str, str], layout: st
             with vtp.prune(one.there, case, processor=one.processor):
                 wanted, found = (one.there.generate(**given, **settings) for given in (there, mixed))
             assert found.tolist() == wanted.tolist()
+
+
+MOVED = [("llava_hf", "projector"), ("llava_next", "pixels"), ("llava_next", "vit"), ("qwen2_5_vl", "projector")]
+
+
+@pytest.mark.parametrize(("name", "stage"), [*MOVED, *((name, stage) for name, stage in COMBINATIONS if FULL)])
+@torch.no_grad()
+def test_a_model_may_be_moved_while_it_is_attached(name: str, stage: str) -> None:
+    """What was remembered of a call on the CPU follows the model to the device."""
+    one, settings = host(name), {"max_new_tokens": 2, "do_sample": False}
+    strategy, fields = next(case for case in CASES[stage] if can(name, *case))
+    model, made = one.build().requires_grad_(False), one.strategy(strategy, **fields)
+    with sdpa_kernel(SDPBackend.MATH), vtp.prune(model, made, processor=one.processor):
+        here = model.generate(**one.inputs("batch"), **settings)
+        with Device() as device:
+            there = device.move(model).generate(**device.put(one.inputs("batch")), **settings)
+            assert there.tolist() == here.tolist()
 
 
 # -- the device itself ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import models
 import pytest
 import torch
 from families import FAMILIES, Processor
-from family_runs import anyres_inputs, blip2, blip2_inputs, clip, siglip
+from family_runs import Shifted, anyres_inputs, blip2, blip2_inputs, clip, siglip
 from torch import nn
 from torch_counter import flop_counter
 
@@ -26,6 +26,7 @@ SPECS = {  # strategies that read no signal, so that nothing but the model is co
     "vit": ("stride", {"at": "vit", "keep_ratio": 0.5}),
     "projector": ("stride", {"keep_ratio": 0.4}),
     "llm": ("stride", {"at": "llm", "layer": 2, "keep_ratio": 0.4}),
+    "merging": (Shifted(), {}),
 }
 NEW = 3
 Measured = tuple[int, dict[str, Any], Any]  # torch's FLOPs, the sample's report, what `generate` returned
@@ -136,15 +137,22 @@ def test_flops_of_encoders_agree_with_torchs_counter(build: Any, stage: str) -> 
     assert (report["prefill_flops"]["after"] < report["prefill_flops"]["before"]) is (stage != "none")
 
 
-@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "internvl"])
-def test_a_batch_costs_what_its_samples_cost(name: str) -> None:
-    """Unequal images and unequal kept counts; padding is not counted."""
-    family, model = FAMILIES[name], model_of(name)
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        *(("llava_next", stage) for stage in ("pixels", "merging")),
+        *((name, "pixels") for name in ("qwen2_5_vl", "internvl")),
+        ("gemma4", "projector"),
+    ],
+)
+def test_a_batch_costs_what_its_samples_cost(name: str, stage: str) -> None:
+    """Unequal images and unequal kept counts; padding is not counted, and what a method merged is projected once."""
+    family, model, (spec, fields) = FAMILIES[name], model_of(name), SPECS[stage]
     prompts = [family.sample(0, 2), family.sample(1, 1)]
 
     def reports(chosen: list[Any]) -> list[dict[str, Any]]:
         calls: list[Any] = []
-        with prune(model, *SPECS["pixels"][:1], processor=Processor(), **SPECS["pixels"][1]) as pruned:
+        with prune(model, spec, processor=Processor(), **fields) as pruned:
             pruned.finished.append(calls.append)
             model.generate(**family.batch(chosen), max_new_tokens=1)
             return samples_of(pruned, calls[0])

@@ -122,8 +122,15 @@ class ClipSpace:
 
     def patches(self, normed: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, E] fp32."""
+        self._follow(normed.device)
         with torch.no_grad():
             return self.visual_projection(normed.to(self.visual_projection.weight)).float()
+
+    def _follow(self, device: torch.device) -> None:
+        """Next to the vision tower, should that have been moved."""
+        if self.visual_projection.weight.device != device:
+            for part in (self.text_model, self.text_projection, self.visual_projection):
+                part.to(device)
 
     def text_macs(self, questions: Sequence[str]) -> int:
         distinct = sorted(set(questions))

@@ -25,8 +25,8 @@ from vtp_plugin.stages import Stage
 from vtp_plugin.surgery import answers, asking, cache, lengths, losses, masks, spoken, turns
 from vtp_plugin.surgery.binding import bound
 from vtp_plugin.surgery.call import Call, Image
-from vtp_plugin.surgery.columns import Columns
-from vtp_plugin.surgery.placeholders import Read
+from vtp_plugin.surgery.columns import Columns, Rows
+from vtp_plugin.surgery.placeholders import Read, spare
 from vtp_plugin.surgery.positions import lookup
 from vtp_plugin.surgery.question import question_of
 from vtp_plugin.surgery.session import Session
@@ -229,7 +229,7 @@ class Llava(Adapter):
         """Tell the call where the images are in the merged prompts [B, length]; `sources` are those of `_sources`."""
         left, device = getattr(self.model.config, "tokenizer_padding_side", "right") == "left", sources[0].device
         text, real = torch.zeros(2, len(prompts), length, dtype=torch.long)
-        spans, wholes, starts, totals = [], [], [], []
+        spans, wholes, starts, totals, longest = [], [], [], [], self._longest
         images = zip(call.images, map(len, sources), strict=True)
         for row, ids in enumerate(prompts):
             used = [next(images) for _ in range(max(1, placeholders(ids)))]
@@ -239,7 +239,7 @@ class Llava(Adapter):
             real[row, start : start + total] = 1
             text[row, start : start + total] = own[:total]
             spans += [(row, start + min(a, total), start + min(b, total)) for a, b in found or [(0, 0)]]
-            wholes.append(whole)
+            wholes.append(min(whole, longest or whole))
             totals.append(total)
             starts.append(whole + start * self.by_column)
         there = torch.cat([text, real, torch.tensor(starts)[:, None]], 1).to(device)  # one copy
@@ -248,9 +248,34 @@ class Llava(Adapter):
             positions[row, a:b] += source[: b - a].clamp(min=0)
         columns = [torch.arange(a, b, device=device) for _, a, b in spans]
         call.place(valid, columns, [image.sample for image in call.images], totals)
+        last = [(length if left else total) - 1 for total in totals]
+        for image, source, (row, _, end) in zip(call.images, sources, spans, strict=True):
+            self._shown(image, len(source), speaks=end - 1 == last[row])
         call.dropped = max(wholes) - length
         if self.pruned.positions.prompt == "original":
             self._keep_positions(call, positions, ends)
+
+    def _shown(self, image: Image, left: int, *, speaks: bool) -> None:
+        """Leave an image the columns, of those of the `left` rows of it, that strategies may drop.
+
+        There are fewer where the host truncates its prompt, or shows none; `speaks`: its prompt ends with them.
+        """
+        columns, judged = image.columns, image.judged
+        shown = len(columns)
+        if shown == left:
+            image.columns = Rows(columns, judged, image.fixed).only_judged(columns)
+        else:
+            image.columns = columns if judged is None else columns[judged[:shown]]
+            image.index, image.entered = image.index[: len(image.columns)], shown
+            image.fixed = shown - len(image.columns)
+        late = any(strategy.stage is Stage.LLM for strategy in self.pruned.strategies)
+        if late and speaks and shown and (judged is None or judged[shown - 1]):
+            spare(image)
+
+    @property
+    def _longest(self) -> int | None:
+        """Columns to which the host truncates a merged prompt, if it does."""
+        return getattr(self.model.config, "tokenizer_model_max_length", None)
 
     def _keep_positions(self, call: Call, positions: Tensor, lengths: Tensor) -> None:
         """What the host counts: real tokens when generating, columns in a plain forward."""

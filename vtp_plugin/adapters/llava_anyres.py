@@ -60,15 +60,6 @@ class LlavaAnyres(Llava):
         """Per image [n] long, which of the rows that the host makes each of its rows stands for."""
         return [image.source for image in call.images]
 
-    def _place(self, call: Call, prompts: Sequence[Tensor], length: int, sources: Sequence[Tensor]) -> None:
-        """Tell the call where the images are, newlines left out: columns [n] long per image."""
-        super()._place(call, prompts, length, sources)
-        for image in call.images:  # fewer columns where the host truncates, or shows none
-            if len(image.columns) == len(image.source):
-                image.columns = Rows(image.source, image.judged, image.fixed).only_judged(image.columns)
-            else:
-                image.columns = image.columns[image.judged[: len(image.columns)]]
-
     def _cut(self, call: Call, prompts: Sequence[Tensor], inputs: Mapping[str, Any]) -> list[tuple[Tensor, Rows]]:
         """Encode all tiles, pack them as the host does, and take rows out."""
         tiles, everything = inputs["tiles"], list(range(len(inputs["tiles"])))
@@ -128,7 +119,7 @@ class LlavaAnyres(Llava):
             if hasattr(self.language_model, "image_newline"):
                 newline = maps.new_full((width,), float("nan"))
                 undo.override(self.language_model, "image_newline", newline)
-            if getattr(self.model.config, "tokenizer_model_max_length", None) is not None:
+            if self._longest is not None:
                 undo.override(self.model.config, "tokenizer_model_max_length", None)
             sizes = inputs["image_sizes"]
             merged = self._merged_with(maps, ids, None, ones, None, None, list(inputs["tiles"]), sizes)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
 
 from torch import Tensor, nn
 
-from vtp_plugin.surgery.call import Call
+from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.session import Session
 from vtp_plugin.surgery.undo import Undo
 
@@ -41,7 +42,7 @@ class Seen:
     entering: tuple[int, int]  # rows and tokens per row
     leaving: tuple[int, int]
     owners: tuple[int, ...]  # image of every tile
-    packed: tuple[int, ...]  # patches of every image in `images`, where rows are no equally long tiles
+    packed: tuple[int, ...]  # what every image in `images` has in it, where rows are no equally long tiles
     images: tuple[int, ...]
     ends: Ends | None  # of a packed sequence
 
@@ -57,20 +58,19 @@ class Seen:
                 yield owner, self.entering[1], self.leaving[1]
             return
         total, left = (rows * tokens for rows, tokens in (self.entering, self.leaving))
-        for image, length in self._sequences(total):
-            yield image, length, length * left // total
-
-    def _sequences(self, total: int) -> Iterator[tuple[int, int]]:
-        """Image and length of every sequence; what belongs to no image in particular is shared by their patches."""
-        own = [patches * total // sum(self.packed) for patches in self.packed]
         if self.ends is None:
-            yield from zip(self.images, own, strict=True)
+            yield from zip(self.images, self._shared(total), self._shared(left), strict=True)
             return
-        place = 0
+        place, own = 0, self._shared(total)
         for length in self.ends.lengths:
-            yield self.images[place], length
+            yield self.images[place], length, length * left // total
             own[place] -= length
             place += own[place] <= 0
+
+    def _shared(self, total: int) -> list[int]:
+        """What belongs to no image in particular, shared by what the images have in it; the sum is the total."""
+        ends = [total * had // sum(self.packed) for had in accumulate(self.packed, initial=0)]
+        return [end - start for start, end in pairwise(ends)]
 
 
 def watch(pruned: Session, undo: Undo) -> None:
@@ -94,11 +94,15 @@ def _observer(pruned: Session, part: str, number: int) -> Any:
         ends, tower = _ends(call, kwargs.get("cu_seqlens")) if part == BLOCK else None, call.tower
         seen = Seen(part, number, entering, leaving, tuple(tower.tiles), (), tuple(tower.batch), ends)
         if not seen.uniform:
-            patches = [call.images[n].patches or call.images[n].total for n in tower.batch]
-            seen = replace(seen, packed=tuple(tower.packed or patches))
+            seen = replace(seen, packed=tuple(tower.packed or [_size(call.images[n], part) for n in tower.batch]))
         call.seen.append(seen)
 
     return observe
+
+
+def _size(image: Image, part: str) -> int:
+    """What an unpruned image has in a part of the tower: tokens for the projector, patches everywhere else."""
+    return (image.projectable if part == PROJECTOR else 0) or image.patches or image.total
 
 
 def _ends(call: Call, cumulative: Tensor | None) -> Ends | None:

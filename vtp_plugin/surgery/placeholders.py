@@ -201,11 +201,17 @@ def _places_of(left: Sequence[Rows], placeholders: Sequence[Tensor]) -> tuple[Te
 
 
 def _spare(images: Sequence[Image], ends: Sequence[int], places: Sequence[Tensor], left: Sequence[Rows]) -> None:
-    """Let no decoder layer judge the last token of a prompt that ends with an image: it says what comes next."""
+    """`spare` images at the end of their prompts, unless a newline is their last token."""
     for image, place, rows in zip(images, places, left, strict=True):
-        if not rows.fixed and len(image.columns) and int(place[-1]) == ends[image.sample]:  # else a newline is the last
-            image.entered, image.fixed = len(image.columns), 1
-            image.columns, image.index = image.columns[:-1], image.index[:-1]
+        if not rows.fixed and int(place[-1]) == ends[image.sample]:
+            spare(image)
+
+
+def spare(image: Image) -> None:
+    """Let no decoder layer judge the last token of an image that ends its prompt: it says what comes next."""
+    if len(image.columns):
+        image.entered = len(image.columns) if image.entered is None else image.entered
+        image.columns, image.index, image.fixed = image.columns[:-1], image.index[:-1], image.fixed + 1
 
 
 def padding(model: nn.Module) -> int:

@@ -6,6 +6,7 @@ Rows are taken out: those of tokens that were dropped in the tower, and those th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class RowsLate(Cutting):
         if not merged:
             features = rows.projected[0][chosen]
         else:
-            features = self.family.projector(tokens[None])[0] if made.tokenwise else tokens
+            features = self._projected(rows, tokens) if made.tokenwise else tokens
         if not merged and len(rows.group) == 1:
             return [(rows.group[0][0], rows.source[chosen], tokens, features)]
         source = torch.where(chosen >= 0, rows.source[chosen.clamp(min=0)], -1)
@@ -93,6 +94,12 @@ class RowsLate(Cutting):
             return [(rows.group[0][0], source, tokens, features)]
         left = _owned(torch.where(chosen >= 0, rows.owner[chosen.clamp(min=0)], 0), len(rows.group))
         return [(part, source[m], tokens[m], features[m]) for (part, _), m in zip(rows.group, left, strict=True)]
+
+    def _projected(self, rows: GroupRows, tokens: Tensor) -> Tensor:
+        """What the host's projector makes of tokens [K, D] that are a group's alone, [K, D']."""
+        own = [part.number for part, _ in rows.group]
+        with self.call.passing(replace(self.passing, batch=own, owners=[], packed=None)):
+            return self.family.projector(tokens[None])[0]
 
     def _finished(self, parts: Sequence[ImageRows], rows: Sequence[Tensor]) -> list[tuple[Tensor, Rows]]:
         """The rows of every image that enter the prompt, in the order of the host where nothing was merged."""

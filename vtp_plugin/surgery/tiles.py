@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,6 +39,8 @@ def refuse_shared_number(strategy: PruningStrategy) -> None:
 
 class TiledEarly(Cutting):
     """Cuts of the pixels and vit stages, tile by tile. A unit is a square of patches that becomes one token."""
+
+    _every: Tensor | None = None  # the patches of all units of a tile [U, b * b], beside the last tiles
 
     def check(self, strategy: PruningStrategy) -> None:
         refuse_shared_number(strategy)
@@ -74,7 +75,7 @@ class TiledEarly(Cutting):
         images = self.vision.pixels.images(values) if self.vision.pixels else None
         self._identify(images)
         units = self._decided(values, images)
-        if all(len(kept) == len(self.members) for kept in units):
+        if all(len(kept) == self._count for kept in units):
             return self.forward(*args, **kwargs)
         return self._in_groups(units, args, kwargs)
 
@@ -82,7 +83,7 @@ class TiledEarly(Cutting):
 
     def _decided(self, values: Tensor, images: Tensor | None) -> list[Tensor]:
         """The units that are left of every tile."""
-        units = [torch.arange(len(self.members), device=values.device)] * len(values)
+        units = [torch.arange(self._count, device=values.device)] * len(values)
         if not self._strategies:
             return units
         embedded = _embeddings(self.tower.embeddings(values)) if self.vision.at(Stage.VIT) else None
@@ -119,7 +120,7 @@ class TiledEarly(Cutting):
         if strategy.stage is Stage.PIXELS:
             pixels = attention.take(patches(images, self.tower.patch_size * self.tower.block), index)
             return pixels.flatten(2), PatchesView(pixels, marks)
-        columns = self.members[index].flatten(1)  # [G, U * b * b]
+        columns = self._members(index).flatten(1)  # [G, U * b * b]
 
         def joined(maps: Tensor) -> Tensor:
             """Maps [G, U * b * b, D] unit by unit, [G, U, b * b * D]."""
@@ -132,13 +133,13 @@ class TiledEarly(Cutting):
     def _owner(self, tile: int) -> tuple[int, int]:
         """The image of a tile, and how many units its earlier tiles have."""
         owners = self.passing.tiles
-        return owners[tile], (tile - owners.index(owners[tile])) * len(self.members)
+        return owners[tile], (tile - owners.index(owners[tile])) * self._count
 
     def _note(self, cut: Judgement, before: Sequence[int], units: Sequence[Tensor]) -> None:
         """Report by image; units of later tiles are counted on."""
         seen: dict[int, int] = {}
         for owner, count, kept in zip(self.passing.tiles, before, units, strict=True):
-            cut.note(owner, count, kept + seen.get(owner, 0) * len(self.members))
+            cut.note(owner, count, kept + seen.get(owner, 0) * self._count)
             seen[owner] = seen.get(owner, 0) + 1
 
     def _identify(self, images: Tensor | None) -> None:
@@ -154,9 +155,9 @@ class TiledEarly(Cutting):
 
     def _in_groups(self, units: Sequence[Tensor], args: Any, kwargs: Any) -> Any:
         """Run the tower on tiles of equal lengths together; its output at full length, zero where nothing is left."""
-        passing, parts, outputs, groups = self.passing, [], [], _alike(units, self.members.device)
+        passing, parts, outputs, groups = self.passing, [], [], _alike(units, units[0].device)
         for group in groups:
-            columns = self.members[torch.stack([units[tile] for tile in group.tiles])].flatten(1).sort(-1).values
+            columns = self._members(torch.stack([units[tile] for tile in group.tiles])).flatten(1).sort(-1).values
             with self.call.passing(passing.part(group.tiles, columns)) as part:
                 chosen = group.rows_of(args, len(units)), group.rows_of(kwargs, len(units))
                 outputs.append(self.forward(*chosen[0], **chosen[1]))
@@ -184,13 +185,18 @@ class TiledEarly(Cutting):
     def _unit_grid(self) -> tuple[int, int]:
         return self.tower.grid[0] // self.tower.block, self.tower.grid[1] // self.tower.block
 
-    @cached_property
-    def members(self) -> Tensor:
-        """The patches of every unit, [U, b * b]."""
-        (rows, columns), b = self._unit_grid, self.tower.block
-        patches = self.tower.grid[0] * self.tower.grid[1]
-        raster = torch.arange(patches, device=self.session.device).view(rows, b, columns, b)
-        return raster.transpose(1, 2).reshape(-1, b * b)
+    @property
+    def _count(self) -> int:
+        """Units of a tile."""
+        return self._unit_grid[0] * self._unit_grid[1]
+
+    def _members(self, units: Tensor) -> Tensor:
+        """The patches of units [..., U], [..., U, b * b]."""
+        if self._every is None or self._every.device != units.device:  # the model may have been moved since
+            (rows, columns), b = self._unit_grid, self.tower.block
+            raster = torch.arange(self.tower.grid[0] * self.tower.grid[1], device=units.device)
+            self._every = raster.view(rows, b, columns, b).transpose(1, 2).reshape(-1, b * b)
+        return self._every[units]
 
 
 class _Spread:

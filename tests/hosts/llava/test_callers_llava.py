@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import Tiny, prompts, tiny
-from torch import Tensor
+from families import Processor
+from family_runs import anyres_inputs, anyres_model
+from models import N, Tiny, picture, prompts, tiny
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
+from vtp_plugin import PruningStrategy, Stage, VisualTokens, prune
 from vtp_plugin.errors import PruningError
 from vtp_plugin.surgery import cache
 
@@ -118,3 +125,73 @@ def test_the_loss_is_over_what_is_left(host: Tiny):
     logits = torch.cat([output.logits[0, : words - 1], output.logits[0, -len(behind) - 1 : -1]])
     told = torch.cat([ids[0, 1:words], behind])
     torch.testing.assert_close(output.loss, cross_entropy(logits, told), **CLOSE)
+
+
+@dataclass(kw_only=True)
+class First(PruningStrategy):
+    """Between two decoder layers, keep the first tokens: the last one is the first to go."""
+
+    name, stage, paper, decoder_layer = "first", Stage.LLM, "none", 2
+
+    def score(self, visual: VisualTokens) -> Tensor:
+        return -torch.arange(visual.tokens.shape[1]).expand(visual.tokens.shape[:2]).float()
+
+
+@torch.no_grad()
+def test_prompts_of_a_batch_that_end_with_a_picture():
+    """The longest row loses nothing, so others are filled up with what they lost; the last token says what comes."""
+    host, pictures = tiny("llava"), [picture(seed) for seed in range(4)]
+    rows = [[1, 5, pictures[0], 9, pictures[1]], [1, *range(10, 84)], [1, 7, pictures[2], 8], [1, 21, pictures[3]]]
+    with host.prune(First(keep_ratio=0.3)) as pruned:
+        together = torch.stack(host.generate(rows).logits)
+        assert sorted(before for event in pruned.events for before in event.before) == [N - 1, N - 1, N, N]
+        for number, row in enumerate(rows):
+            alone = torch.stack(host.generate([row]).logits)
+            torch.testing.assert_close(together[:, number], alone[:, 0], **CLOSE)
+            torch.testing.assert_close(host.forward([row]).logits[:, -1], alone[0], **CLOSE)
+
+
+@contextmanager
+def truncating(model: nn.Module, length: int) -> Iterator[None]:
+    """While open, the package truncates merged prompts, as released checkpoints let it."""
+    model.config.tokenizer_model_max_length = length
+    try:
+        yield
+    finally:
+        del model.config.tokenizer_model_max_length
+
+
+@pytest.mark.parametrize("shown", [1, 20, N])
+@torch.no_grad()
+def test_a_picture_that_the_package_truncates(shown: int):
+    """What strategies see of it is what the prompt shows, in a batch as alone; limits count the truncated prompt."""
+    host, whole = tiny("llava"), [1, 5, picture(0), 9, picture(1), 11, 12]
+    rows, length = [whole, [1, 21, picture(2), 22, 23]], 3 + N + shown
+    limits = {"max_length": length + 3, "max_new_tokens": None}
+    with truncating(host.model, length), host.prune(First(keep_ratio=0.5)) as pruned:
+        alone = [host.generate([row], **limits).logits for row in rows[:1]]
+        told = {n: before for event in pruned.events for n, before in zip(event.images, event.before, strict=True)}
+        assert told == {0: N} | ({1: shown - 1} if shown > 1 else {})  # its last token is not judged
+        together = torch.stack(host.generate(rows, **limits).logits)
+    assert len(alone[0]) == len(together) == 3
+    torch.testing.assert_close(together[:, 0], torch.stack(alone[0])[:, 0], **CLOSE)
+
+
+@torch.no_grad()
+def test_tiles_that_end_a_prompt(tmp_path: Path):
+    """The last token is kept, a newline or not; of a truncated picture those rows are judged that are shown."""
+    model, inputs = anyres_model(str(tmp_path)), anyres_inputs(slice(1, 2))
+    inputs |= {"inputs": inputs["inputs"][:, -7:-3], "attention_mask": inputs["attention_mask"][:, -7:-3]}  # 3 words
+    judged = {}
+    for merge in ("spatial_unpad", "spatial"):
+        model.config.mm_patch_merge_type = merge
+        for shown in (1000, 30):
+            with truncating(model, 3 + shown), prune(model, First(keep_ratio=0.3), processor=Processor()) as pruned:
+                model.generate(**inputs, max_new_tokens=1, do_sample=False)
+            ((judged[merge, shown],),) = (event.before for event in pruned.events)
+    assert judged == {
+        ("spatial_unpad", 1000): 32,  # and four newlines, the last of which says what comes next
+        ("spatial_unpad", 30): 27,  # two newlines, and the last row
+        ("spatial", 1000): 3 * 16 - 1,
+        ("spatial", 30): 29,
+    }
