@@ -97,6 +97,7 @@ def run(arguments: Sequence[str]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
     try:
+        _refuse_empty(arguments)
         _refuse_twice(arguments)
         ended = _commands()(args=[*arguments], prog_name="vtp", standalone_mode=False)
     except SystemExit as error:
@@ -126,6 +127,15 @@ def _commands() -> typer.Typer:
         pm.register(this, name=__name__)
         plugins.each("vtp_register_commands", cli=app)
     return app
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """PruningError for an option or an argument without text: an unset variable of the shell is no wish."""
+    for before, part in pairwise(["", *arguments]):
+        name, equals, value = part.partition("=") if part.startswith("-") else (before, "=", part)
+        if equals and not value.strip():
+            said = name if name.startswith("-") else "an argument"
+            raise PruningError(f"{said} is empty: give it a value, or leave it out")
 
 
 def _refuse_twice(arguments: Sequence[str]) -> None:

@@ -36,10 +36,10 @@ def command(
     from vtp_plugin.bench.journal import Journal
     from vtp_plugin.hosts.transformers import shapes
 
-    sizes, ratios = shapes.shape_of(shape), _numbers(keep, float, "--keep")
-    names = pruning or _usual(selectors, sizes.decodes)
-    chosen = _strategies([name.strip() for name in names.split(",")], ratios, config.parse_pairs(pruning_args))
-    batches = _numbers(batch or ("1,16" if selectors else "1"), int, "--batch")
+    sizes, ratios = shapes.shape_of(shape), config.parse_numbers(keep, float, "--keep")
+    names = config.parse_names(pruning or _usual(selectors, sizes.decodes), "--pruning")
+    chosen = _strategies(names, ratios, config.parse_pairs(pruning_args))
+    batches = config.parse_numbers(batch or ("1,16" if selectors else "1"), int, "--batch")
     bench.check(sizes, layers, batches, repeats)
     where, precision = _place(device, dtype, attention)
     if output is not None:
@@ -135,10 +135,3 @@ def _free(spec: str) -> bool:
     if len(strategies) != 1:
         raise PruningError(f"bench times one strategy at a time, '{spec}' is {len(strategies)}")
     return strategies[0].budgeted and not config.is_setting(spec)
-
-
-def _numbers(text: str, kind: type, option: str) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise PruningError(f"{option} must be numbers separated by commas, got '{text}'") from None

@@ -24,6 +24,7 @@ def command(
 ) -> None:
     if not 0 < keep_ratio <= 1:
         raise PruningError(f"--keep-ratio must be in (0, 1], got {keep_ratio}")
+    from vtp_plugin import config
     from vtp_plugin.compare import matrix, sweep
     from vtp_plugin.plugins import get_strategy
     from vtp_plugin.reporting import comparison
@@ -35,7 +36,7 @@ def command(
     comparison.check(files.check_folder(output))
     if output.is_dir():
         files.check_output(output / "kept.png")
-    asked = [spec.strip() for spec in pruning.split(",")]
+    asked = config.parse_names(pruning, "--pruning")
     specs = matrix.cells(asked, [keep_ratio])
     if "fastv" in asked and "random" in asked:
         spent = get_strategy("fastv")().layer / depth(load_weights("llama"))  # these layers see all tokens

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vtp_plugin import files
+from vtp_plugin import config, files
 from vtp_plugin.errors import Failed, PruningError
 from vtp_plugin.reporting.terminal import console
 
@@ -36,9 +36,9 @@ def command(
     from vtp_plugin.hosts.vllm.plan import strategies_of
     from vtp_plugin.hosts.vllm.throughput import Load, measure
 
-    ratios = [_number(part, float) for part in keep.split(",")]
-    load = Load([_number(part, int) for part in concurrency.split(",")], requests, tokens, side)
-    names = [name.strip() for name in pruning.split(",") if name.strip()]
+    ratios = config.parse_numbers(keep, float, "--keep")
+    load = Load(config.parse_numbers(concurrency, int, "--concurrency"), requests, tokens, side)
+    names = config.parse_names(pruning, "--pruning")
     runs: list[dict[str, Any] | None] = [None]
     runs += [{"strategy": name, "keep_ratio": ratio} for name in names for ratio in ratios]
     for settings in filter(None, runs):
@@ -94,13 +94,6 @@ def _served(model: str) -> tuple[str, list[str]]:
 
     small = ["--max-model-len", "640", "--kv-cache-memory-bytes", str(CACHE)]
     return str(resolve(model, "hf")), ["--dtype", "float32", *small, "--enforce-eager"]
-
-
-def _number(text: str, kind: type) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        raise PruningError(f"expected numbers separated by commas, got '{text}'") from None
 
 
 def _table(lines: list[dict[str, Any]]) -> Any:

@@ -23,7 +23,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vtp_plugin import files
+from vtp_plugin import config, files
 from vtp_plugin.compare.matrix import OWN, resolve, unique
 from vtp_plugin.errors import Interrupted, PruningError
 from vtp_plugin.hosts import compatibility
@@ -68,8 +68,8 @@ def run(
     keep pictures of the first questions (VTP_GALLERY). `idle`: thresholds that drop nothing of any picture are a
     result, not a failure. PruningError: bad settings, or a folder of other settings.
     """
-    folder, named = Path(folder), tasks.split(",") if isinstance(tasks, str) else list(tasks)
-    settings = {"model": model, "model_args": model_args, "tasks": [task.strip() for task in named], "limit": limit}
+    folder, named = Path(folder), config.parse_names(tasks, "tasks")
+    settings = {"model": model, "model_args": model_args, "tasks": named, "limit": limit}
     settings |= {"options": dict(options or {}), "launch": launch, "jobs": jobs}
     settings |= {"environment": dict(environment or {}) | ({IDLE: "1"} if idle else {})}
     settings |= {"gallery": gallery, "positions": OWN, "cells": [asdict(cell) for cell in unique(cells)]}
@@ -111,8 +111,6 @@ def _check(settings: Mapping[str, Any]) -> None:
     for name, value in settings["environment"].items():
         if not re.fullmatch(r"[A-Za-z_]\w*", name) or "\0" in str(value):
             raise PruningError(f"environment: '{name}={value}' is no variable")
-    if not settings["tasks"] or not all(settings["tasks"]):
-        raise PruningError("a comparison needs tasks")
     for entry in settings["cells"]:
         resolve(entry["pruning"], entry["pruning_args"])
 

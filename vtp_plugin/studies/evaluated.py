@@ -28,7 +28,7 @@ class Evaluated(Study):
         self.check_counts("batch_size")
         if self.jobs < 1:
             raise PruningError(f"{self.name}: jobs must be at least 1, got {self.jobs}")
-        sweep.check_limit(self.settings["limit"], self.settings["tasks"].split(","))
+        sweep.check_limit(self.settings["limit"], config.parse_names(self.settings["tasks"], f"{self.name}: tasks"))
 
     def planned(self) -> Cells:
         """The cells that are known before anything has been measured."""
