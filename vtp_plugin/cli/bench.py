@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vtp_plugin import config, files, plugins
+from vtp_plugin import config, files, locks, plugins
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.reporting.terminal import console
 
@@ -45,16 +46,21 @@ def command(
     if output is not None:
         files.check_output(output, kinds=(".json",))
         files.check_output(output.with_suffix(".md"))
+        if output.with_suffix(".md").exists() and not (output.exists() or again):
+            beside = f"{output.with_suffix('.md')}, which the table would replace, is there without {output}"
+            raise PruningError(f"{beside}: name another file, or say --again")
     facts = {"shape": shape, "layers": layers, "attention": attention, "dtype": precision, "repeats": repeats}
-    journal = Journal(output, facts, where, again)
-    if selectors:
-        table = _selectors(journal, chosen, layers, batches, repeats, where, precision)
-    else:
+    if not selectors:
         bench.refuse(chosen, sizes)
-        table = _timings(journal, sizes, chosen, batches, where)
-    table.show(console())
-    if output is not None:
-        files.write(output.with_suffix(".md"), table.markdown() + "\n")
+    with nullcontext() if output is None else locks.file(output):
+        journal = Journal(output, facts, where, again)
+        if selectors:
+            table = _selectors(journal, chosen, layers, batches, repeats, where, precision)
+        else:
+            table = _timings(journal, sizes, chosen, batches, where)
+        table.show(console())
+        if output is not None:
+            files.write(output.with_suffix(".md"), table.markdown() + "\n")
 
 
 def _timings(journal: Any, sizes: Any, chosen: list[Any], batches: list[int], where: Any) -> Any:

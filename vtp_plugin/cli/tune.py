@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vtp_plugin import config, files
+from vtp_plugin import config, files, locks
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting.terminal import console
 
@@ -33,8 +33,9 @@ def command(
     for spec in specs:
         tuning.check(spec)
     comparison.check(files.check_folder(output))
-    found = [tuning.tune(output, spec, grid, drop, console=out, **host) for spec in specs]
-    comparison.write(sweep.run(output, [matrix.UNPRUNED], **host)).show(out)
+    with locks.folder(output):
+        found = [tuning.tune(output, spec, grid, drop, console=out, **host) for spec in specs]
+        comparison.write(sweep.run(output, [matrix.UNPRUNED], **host)).show(out)
     for tuned in found:
         out.print(tuned.sentence())
     if not all(tuned.keep for tuned in found):

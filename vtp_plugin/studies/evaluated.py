@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vtp_plugin import config
-from vtp_plugin.errors import PruningError
+from vtp_plugin.errors import Failed, PruningError
 from vtp_plugin.reporting.runs import BASELINE, Cell, Run
 from vtp_plugin.studies.study import Study
 
@@ -52,7 +52,7 @@ class Evaluated(Study):
             console=self.console,
         )
         if run.failed:
-            raise PruningError(f"{self.name}: {run.failed[0].id} failed: {run.failed[0].error}")
+            raise Failed(f"{self.name}: {run.failed[0].id} failed: {run.failed[0].error}")
         return run
 
 
