@@ -209,6 +209,22 @@ def test_the_log_of_a_server_that_failed_is_kept(tmp_path: Path, monkeypatch: py
     assert len(list(tmp_path.iterdir())) == 1  # that of the one that failed
 
 
+def test_what_was_measured_outlives_a_later_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = ("prompt_tokens", "requests_per_second", "first_token_seconds", "end_seconds")
+
+    def measured(model: str, settings: dict | None, options: object, load: object, log: Path) -> list[dict]:
+        if settings is not None:
+            raise Failed("the server did not start")
+        return [{"pruning": settings, "concurrency": 1, **dict.fromkeys(numbers, 3.0)}]
+
+    monkeypatch.setattr(throughput, "measure", measured)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    said = ended("serve-bench", "--model", "a/model", "--concurrency", 1, "-o", tmp_path / "served.json")
+    assert said.returncode == 1
+    assert [line["pruning"] for line in json.loads((tmp_path / "served.json").read_text())["lines"]] == [None]
+    assert "3000 ms" in said.stdout
+
+
 def test_a_server_says_what_it_failed_of() -> None:
     """The last line, unless that points at an error above; what a warning quotes is none."""
     quoted = "(APIServer pid=7) WARNING 11-27 [utils.py:255] errors like `OSError: [Errno 24] Too many files`"

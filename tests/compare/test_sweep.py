@@ -171,6 +171,29 @@ def test_an_interrupted_sweep_goes_on_where_it_was(folder: Folder, other: Folder
     assert folder.outcome() == other.outcome()
 
 
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP])
+def test_whoever_ends_the_program_ends_what_it_started(folder: Folder, sign: int) -> None:
+    """A closed terminal, a job's time that is up: no lmms-eval stays behind on the card."""
+    code = f"import signal; signal.signal({sign}, signal.SIG_DFL); {PROGRAM}"
+    host = [f"--{key}={value}" for key, value in HOST.items()]
+    command = [sys.executable, "-c", code, "compare", "-o", str(folder.run_dir), "--pruning=l2", *host]
+    slow = OFFLINE | {"FAKE_SECONDS": "60", "FAKE_LOG": str(folder.log)}
+    with subprocess.Popen(command, env=slow, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: folder.started["none"])
+        process.send_signal(sign)
+        said = process.communicate()[1]
+    assert process.returncode == 130
+    assert "stopped; 0 of 2 cells are kept in" in said
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(folder.run_dir).encode() in _read(path)]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it has ended
+        return b""
+
+
 def stamp(folder: Folder, id: str) -> int:
     return (folder.run_dir / "cells" / id / "cell.json").stat().st_mtime_ns
 

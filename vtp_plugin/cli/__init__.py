@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -86,7 +87,10 @@ def with_modules(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def main() -> None:
-    """Run the program and end the process."""
+    """Run the program and end the process. To be ended, or to lose the terminal, is a Ctrl-C: what was started ends."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if (sign := getattr(signal, name, None)) and signal.getsignal(sign) is signal.SIG_DFL:
+            signal.signal(sign, signal.default_int_handler)
     raise SystemExit(run(sys.argv[1:]))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from vtp_plugin import config, files
 from vtp_plugin.errors import Failed, PruningError
@@ -31,7 +32,9 @@ def command(
     tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 16,
     side: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 336,
     options: Annotated[str, typer.Option(help="More options of `vllm serve`, as on its command line.")] = "",
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the numbers to this JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the numbers to this JSON, server by server.")
+    ] = None,
 ) -> None:
     from vtp_plugin.hosts.vllm.plan import strategies_of
     from vtp_plugin.hosts.vllm.throughput import Load, measure
@@ -48,13 +51,22 @@ def command(
         files.check_output(output)
     path, extra = _served(model)
     out, lines = console(), []
-    with _logs() as folder:
+    with _logs() as folder, _shown(lines, out):
         for number, settings in enumerate(runs):
             out.print(f"serving {model} with {settings or 'no pruning'}")
             lines += measure(path, settings, [*extra, *shlex.split(options)], load, folder / f"{number}.log")
-    _table(lines).show(out)
-    if output is not None:
-        files.write_json(output, _record(model, options, load, lines))
+            if output is not None:
+                files.write_json(output, _record(model, options, load, lines))
+
+
+@contextmanager
+def _shown(lines: list[dict[str, Any]], out: Console) -> Iterator[None]:
+    """Show at the end what was measured, also where a later server failed or nobody waits for it."""
+    try:
+        yield
+    finally:
+        if lines:
+            _table(lines).show(out)
 
 
 @contextmanager
