@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 
 from typer.testing import CliRunner
 
@@ -35,3 +37,18 @@ def program(*arguments: object) -> subprocess.CompletedProcess:
     """Run the real program."""
     command = [sys.executable, "-c", "from vtp_plugin.cli import main; main()", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+HOLD = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+
+
+@contextmanager
+def at_work(kind: str, path: Path) -> Iterator[subprocess.Popen]:
+    """Another process that holds a `folder` or a `file` for as long as this lasts."""
+    lock = path / ".lock" if kind == "folder" else path.with_name(f".{path.name}.lock")
+    lock.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", HOLD, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"\n"
+        yield other
+        other.kill()

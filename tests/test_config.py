@@ -132,6 +132,8 @@ def test_pairs_are_read_as_yaml_reads_them():
     expected = {"a": 1, "b": 0.5, "c": True, "d": "hsv", "e": -1, "f": None, "g": "/tmp/x=y"}
     assert parse_pairs(text) == expected
     assert parse_pairs("") == {}
+    with pytest.raises(PruningError, match="no pruning argument in ', ,'"):
+        parse_pairs(", ,")
 
 
 @pytest.mark.parametrize("text", ["keep_ratio", "=1", "keep_ratio=", "a=1,b", "a=[1", "a={", "a='"])

@@ -93,14 +93,35 @@ def build(name: str, fields: Mapping[str, Any], source: str = "") -> PruningStra
         raise _located(source, error) from None
 
 
+def parse_names(said: str | Sequence[str], option: str) -> list[str]:
+    """`atp,fastv+l2`, or a list, as a list of every name once. PruningError with the option where one is missing."""
+    names = [name.strip() for name in (said.split(",") if isinstance(said, str) else said)]
+    if not names or not all(names):
+        raise PruningError(f"{option}: a name is missing in {said!r}")
+    return list(dict.fromkeys(names))
+
+
+def parse_numbers(text: str, kind: type, option: str) -> list[Any]:
+    """`0.5,0.25` as a list, every number once. PruningError with the option for what is no number of that kind."""
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError:
+        raise PruningError(f"{option} must be numbers separated by commas, got '{text}'") from None
+
+
 def parse_pairs(text: str) -> dict[str, Any]:
-    """`keep_ratio=0.6,fastv.layer=2` as a dictionary; values as YAML reads them, hyphens in keys allowed."""
+    """`keep_ratio=0.6,fastv.layer=2` as a dictionary; values as YAML reads them, hyphens in keys allowed.
+
+    An empty place between commas is skipped, as the hosts do; commas and nothing else are refused.
+    """
     pairs: list[tuple[str, Any]] = []
     for part in filter(None, (p.strip() for p in text.split(","))):
         key, equals, value = part.partition("=")
         if not equals or not key.strip() or not value.strip():
             raise PruningError(f"cannot read '{part}' of the pruning arguments. Expected key=value[,key=value...]")
         pairs.append((key.strip(), _value(part, value)))
+    if text.strip() and not pairs:
+        raise PruningError(f"no pruning argument in '{text}'. Expected key=value[,key=value...]")
     return _once(pairs)
 
 

@@ -248,6 +248,36 @@ def test_a_record_of_other_settings_is_not_mixed(tmp_path: Path) -> None:
     assert len(row["seconds"]["pruned"]) == 3
 
 
+ONE = ["bench", "--shape", "small", "--keep", "0.5", "--repeats", "1"]
+
+
+def test_again_measures_what_is_asked_for_and_keeps_the_rest(tmp_path: Path) -> None:
+    target = tmp_path / "bench.json"
+    CliRunner().invoke(app, [*ONE, "--pruning", "stride,l2", "-o", str(target)], catch_exceptions=False)
+    before = {row["strategy"]: row for row in json.loads(target.read_text())["timings"]}
+    CliRunner().invoke(app, [*ONE, "--pruning", "l2", "--again", "-o", str(target)], catch_exceptions=False)
+    after = {row["strategy"]: row for row in json.loads(target.read_text())["timings"]}
+    assert after["stride"] == before["stride"]
+    assert after["l2"]["seconds"] != before["l2"]["seconds"]
+    assert len(json.loads(target.read_text())["timings"]) == 2
+    target.write_text("{")
+    again = CliRunner().invoke(app, [*ONE, "--pruning", "l2", "--again", "-o", str(target)], catch_exceptions=False)
+    assert again.exit_code == 0  # half-written: nothing of it can be kept
+
+
+def test_a_file_without_rows_is_as_good_as_none(tmp_path: Path) -> None:
+    """As mktemp makes one; and a page of somebody else's is not written over."""
+    target = tmp_path / "bench.json"
+    target.touch()
+    CliRunner().invoke(app, [*ONE, "--pruning", "stride", "-o", str(target)], catch_exceptions=False)
+    assert len(json.loads(target.read_text())["timings"]) == 1
+    (tmp_path / "notes.md").write_text("dear to me")
+    result = CliRunner().invoke(app, [*ONE, "--pruning", "stride", "-o", str(tmp_path / "notes.json")])
+    assert isinstance(result.exception, PruningError)
+    assert "notes.md, which the table would replace, is there without" in str(result.exception)
+    assert (tmp_path / "notes.md").read_text() == "dear to me"
+
+
 def test_rows_have_a_budget_of_time() -> None:
     """Behind it no round begins, but two are always there."""
     shape, strategy = shapes.shape_of("small"), plugins.get_strategy("stride")()

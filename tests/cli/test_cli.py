@@ -13,7 +13,7 @@ from commands import ended, program, vtp
 from PIL import Image
 from rich.text import Text
 
-from vtp_plugin import plugins
+from vtp_plugin import config, plugins
 from vtp_plugin.cli import app, doctor, vtp_register_commands
 from vtp_plugin.errors import Failed
 from vtp_plugin.hosts.vllm import serving, throughput
@@ -95,6 +95,60 @@ def test_bad_input_is_one_sentence(arguments: list[str], sentence: str) -> None:
     assert result.stderr.count("\n") == 1
 
 
+LISTS = {  # options that take several: a place between commas that is empty is a mistake
+    "bench --pruning {}": "--pruning: a name is missing in",
+    "demo --pruning {}": "--pruning: a name is missing in",
+    "show nowhere.png --question x --pruning {}": "--pruning: a name is missing in",
+    "tune --max-drop 1% --tasks pope -o x --pruning {}": "--pruning: a name is missing in",
+    "tune --max-drop 1% --pruning l2 -o x --tasks {}": "--tasks: a name is missing in",
+    "compare --model llava --model-args a=1 --tasks pope -o x --pruning {}": "pruning: a name is missing in",
+    "compare --model llava --model-args a=1 --pruning l2 -o x --tasks {}": "tasks: a name is missing in",
+    "compare --model llava --model-args a=1 --tasks pope --pruning l2 -o x --keep {}": "keep must be ratios",
+    "study hard-samples -o x --tasks {}": "hard-samples: tasks: a name is missing in",
+    "reproduce llava-1.5-7b --dry-run --pruning {}": "--pruning: a name is missing in",
+    "reproduce llava-1.5-7b --dry-run --tokens {}": "--tokens: a name is missing in",
+    "reproduce llava-1.5-7b --dry-run --tasks {}": "--tasks: a name is missing in",
+    "reproduce llava-1.5-7b --dry-run --source {}": "--source: a name is missing in",
+    "serve-bench --pruning {}": "--pruning: a name is missing in",
+    "serve-bench --keep {}": "--keep must be numbers",
+    "serve-bench --concurrency {}": "--concurrency must be numbers",
+    "bench --keep {}": "--keep must be numbers",
+    "bench --batch {}": "--batch must be numbers",
+    "plan --rate {}": "--rate must be numbers",
+    "plan --rate 1 --cards {}": "--cards must be numbers",
+}
+
+
+@pytest.mark.parametrize("line", LISTS)
+def test_an_empty_place_in_a_list_is_refused(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for said in (",", "a,,b", "a,"):
+        result = ended(*line.format(said).split())
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert LISTS[line] in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("line", [*LISTS, "bench --shape {}", "bench --pruning-args {}", "demo -o {}", "list {}"])
+def test_an_option_without_text_is_no_wish_for_the_default(line: str) -> None:
+    """As `--pruning "$UNSET"` says it."""
+    name = line.split()[-2] if "-" in line.split()[-2] else "an argument"
+    for said in ("", " "):
+        result = ended(*[part.format(said) for part in line.split()])
+        assert (result.returncode, result.stderr) == (
+            2,
+            f"vtp: error: {name} is empty: give it a value, or leave it out\n",
+        )
+    if name.startswith("--"):
+        assert f"{name} is empty" in ended(*line.split()[:-2], f"{name}=").stderr
+
+
+def test_what_is_named_twice_counts_once() -> None:
+    lines = vtp("reproduce", "llava-1.5-7b", "--pruning", "fastv,fastv", "--tokens", "64, 64", "--dry-run")
+    assert lines == vtp("reproduce", "llava-1.5-7b", "--pruning", "fastv", "--tokens", "64", "--dry-run")
+    assert config.parse_numbers("0.5,.50,0.25", float, "--keep") == [0.5, 0.25]
+
+
 def test_an_empty_folder_and_an_unreachable_share_are_refused(tmp_path: Path, picture: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -153,6 +207,22 @@ def test_the_log_of_a_server_that_failed_is_kept(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(throughput, "measure", lambda *given: [])
     assert ended("serve-bench", "--model", "a/model").returncode == 0
     assert len(list(tmp_path.iterdir())) == 1  # that of the one that failed
+
+
+def test_what_was_measured_outlives_a_later_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = ("prompt_tokens", "requests_per_second", "first_token_seconds", "end_seconds")
+
+    def measured(model: str, settings: dict | None, options: object, load: object, log: Path) -> list[dict]:
+        if settings is not None:
+            raise Failed("the server did not start")
+        return [{"pruning": settings, "concurrency": 1, **dict.fromkeys(numbers, 3.0)}]
+
+    monkeypatch.setattr(throughput, "measure", measured)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    said = ended("serve-bench", "--model", "a/model", "--concurrency", 1, "-o", tmp_path / "served.json")
+    assert said.returncode == 1
+    assert [line["pruning"] for line in json.loads((tmp_path / "served.json").read_text())["lines"]] == [None]
+    assert "3000 ms" in said.stdout
 
 
 def test_a_server_says_what_it_failed_of() -> None:

@@ -17,7 +17,7 @@ import pytest
 import runfolder
 import warm
 import yaml
-from commands import ended
+from commands import at_work, ended
 from paths import TESTS
 from rich.console import Console
 from sweeps import CELLS, FAKE, HOST, SPECS, Folder
@@ -171,6 +171,29 @@ def test_an_interrupted_sweep_goes_on_where_it_was(folder: Folder, other: Folder
     assert folder.outcome() == other.outcome()
 
 
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP])
+def test_whoever_ends_the_program_ends_what_it_started(folder: Folder, sign: int) -> None:
+    """A closed terminal, a job's time that is up: no lmms-eval stays behind on the card."""
+    code = f"import signal; signal.signal({sign}, signal.SIG_DFL); {PROGRAM}"
+    host = [f"--{key}={value}" for key, value in HOST.items()]
+    command = [sys.executable, "-c", code, "compare", "-o", str(folder.run_dir), "--pruning=l2", *host]
+    slow = OFFLINE | {"FAKE_SECONDS": "60", "FAKE_LOG": str(folder.log)}
+    with subprocess.Popen(command, env=slow, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: folder.started["none"])
+        process.send_signal(sign)
+        said = process.communicate()[1]
+    assert process.returncode == 130
+    assert "stopped; 0 of 2 cells are kept in" in said
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(folder.run_dir).encode() in _read(path)]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it has ended
+        return b""
+
+
 def stamp(folder: Folder, id: str) -> int:
     return (folder.run_dir / "cells" / id / "cell.json").stat().st_mtime_ns
 
@@ -217,14 +240,47 @@ def test_a_folder_of_something_else_is_refused(folder: Folder) -> None:
 
 
 def test_two_sweeps_do_not_share_a_folder(folder: Folder) -> None:
-    folder.run_dir.mkdir()
-    hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
-    command = [sys.executable, "-c", hold, str(folder.run_dir / ".lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
-        with pytest.raises(PruningError, match="another comparison is at work"):
-            folder.run()
-        other.stdin.close()
+    with (
+        at_work("folder", folder.run_dir),
+        pytest.raises(PruningError, match=r"another process is at work in .*run: wait until it has ended"),
+    ):
+        folder.run()
+    folder.run(SPECS[:2], jobs=2)  # processes of one's own are no others
+    assert not (folder.run_dir / ".lock").exists()
+
+
+BROKEN = f"{sys.executable} -c raise(SystemExit('no_such_thing'))"
+
+
+def test_where_nothing_was_measured_the_corrected_command_is_taken(folder: Folder) -> None:
+    """Whatever was wrong; once a cell has its results, other settings need another folder."""
+    assert folder.run(SPECS[:3], launch=BROKEN, model_args="pretrained=fkae", limit=4).done == []
+    run = folder.run([SPECS[0], SPECS[2]], options={"batch_size": 2})
+    assert [cell.id for cell in run.cells] == ["none", "l2-0.25"]
+    assert run.settings["model_args"] == HOST["model_args"]
+    with pytest.raises(PruningError, match="holds a comparison with options"):
+        folder.run([SPECS[0], SPECS[2]])
+
+
+def test_a_cell_that_failed_may_be_put_right(folder: Folder) -> None:
+    folder.run(SPECS[:2], environment={"FAKE_RAISES": "l2-0.5"})
+    run = folder.run([matrix.UNPRUNED, matrix.cell("l2", 0.3, id="l2-0.5")])
+    assert run["l2-0.5"].pruning_args == {"keep_ratio": 0.3}
+    assert folder.started == Counter(["none", "l2-0.5", "l2-0.5"])
+
+
+def test_what_is_run_again_has_not_failed_yet(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before it came to the cell, a run says so, and not how the cell failed under other settings."""
+    folder.run(SPECS[:2], environment={"FAKE_RAISES": "l2-0.5"})
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep._Sweep, "work", stop)
+    with pytest.raises(Interrupted, match="1 of 2 cells are kept"):
+        folder.run(SPECS[:2])
+    run = runs.load(folder.run_dir)
+    assert ([cell.id for cell in run.failed], run.unfinished) == ([], ["l2-0.5"])
 
 
 @pytest.mark.parametrize(
@@ -425,6 +481,15 @@ def test_compare_ends_with_a_table_and_an_exit_code(folder: Folder, monkeypatch:
     table = (folder.run_dir / "table.md").read_text()
     assert all(name in table for name in ("| unpruned |", "| l2-0.25 |", "| random-0.25 (2 seeds) |"))
     assert "random-0.25 (2 seeds)" in said.output
+
+
+def test_what_failed_before_is_not_this_command_s_failure(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_LOG", str(folder.log))
+    monkeypatch.setenv("FAKE_RAISES", "l2-0.5")
+    assert invoke("compare", "-o", folder.run_dir, "--pruning", "l2", "--keep", "0.5").exit_code == 1
+    said = invoke("compare", "-o", folder.run_dir, "--pruning", "stride", "--keep", "0.5")
+    assert said.exit_code == 0, said.output
+    assert "Failed: l2-0.5." in said.output
 
 
 @pytest.mark.parametrize("failing", ["none", "l2-0.75"])

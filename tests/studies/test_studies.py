@@ -10,6 +10,7 @@ from pathlib import Path
 import fake_host
 import numpy as np
 import pytest
+import runfolder
 import yaml
 from matrix import dear
 from PIL import Image
@@ -312,6 +313,34 @@ def test_two_settings_never_share_a_folder(tmp_path: Path, console: Console) -> 
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(PruningError, match="not empty"):
         conduct("poster-l2", FAST, tmp_path / "other", console)
+
+
+def test_where_nothing_was_measured_other_settings_may_take_the_folder(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that is finished, or a cell with results, is never given up."""
+    out = tmp_path / "study"
+
+    def stopped(self: Study) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(poster_l2.PosterL2, "measure", stopped)
+        for limit in (9, 8):
+            with pytest.raises(KeyboardInterrupt):
+                conduct("poster-l2", FAST | {"limit": limit}, out, console)
+    ended = {"schema": 1, **runfolder.entry("none"), "status": "failed", "error": "no such model", "command": []}
+    runfolder.write(out / "runs", {"none": ["yes"]}, ["yes"])
+    cell = out / "runs" / "cells" / "none" / "cell.json"
+    cell.write_text(json.dumps(ended))
+    with monkeypatch.context() as patch:
+        patch.setattr(poster_l2.PosterL2, "measure", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            conduct("poster-l2", FAST | {"limit": 7}, out, console)
+    cell.write_text(json.dumps(ended | {"status": "done", "error": None}))
+    with pytest.raises(PruningError, match="other settings"):
+        conduct("poster-l2", FAST, out, console)
+    assert yaml.safe_load((out / "settings.yaml").read_text())["settings"]["limit"] == 7
 
 
 def test_the_interval_is_the_bootstrap_s() -> None:

@@ -34,12 +34,22 @@ class Journal:
     """The rows of a bench, kept in a JSON file if there is one."""
 
     def __init__(self, path: Path | None, facts: Mapping[str, Any], device: torch.device, again: bool = False) -> None:
-        """PruningError for a file that holds other settings, unless `again` says to begin anew."""
-        self.path = path
+        """PruningError for a file that holds other settings, unless `again` says to begin anew.
+
+        With the same settings `again` measures what is asked for anew, and keeps what is not.
+        """
+        self.path, self.again = path, again
         self.head = {"command": shlex.join(["vtp", *sys.argv[1:]]), **machine(device), **facts}
         self.rows: list[Row] = []
-        if path is not None and path.exists() and not again:
-            self.rows = self._found(path, facts)
+        self.older: list[Row] = []  # which give way to rows of the same key
+        if path is not None and path.exists() and path.stat().st_size:
+            try:
+                self.rows = self._found(path, facts)
+            except PruningError:
+                if not again:
+                    raise
+        if again:
+            self.rows, self.older = [], self.rows
 
     def _found(self, path: Path, facts: Mapping[str, Any]) -> list[Row]:
         read = files.read_json(path)
@@ -53,13 +63,14 @@ class Journal:
 
     def row(self, key: Mapping[str, Any]) -> Row | None:
         """The row that was measured already."""
-        return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
+        return next((row for row in self.rows if _is(row, key)), None)
 
-    def add(self, row: Row) -> None:
+    def add(self, key: Mapping[str, Any], row: Row) -> None:
         """Keep a row, on disk before the next one begins."""
-        self.rows.append(row)
+        self.older = [other for other in self.older if not _is(other, key)]
+        self.rows.append({**key, **row})
         if self.path is not None:
-            files.write_json(self.path, {**self.head, "timings": self.rows})
+            files.write_json(self.path, {**self.head, "timings": [*self.older, *self.rows]})
 
     def fill(self, items: Sequence[Item], until: float = float("inf"), *, forgiving: bool = False) -> list[Row]:
         """Measure what is missing, saying on stderr how far it is; the rows in the order of the items.
@@ -82,16 +93,26 @@ class Journal:
                 say(f"{item.label}: {sentence(error)}")
         return [row for item in items if (row := self.row(item.key)) is not None]
 
+    def _kept(self) -> str:
+        """What a stop leaves, for its sentence."""
+        if self.path is None:
+            return ""
+        how = " without --again" if self.again else ""
+        return f"; {self.path} keeps {len(self.older) + len(self.rows)} rows, the same command{how} goes on"
+
     def _measure(self, item: Item, number: int, of: int, began: float) -> None:
         try:
             row = item.measure()
         except KeyboardInterrupt:
-            kept = f"; {self.path} keeps {len(self.rows)} rows, the same command goes on" if self.path else ""
-            raise Interrupted(f"stopped at {item.label}{kept}") from None
-        self.add({**item.key, **row})
+            raise Interrupted(f"stopped at {item.label}{self._kept()}") from None
+        self.add(item.key, row)
         spent = time.monotonic() - began
         left = spent / (number + 1) * (of - number - 1)
         say(f"{number + 1} of {of}, {item.label}: {duration(spent)}, about {duration(left)} left")
+
+
+def _is(row: Row, key: Mapping[str, Any]) -> bool:
+    return all(row.get(name) == value for name, value in key.items())
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -86,7 +87,10 @@ def with_modules(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def main() -> None:
-    """Run the program and end the process."""
+    """Run the program and end the process. To be ended, or to lose the terminal, is a Ctrl-C: what was started ends."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if (sign := getattr(signal, name, None)) and signal.getsignal(sign) is signal.SIG_DFL:
+            signal.signal(sign, signal.default_int_handler)
     raise SystemExit(run(sys.argv[1:]))
 
 
@@ -97,6 +101,7 @@ def run(arguments: Sequence[str]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
     try:
+        _refuse_empty(arguments)
         _refuse_twice(arguments)
         ended = _commands()(args=[*arguments], prog_name="vtp", standalone_mode=False)
     except SystemExit as error:
@@ -126,6 +131,15 @@ def _commands() -> typer.Typer:
         pm.register(this, name=__name__)
         plugins.each("vtp_register_commands", cli=app)
     return app
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """PruningError for an option or an argument without text: an unset variable of the shell is no wish."""
+    for before, part in pairwise(["", *arguments]):
+        name, equals, value = part.partition("=") if part.startswith("-") else (before, "=", part)
+        if equals and not value.strip():
+            said = name if name.startswith("-") else "an argument"
+            raise PruningError(f"{said} is empty: give it a value, or leave it out")
 
 
 def _refuse_twice(arguments: Sequence[str]) -> None:

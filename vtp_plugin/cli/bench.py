@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vtp_plugin import config, files, plugins
+from vtp_plugin import config, files, locks, plugins
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.reporting.terminal import console
 
@@ -36,25 +37,30 @@ def command(
     from vtp_plugin.bench.journal import Journal
     from vtp_plugin.hosts.transformers import shapes
 
-    sizes, ratios = shapes.shape_of(shape), _numbers(keep, float, "--keep")
-    names = pruning or _usual(selectors, sizes.decodes)
-    chosen = _strategies([name.strip() for name in names.split(",")], ratios, config.parse_pairs(pruning_args))
-    batches = _numbers(batch or ("1,16" if selectors else "1"), int, "--batch")
+    sizes, ratios = shapes.shape_of(shape), config.parse_numbers(keep, float, "--keep")
+    names = config.parse_names(pruning or _usual(selectors, sizes.decodes), "--pruning")
+    chosen = _strategies(names, ratios, config.parse_pairs(pruning_args))
+    batches = config.parse_numbers(batch or ("1,16" if selectors else "1"), int, "--batch")
     bench.check(sizes, layers, batches, repeats)
     where, precision = _place(device, dtype, attention)
     if output is not None:
         files.check_output(output, kinds=(".json",))
         files.check_output(output.with_suffix(".md"))
+        if output.with_suffix(".md").exists() and not (output.exists() or again):
+            beside = f"{output.with_suffix('.md')}, which the table would replace, is there without {output}"
+            raise PruningError(f"{beside}: name another file, or say --again")
     facts = {"shape": shape, "layers": layers, "attention": attention, "dtype": precision, "repeats": repeats}
-    journal = Journal(output, facts, where, again)
-    if selectors:
-        table = _selectors(journal, chosen, layers, batches, repeats, where, precision)
-    else:
+    if not selectors:
         bench.refuse(chosen, sizes)
-        table = _timings(journal, sizes, chosen, batches, where)
-    table.show(console())
-    if output is not None:
-        files.write(output.with_suffix(".md"), table.markdown() + "\n")
+    with nullcontext() if output is None else locks.file(output):
+        journal = Journal(output, facts, where, again)
+        if selectors:
+            table = _selectors(journal, chosen, layers, batches, repeats, where, precision)
+        else:
+            table = _timings(journal, sizes, chosen, batches, where)
+        table.show(console())
+        if output is not None:
+            files.write(output.with_suffix(".md"), table.markdown() + "\n")
 
 
 def _timings(journal: Any, sizes: Any, chosen: list[Any], batches: list[int], where: Any) -> Any:
@@ -135,10 +141,3 @@ def _free(spec: str) -> bool:
     if len(strategies) != 1:
         raise PruningError(f"bench times one strategy at a time, '{spec}' is {len(strategies)}")
     return strategies[0].budgeted and not config.is_setting(spec)
-
-
-def _numbers(text: str, kind: type, option: str) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise PruningError(f"{option} must be numbers separated by commas, got '{text}'") from None

@@ -82,10 +82,7 @@ def _rates(rate: str, cards: str) -> list[tuple[float, int]]:
     """Every rate on every number of cards."""
     if not rate:
         return []
-    try:
-        rates, numbers = [float(part) for part in rate.split(",")], [int(part) for part in cards.split(",")]
-    except ValueError:
-        raise PruningError(f"--rate and --cards must be numbers with commas, got '{rate}' and '{cards}'") from None
+    rates, numbers = config.parse_numbers(rate, float, "--rate"), config.parse_numbers(cards, int, "--cards")
     if not all(0 < one < math.inf for one in rates) or min(numbers) < 1:
         raise PruningError(f"--rate must be above 0 and --cards at least 1, got {min(rates):g} and {min(numbers)}")
     return [(one, number) for one in rates for number in numbers]

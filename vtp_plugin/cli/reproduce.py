@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from vtp_plugin import config
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting.tables import Table
 from vtp_plugin.reporting.terminal import console
@@ -35,8 +36,10 @@ def command(
         overview(model).show(console())
         return
     tables = published.read(model)
-    rows = published.chosen(tables, *(_parts(said) for said in (pruning, tokens, tasks, source)))
-    names = reproduce.tasks(tables, rows, _parts(tasks))
+    said = {"--pruning": pruning, "--tokens": tokens, "--tasks": tasks, "--source": source}
+    asked = {option: config.parse_names(text, option) if text else [] for option, text in said.items()}
+    rows = published.chosen(tables, *asked.values())
+    names = reproduce.tasks(tables, rows, asked["--tasks"])
     specs = reproduce.cells(tables, rows)
     host = {"model": tables.host.model, "model_args": model_args or tables.host.model_args, "limit": limit}
     host |= {"tasks": reproduce.hosted(tables, names), "options": {"batch_size": batch_size} if batch_size else {}}
@@ -53,7 +56,7 @@ def command(
     reproduce.write(made, folder)
     made.show(console())
     console().print(f"{folder}: reproduced.md, reproduced.csv; pictures and times: vtp report {folder}")
-    if run.failed:
+    if run.failed_of(specs):
         raise typer.Exit(1)
 
 
@@ -80,7 +83,3 @@ def overview(model: str = "") -> Table:
 
 def _said(pruning: str, arguments: dict[str, object]) -> str:
     return " ".join([pruning, *(f"{key}={value}" for key, value in arguments.items())])
-
-
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]

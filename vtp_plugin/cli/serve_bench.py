@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from vtp_plugin import files
+from vtp_plugin import config, files
 from vtp_plugin.errors import Failed, PruningError
 from vtp_plugin.reporting.terminal import console
 
@@ -31,14 +32,16 @@ def command(
     tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 16,
     side: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 336,
     options: Annotated[str, typer.Option(help="More options of `vllm serve`, as on its command line.")] = "",
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the numbers to this JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the numbers to this JSON, server by server.")
+    ] = None,
 ) -> None:
     from vtp_plugin.hosts.vllm.plan import strategies_of
     from vtp_plugin.hosts.vllm.throughput import Load, measure
 
-    ratios = [_number(part, float) for part in keep.split(",")]
-    load = Load([_number(part, int) for part in concurrency.split(",")], requests, tokens, side)
-    names = [name.strip() for name in pruning.split(",") if name.strip()]
+    ratios = config.parse_numbers(keep, float, "--keep")
+    load = Load(config.parse_numbers(concurrency, int, "--concurrency"), requests, tokens, side)
+    names = config.parse_names(pruning, "--pruning")
     runs: list[dict[str, Any] | None] = [None]
     runs += [{"strategy": name, "keep_ratio": ratio} for name in names for ratio in ratios]
     for settings in filter(None, runs):
@@ -48,13 +51,22 @@ def command(
         files.check_output(output)
     path, extra = _served(model)
     out, lines = console(), []
-    with _logs() as folder:
+    with _logs() as folder, _shown(lines, out):
         for number, settings in enumerate(runs):
             out.print(f"serving {model} with {settings or 'no pruning'}")
             lines += measure(path, settings, [*extra, *shlex.split(options)], load, folder / f"{number}.log")
-    _table(lines).show(out)
-    if output is not None:
-        files.write_json(output, _record(model, options, load, lines))
+            if output is not None:
+                files.write_json(output, _record(model, options, load, lines))
+
+
+@contextmanager
+def _shown(lines: list[dict[str, Any]], out: Console) -> Iterator[None]:
+    """Show at the end what was measured, also where a later server failed or nobody waits for it."""
+    try:
+        yield
+    finally:
+        if lines:
+            _table(lines).show(out)
 
 
 @contextmanager
@@ -94,13 +106,6 @@ def _served(model: str) -> tuple[str, list[str]]:
 
     small = ["--max-model-len", "640", "--kv-cache-memory-bytes", str(CACHE)]
     return str(resolve(model, "hf")), ["--dtype", "float32", *small, "--enforce-eager"]
-
-
-def _number(text: str, kind: type) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        raise PruningError(f"expected numbers separated by commas, got '{text}'") from None
 
 
 def _table(lines: list[dict[str, Any]]) -> Any:

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from vtp_plugin import config, files
-from vtp_plugin.config import parse_pairs
 from vtp_plugin.reporting.pictures import open_picture
 from vtp_plugin.reporting.terminal import console
 
@@ -24,8 +23,8 @@ def command(
     scores: Annotated[bool, typer.Option("--scores", help="Add a row of what the strategies ranked by.")] = False,
 ) -> None:
     files.check_output(output, kinds=(".png", ".pdf", ".svg", ".jpg", ".jpeg"), read=[image])
-    specs = [spec.strip() for spec in pruning.split(",")]
-    arguments = parse_pairs(pruning_args)
+    specs = config.parse_names(pruning, "--pruning")
+    arguments = config.parse_pairs(pruning_args)
     strategies = {spec: config.resolve(spec, arguments) for spec in specs}
     picture = open_picture(image)
     from vtp_plugin.reporting.figures import drawn, kept_figure

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vtp_plugin import files
+from vtp_plugin import config, files, locks
 from vtp_plugin.errors import PruningError
 from vtp_plugin.reporting.terminal import console
 
@@ -23,18 +23,19 @@ def command(
     limit: Annotated[int, typer.Option(help="Questions per task; -1 for all.")] = -1,
     launch: Annotated[str, typer.Option(help='What starts lmms-eval, e.g. "accelerate launch".')] = "",
 ) -> None:
-    from vtp_plugin.compare import matrix, sweep, sweepfile, tuning
+    from vtp_plugin.compare import matrix, sweep, tuning
     from vtp_plugin.reporting import comparison
 
     drop, grid = _share(max_drop), tuning.grid(step)
-    host = {"model": model, "model_args": model_args, "tasks": sweepfile.names(tasks), "limit": limit, "launch": launch}
+    specs, names = config.parse_names(pruning, "--pruning"), config.parse_names(tasks, "--tasks")
+    host = {"model": model, "model_args": model_args, "tasks": names, "limit": limit, "launch": launch}
     out = console()
-    specs = sweepfile.names(pruning)
     for spec in specs:
         tuning.check(spec)
     comparison.check(files.check_folder(output))
-    found = [tuning.tune(output, spec, grid, drop, console=out, **host) for spec in specs]
-    comparison.write(sweep.run(output, [matrix.UNPRUNED], **host)).show(out)
+    with locks.folder(output):
+        found = [tuning.tune(output, spec, grid, drop, console=out, **host) for spec in specs]
+        comparison.write(sweep.run(output, [matrix.UNPRUNED], **host)).show(out)
     for tuned in found:
         out.print(tuned.sentence())
     if not all(tuned.keep for tuned in found):

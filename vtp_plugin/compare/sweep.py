@@ -18,12 +18,11 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import filelock
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vtp_plugin import files
+from vtp_plugin import config, files, locks
 from vtp_plugin.compare.matrix import OWN, resolve, unique
 from vtp_plugin.errors import Interrupted, PruningError
 from vtp_plugin.hosts import compatibility
@@ -39,7 +38,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 # Where another program wants the same cores, threads that spin while they wait cost a small model nearly all its speed.
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 SAME = ("model", "model_args", "tasks", "limit", "options")  # what all results of a folder must agree on
-WORK, PICTURES, LOCK = "work", "pictures", ".lock"
+WORK, PICTURES = "work", "pictures"
 OURS = (*SAME, "pruning", "pruning_args", "output_path", "log_samples", "config")  # no options: they have a place
 PATH = re.compile(r"[\w./+:@=-]*", re.ASCII)  # a path that the host's options can hold
 
@@ -68,28 +67,28 @@ def run(
     keep pictures of the first questions (VTP_GALLERY). `idle`: thresholds that drop nothing of any picture are a
     result, not a failure. PruningError: bad settings, or a folder of other settings.
     """
-    folder, named = Path(folder), tasks.split(",") if isinstance(tasks, str) else list(tasks)
-    settings = {"model": model, "model_args": model_args, "tasks": [task.strip() for task in named], "limit": limit}
+    folder, named = Path(folder), config.parse_names(tasks, "tasks")
+    settings = {"model": model, "model_args": model_args, "tasks": named, "limit": limit}
     settings |= {"options": dict(options or {}), "launch": launch, "jobs": jobs}
     settings |= {"environment": dict(environment or {}) | ({IDLE: "1"} if idle else {})}
     settings |= {"gallery": gallery, "positions": OWN, "cells": [asdict(cell) for cell in unique(cells)]}
     _check(settings)
-    settings = _joined(files.check_folder(folder), settings)
-    folder.mkdir(parents=True, exist_ok=True)
+    files.check_folder(folder)
     try:
-        with filelock.FileLock(folder / LOCK, timeout=0):
+        with locks.folder(folder):
+            settings = _joined(folder, settings)
             todo = [cell for cell in unique(cells) if not finished(folder, cell.id)]
             if todo:
                 check_host(model, settings["tasks"])
             _write_settings(folder, settings)
+            for cell in todo:
+                (folder / runs.CELLS / cell.id / runs.CELL).unlink(missing_ok=True)  # how it failed before
             _Sweep(folder, settings, len(cells), console or Console(quiet=True)).work(todo)
     except KeyboardInterrupt:
         kept = sum(finished(folder, cell.id) for cell in unique(cells))
         raise Interrupted(
             f"stopped; {kept} of {len(cells)} cells are kept in {folder}: the same command goes on"
         ) from None
-    except filelock.Timeout:
-        raise PruningError(f"{folder}: another comparison is at work in this folder") from None
     return runs.load(folder)
 
 
@@ -111,8 +110,6 @@ def _check(settings: Mapping[str, Any]) -> None:
     for name, value in settings["environment"].items():
         if not re.fullmatch(r"[A-Za-z_]\w*", name) or "\0" in str(value):
             raise PruningError(f"environment: '{name}={value}' is no variable")
-    if not settings["tasks"] or not all(settings["tasks"]):
-        raise PruningError("a comparison needs tasks")
     for entry in settings["cells"]:
         resolve(entry["pruning"], entry["pruning_args"])
 
@@ -147,13 +144,18 @@ def _embedded(settings: Mapping[str, Any]) -> bool:
 
 
 def _joined(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with the cells that the folder holds already. PruningError if it is another comparison's."""
+    """The settings with the cells that the folder holds already. PruningError if it is another comparison's.
+
+    Where nothing was measured, whatever was wrong before may be put right: the folder is as good as new.
+    """
     path = folder / runs.SETTINGS
     if not path.is_file():
-        if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
+        if folder.is_dir() and any(entry.name != locks.LOCK for entry in folder.iterdir()):
             raise PruningError(f"{folder} is not empty and holds no comparison ({runs.SETTINGS}); take another folder")
         return settings
     before = runs.read_settings(path)
+    if not runs.measured(folder):
+        return settings
     for key in SAME:
         if before.get(key) != settings[key]:
             raise PruningError(
@@ -162,8 +164,9 @@ def _joined(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
             )
     known = {entry["id"]: entry for entry in before["cells"]}
     for entry in settings["cells"]:
-        if known.setdefault(entry["id"], entry) != entry:
+        if known.get(entry["id"], entry) != entry and finished(folder, entry["id"]):
             raise PruningError(f"{folder} holds another cell of the name '{entry['id']}'; take another folder")
+        known[entry["id"]] = entry
     return {**settings, "cells": list(known.values())}
 
 

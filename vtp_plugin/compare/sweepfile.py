@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vtp_plugin import files
+from vtp_plugin import config, files
 from vtp_plugin.compare import matrix
 from vtp_plugin.errors import PruningError, unknown
 from vtp_plugin.reporting import schema
@@ -49,9 +49,9 @@ def planned(said: Mapping[str, Any]) -> tuple[list[Spec], dict[str, Any]]:
     missing = [field for field in NEEDED if not said.get(field)]
     if missing:
         raise PruningError(f"a comparison needs {' and '.join(missing)}")
-    made = matrix.cells(names(said.get("pruning")), ratios(said.get("keep")), said.get("seeds", 1))
+    made = matrix.cells(names(said.get("pruning"), "pruning"), ratios(said.get("keep")), said.get("seeds", 1))
     made += [_listed(entry) for entry in said.get("cells") or []]
-    left_out = names(said.get("without"))
+    left_out = names(said.get("without"), "without")
     for id in left_out:
         if id not in {cell.id for cell in made}:
             raise unknown("cell", id, {cell.id for cell in made}, of=" in without")
@@ -60,18 +60,17 @@ def planned(said: Mapping[str, Any]) -> tuple[list[Spec], dict[str, Any]]:
         raise PruningError("a comparison needs strategies to compare: pruning or cells")
     made = matrix.numbered(made, said.get("positions", matrix.SHARED), said["model"])
     host = {field: said[field] for field in HOST if said.get(field) is not None}
-    return made, host | {"tasks": names(said["tasks"])}
+    return made, host | {"tasks": names(said["tasks"], "tasks")}
 
 
-def names(said: Any) -> list[str]:
-    """A list, or a text with commas."""
-    parts = said.split(",") if isinstance(said, str) else said or []
-    return [part.strip() for part in parts]
+def names(said: Any, field: str) -> list[str]:
+    """A list, or a text with commas; every name once."""
+    return config.parse_names(said, field) if said or said == "" else []
 
 
 def ratios(said: Any) -> list[float]:
     """Keep ratios: a list, one number, or a text with commas."""
-    parts = [said] if isinstance(said, (int, float)) else said if isinstance(said, list) else names(said)
+    parts = [said] if isinstance(said, (int, float)) else said.split(",") if isinstance(said, str) else said or []
     try:
         numbers = [float(part) for part in parts]
     except (ValueError, OverflowError):

@@ -188,6 +188,11 @@ class Run:
     def failed(self) -> list[Cell]:
         return [cell for cell in self.cells if cell.status == "failed"]
 
+    def failed_of(self, asked: Sequence[Spec]) -> list[Cell]:
+        """Those of these configurations that failed."""
+        ids = {spec.id for spec in asked}
+        return [cell for cell in self.failed if cell.id in ids]
+
     @property
     def unfinished(self) -> list[str]:
         """Cells of the settings that have not ended yet."""
@@ -231,6 +236,11 @@ def load(folder: str | Path) -> Run:
         raise PruningError(f"{folder}: an empty run folder, no cell has ended; `vtp compare -o {folder}` goes on")
     _check_same(run.done)
     return run
+
+
+def measured(folder: Path) -> bool:
+    """Whether a folder holds the results of a cell."""
+    return any(read_json(path).get("status") == "done" for path in (folder / CELLS).glob(f"*/{CELL}"))
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vtp_plugin import config
-from vtp_plugin.errors import PruningError
+from vtp_plugin.errors import Failed, PruningError
 from vtp_plugin.reporting.runs import BASELINE, Cell, Run
 from vtp_plugin.studies.study import Study
 
@@ -28,7 +28,7 @@ class Evaluated(Study):
         self.check_counts("batch_size")
         if self.jobs < 1:
             raise PruningError(f"{self.name}: jobs must be at least 1, got {self.jobs}")
-        sweep.check_limit(self.settings["limit"], self.settings["tasks"].split(","))
+        sweep.check_limit(self.settings["limit"], config.parse_names(self.settings["tasks"], f"{self.name}: tasks"))
 
     def planned(self) -> Cells:
         """The cells that are known before anything has been measured."""
@@ -52,7 +52,7 @@ class Evaluated(Study):
             console=self.console,
         )
         if run.failed:
-            raise PruningError(f"{self.name}: {run.failed[0].id} failed: {run.failed[0].error}")
+            raise Failed(f"{self.name}: {run.failed[0].id} failed: {run.failed[0].error}")
         return run
 
 

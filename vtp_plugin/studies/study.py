@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import yaml
 from rich.console import Console
 
-from vtp_plugin import files, settings
+from vtp_plugin import files, locks, settings
 from vtp_plugin.errors import PruningError, unknown
+from vtp_plugin.reporting import runs
 from vtp_plugin.reporting.record import versions
 from vtp_plugin.reporting.tables import Table
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SCHEMA = 1
+SETTINGS = "settings.yaml"
 CONFIGS = settings.CONFIGS / "studies"
 
 
@@ -141,12 +143,18 @@ def conduct(name: str, said: Mapping[str, Any], folder: Path, console: Console, 
     settings = settings_of(name, said)  # refuses an unknown name
     study = studies()[name](settings, folder, console, jobs)
     study.check()
-    _claim(folder, name, study.settings)
+    with locks.folder(folder):
+        _claim(folder, name, study.settings)
+        return _conducted(study)
+
+
+def _conducted(study: Study) -> Path:
+    folder = study.folder
     began = time.monotonic()
     results = study.measure()
     record = {
         "schema": SCHEMA,
-        "study": name,
+        "study": study.name,
         "source": study.source,
         "command": shlex.join(["vtp", *sys.argv[1:]]),
         "settings": study.settings,
@@ -173,15 +181,23 @@ def publish(study: Study, results: Mapping[str, Any]) -> None:
 
 
 def _claim(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
-    """A folder belongs to one study with one set of settings, so that going on never mixes two."""
+    """A folder belongs to one study with one set of settings, so that going on never mixes two.
+
+    Where nothing was measured yet, other settings may take it.
+    """
     mine = {"study": name, "settings": dict(settings)}
-    claimed = folder / "settings.yaml"
-    if claimed.exists() and files.read_yaml(claimed) != mine:
-        raise PruningError(f"{folder} holds a study with other settings: choose another folder (-o) or delete it")
-    if not claimed.exists() and folder.exists() and any(folder.iterdir()):
+    claimed = folder / SETTINGS
+    left = [entry for entry in folder.iterdir() if entry.name not in (SETTINGS, locks.LOCK)]
+    if not claimed.exists() and left:
         raise PruningError(f"{folder} is not empty and holds no study: choose another folder (-o)")
-    folder.mkdir(parents=True, exist_ok=True)
+    if claimed.exists() and files.read_yaml(claimed) != mine and not all(map(_without_results, left)):
+        raise PruningError(f"{folder} holds a study with other settings: choose another folder (-o) or delete it")
     write(claimed, yaml.safe_dump(mine, sort_keys=False))
+
+
+def _without_results(entry: Path) -> bool:
+    """Whether this is a run folder in which no cell has its results."""
+    return (entry / runs.SETTINGS).is_file() and not runs.measured(entry)
 
 
 def device() -> str:

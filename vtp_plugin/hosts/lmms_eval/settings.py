@@ -67,6 +67,8 @@ def modules(said: Mapping[str, Any], config_file: Any) -> list[str]:
         if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
             raise PruningError(f"{config_file}: {MODULES} must be FILE.py or a list of these, got {named!r}")
         found += [name for name in named if name not in found]
+    if not all(name.strip() for name in found):
+        raise PruningError(f"{MODULES} is empty: say FILE.py, or leave it out")
     return found
 
 
@@ -137,7 +139,7 @@ def _names(pruning: Any) -> str:
     if not pruning.strip():
         raise PruningError("pruning is empty: say NAME, or leave it out")
     if "," in pruning:
-        composed = "+".join(part.strip() for part in pruning.split(","))
+        composed = "+".join(config.parse_names(pruning, KEY))
         raise PruningError(f"'{pruning}': use + to compose ({composed}); vtp compare takes commas")
     return pruning.strip()
 
