@@ -128,7 +128,7 @@ class Prompt:
         else:
             columns = self._shorter(call, read, real, places, left)
         if any(strategy.stage is Stage.LLM for strategy in self.pruned.strategies):
-            _spare(call.images, read.ends, places, left)
+            _spare_ends(call.images, read.ends, places, left)
         return columns, features
 
     def _shorter(self, call: Call, read: Read, mask: Tensor, places: Sequence[Tensor], left: Sequence[Rows]) -> Columns:
@@ -200,7 +200,7 @@ def _places_of(left: Sequence[Rows], placeholders: Sequence[Tensor]) -> tuple[Te
     return torch.cat(at_once(lambda at, source: at.gather(1, slots(source, at.shape[1])), placeholders, sources)), own
 
 
-def _spare(images: Sequence[Image], ends: Sequence[int], places: Sequence[Tensor], left: Sequence[Rows]) -> None:
+def _spare_ends(images: Sequence[Image], ends: Sequence[int], places: Sequence[Tensor], left: Sequence[Rows]) -> None:
     """`spare` images at the end of their prompts, unless a newline is their last token."""
     for image, place, rows in zip(images, places, left, strict=True):
         if not rows.fixed and int(place[-1]) == ends[image.sample]:
