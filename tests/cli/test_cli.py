@@ -225,6 +225,18 @@ def test_what_was_measured_outlives_a_later_server(tmp_path: Path, monkeypatch: 
     assert "3000 ms" in said.stdout
 
 
+def test_a_server_of_a_host_that_is_not_there_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "find_spec", lambda name: None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    said = ended("serve-bench", "--model", "a/model")
+    assert (said.returncode, said.stderr) == (1, "vtp: error: the package 'vllm' is not installed, and this needs it\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_has_a_short_name() -> None:
+    assert ended("plan", "-h").stdout == ended("plan", "--help").stdout != ""
+
+
 def test_a_server_says_what_it_failed_of() -> None:
     """The last line, unless that points at an error above; what a warning quotes is none."""
     quoted = "(APIServer pid=7) WARNING 11-27 [utils.py:255] errors like `OSError: [Errno 24] Too many files`"
