@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from commands import ended, program, vtp
+from paths import ROOT
 from PIL import Image
 from rich.text import Text
 
@@ -73,6 +74,7 @@ def test_calibration_reaches_the_share_and_its_yaml_is_usable(picture: Path, tmp
         (["show", "nowhere.png", "--question", "x", "-o", "a.png", "--output=b.png"], "values: a.png and b.png"),
         (["compare", "--model_args", "a=1", "--model_args=a=2", "-o", "x"], "--model-args is given twice with"),
         (["compare", "--model-args", "a=1", "--model_args", "a=2", "-o", "x"], "different values: a=1 and a=2"),
+        (["calibrate", "fitprune", ROOT / "docs/results/demo/kept.png", "--model", "vtp-tny"], "you mean 'vtp-tiny'?"),
         (["show", __file__, "--question", "x", "-o", "a.txt"], "its name must end in .png"),
         (["calibrate", "vprune", "nowhere", "--target", "0.2"], "not found: nowhere"),
         (["calibrate", "vprune", ".", "--target", "2"], "--target must be a share between 0 and 1"),

@@ -290,6 +290,7 @@ def test_what_is_run_again_has_not_failed_yet(folder: Folder, monkeypatch: pytes
         ({"jobs": 0}, "jobs must be"),
         ({"model_args": "pretrained=x,pruning=atp"}, "not as pruning="),
         ({"model_args": "vtp-tiny"}, "model_args must be key=value,..., such as pretrained=FOLDER, got 'vtp-tiny'"),
+        ({"model_args": "pretrained=vtp-tny"}, "unknown embedded model 'vtp-tny'. Did you mean 'vtp-tiny'?"),
         ({"launch": "accelrate launch"}, "launch: there is no program 'accelrate'"),
     ],
 )

@@ -106,6 +106,7 @@ def _check(settings: Mapping[str, Any]) -> None:
     for part in _arguments(settings["model_args"]):
         if "=" not in part:
             raise PruningError(f"model_args must be key=value,..., such as pretrained=FOLDER, got '{part}'")
+        checkpoint.refuse_alike(part.partition("=")[2].strip())
     if settings["launch"].split() and shutil.which(program := settings["launch"].split()[0]) is None:
         raise PruningError(f"launch: there is no program '{program}'")
     if "pruning=" in settings["model_args"]:
