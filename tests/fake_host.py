@@ -40,7 +40,7 @@ def evaluate(entry: dict) -> None:
         if folder.name in os.environ.get("FAKE_KILLED", "").split(",") and done == 3:
             os.kill(os.getpid(), signal.SIGKILL)
     if folder.name in os.environ.get("FAKE_RAISES", "").split(","):
-        raise ValueError("this cell cannot be run")
+        raise ValueError("this cell\ncannot be run.")
     write(folder, entry)
 
 

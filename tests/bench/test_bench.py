@@ -220,6 +220,7 @@ def test_a_bench_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     assert isinstance(result.exception, Interrupted)
     assert "stopped at l2 0.5, batch 1" in str(result.exception)
     assert "keeps 1 rows" in str(result.exception)
+    assert "stride" in result.stdout  # what was measured is shown, with and without a file
     (kept,) = json.loads(target.read_text())["timings"]
     again = CliRunner().invoke(app, [*BENCH, "-o", str(target)], catch_exceptions=False)
     assert again.exit_code == 0

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from commands import ended, program, vtp
+from paths import ROOT
 from PIL import Image
 from rich.text import Text
 
@@ -73,6 +74,7 @@ def test_calibration_reaches_the_share_and_its_yaml_is_usable(picture: Path, tmp
         (["show", "nowhere.png", "--question", "x", "-o", "a.png", "--output=b.png"], "values: a.png and b.png"),
         (["compare", "--model_args", "a=1", "--model_args=a=2", "-o", "x"], "--model-args is given twice with"),
         (["compare", "--model-args", "a=1", "--model_args", "a=2", "-o", "x"], "different values: a=1 and a=2"),
+        (["calibrate", "fitprune", ROOT / "docs/results/demo/kept.png", "--model", "vtp-tny"], "you mean 'vtp-tiny'?"),
         (["show", __file__, "--question", "x", "-o", "a.txt"], "its name must end in .png"),
         (["calibrate", "vprune", "nowhere", "--target", "0.2"], "not found: nowhere"),
         (["calibrate", "vprune", ".", "--target", "2"], "--target must be a share between 0 and 1"),
@@ -223,6 +225,18 @@ def test_what_was_measured_outlives_a_later_server(tmp_path: Path, monkeypatch: 
     assert said.returncode == 1
     assert [line["pruning"] for line in json.loads((tmp_path / "served.json").read_text())["lines"]] == [None]
     assert "3000 ms" in said.stdout
+
+
+def test_a_server_of_a_host_that_is_not_there_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "find_spec", lambda name: None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    said = ended("serve-bench", "--model", "a/model")
+    assert (said.returncode, said.stderr) == (1, "vtp: error: the package 'vllm' is not installed, and this needs it\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_has_a_short_name() -> None:
+    assert ended("plan", "-h").stdout == ended("plan", "--help").stdout != ""
 
 
 def test_a_server_says_what_it_failed_of() -> None:

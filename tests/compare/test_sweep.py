@@ -289,6 +289,9 @@ def test_what_is_run_again_has_not_failed_yet(folder: Folder, monkeypatch: pytes
         ({"limit": 0}, "limit must be"),
         ({"jobs": 0}, "jobs must be"),
         ({"model_args": "pretrained=x,pruning=atp"}, "not as pruning="),
+        ({"model_args": "vtp-tiny"}, "model_args must be key=value,..., such as pretrained=FOLDER, got 'vtp-tiny'"),
+        ({"model_args": "pretrained=vtp-tny"}, "unknown embedded model 'vtp-tny'. Did you mean 'vtp-tiny'?"),
+        ({"launch": "accelrate launch"}, "launch: there is no program 'accelrate'"),
     ],
 )
 def test_bad_settings_write_nothing(folder: Folder, options: dict, sentence: str) -> None:
@@ -443,6 +446,7 @@ OFFLINE = {**os.environ, **sweep.OFFLINE, "OMP_NUM_THREADS": "1", "NO_COLOR": "1
     [
         (["compare", "-o", "x"], "a comparison needs model and model_args and tasks"),
         (["compare", "nowhere.yaml", "-o", "x"], "sweep file not found: nowhere.yaml"),
+        (["compare", "l2", "-o", "x"], "sweep file not found: l2; strategies are named with --pruning"),
         (["tune", "--max-drop", "2", "--pruning", "atp", "--tasks", "pope", "-o", "x"], "--max-drop must be a share"),
         (["tune", "--max-drop", "1%", "--pruning", "vprune", "--tasks", "pope", "-o", "x"], "no keep ratio to tune"),
     ],

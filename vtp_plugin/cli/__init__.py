@@ -39,7 +39,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    context_settings={"token_normalize_func": _hyphened},
+    context_settings={"token_normalize_func": _hyphened, "help_option_names": ["-h", "--help"]},
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,9 +76,9 @@ def _timings(journal: Any, sizes: Any, chosen: list[Any], batches: list[int], wh
         model = rounds.built(sizes, facts, where)
         seconds = len(missing) / len(items) * rounds.estimated(sizes, model, chosen, batches, facts["repeats"])
         say(f"{len(missing)} rows to measure, about {duration(seconds)}")
-    rows = journal.fill(items)
     title = facts["shape"] + (f", {facts['layers']} layers" if facts["layers"] else "")
-    return (tables.timings if sizes.decodes else tables.encoders)(rows, title)
+    made = tables.timings if sizes.decodes else tables.encoders
+    return _filled(journal, items, lambda rows: made(rows, title))
 
 
 def _selectors(
@@ -93,7 +94,17 @@ def _selectors(
         chosen, selectors.TOKENS, batches, layers=timed, repeats=repeats, device=where, dtype=getattr(torch, dtype)
     )
     title = f"selection beside the prefill of a LLaVA-1.5-7B ({timed} of 32 decoder layers timed, scaled)"
-    return tables.selectors(journal.fill(items), title)
+    return _filled(journal, items, lambda rows: tables.selectors(rows, title))
+
+
+def _filled(journal: Any, items: list[Any], made: Callable[[list[Any]], Any]) -> Any:
+    """The table of all rows; where measuring ends before, that of what there is by then is shown on the way out."""
+    try:
+        return made(journal.fill(items))
+    except BaseException:
+        if rows := [row for item in items if (row := journal.row(item.key)) is not None]:
+            made(rows).show(console())
+        raise
 
 
 def _usual(selectors: bool, decodes: bool) -> str:

@@ -103,6 +103,12 @@ def _check(settings: Mapping[str, Any]) -> None:
     check_limit(settings["limit"], settings["tasks"])
     if settings["jobs"] < 1:
         raise PruningError(f"jobs must be at least 1, got {settings['jobs']}")
+    for part in _arguments(settings["model_args"]):
+        if "=" not in part:
+            raise PruningError(f"model_args must be key=value,..., such as pretrained=FOLDER, got '{part}'")
+        checkpoint.refuse_alike(part.partition("=")[2].strip())
+    if settings["launch"].split() and shutil.which(program := settings["launch"].split()[0]) is None:
+        raise PruningError(f"launch: there is no program '{program}'")
     if "pruning=" in settings["model_args"]:
         raise PruningError("say which pruning to compare as cells, not as pruning= in model_args")
     if said := set(settings["options"]) & set(OURS):
@@ -112,6 +118,11 @@ def _check(settings: Mapping[str, Any]) -> None:
             raise PruningError(f"environment: '{name}={value}' is no variable")
     for entry in settings["cells"]:
         resolve(entry["pruning"], entry["pruning_args"])
+
+
+def _arguments(model_args: str) -> list[str]:
+    """The arguments of a model one by one; none of one that quotes or brackets hold together, which the host reads."""
+    return [] if set(model_args) & set("'\"{[") else [part for part in model_args.split(",") if part.strip()]
 
 
 def check_limit(limit: Any, tasks: Sequence[str]) -> None:

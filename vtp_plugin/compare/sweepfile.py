@@ -21,7 +21,8 @@ CELL_FIELDS = ("id", "label", "pruning", "pruning_args", "seed", "keep")
 def read(path: Path) -> dict[str, Any]:
     """The fields of a file, of its own spelling. PruningError for one that does not exist."""
     if not path.is_file():
-        raise PruningError(f"sweep file not found: {path}")
+        said = "" if path.suffix in (".yaml", ".yml") else "; strategies are named with --pruning"
+        raise PruningError(f"sweep file not found: {path}{said}")
     content = files.read_yaml(path)
     if not isinstance(content, dict):
         raise PruningError(f"{path}: expected the fields of a comparison: {', '.join(FIELDS)}")

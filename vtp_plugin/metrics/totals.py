@@ -36,8 +36,8 @@ class Totals:
         before, after = counting.accounts(self.pruned, call, row)
         self.sums.update(
             samples=1,
-            with_images=bool(numbers),
-            pruned=any(left < total for total, left in counts),
+            with_images=int(bool(numbers)),
+            pruned=int(any(left < total for total, left in counts)),
             images=len(numbers),
             tokens_before=sum(total for total, _ in counts),
             tokens_after=sum(left for _, left in counts),

@@ -208,8 +208,9 @@ class Run:
         missing = f"{self.folder}: a comparison needs the unpruned run ({BASELINE})"
         broken = [cell for cell in self.failed if cell.pruning == BASELINE] or self.failed
         if broken:
+            why = str(broken[0].error).rstrip(".")
             raise Failed(
-                f"{self.folder}: the cell '{broken[0].id}' failed: {broken[0].error}. Mend that and run the same "
+                f"{self.folder}: the cell '{broken[0].id}' failed: {why}. Mend that and run the same "
                 "command again, which goes on from here; `vtp doctor` says whether the installation is sound"
             )
         raise PruningError(missing)

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from vtp_plugin.errors import PruningError
+from vtp_plugin.errors import PruningError, unknown
 
 from .folders import TOWER, write_clip, write_hf, write_json, write_llava
 from .store import CLIP_FACTORS, FILES, QWEN_WEIGHTS, WEIGHTS
@@ -23,6 +23,12 @@ NAMES = (NAME, VIDEO_NAME, QWEN_NAME)
 CODE = ("checkpoint.py", "folders.py", "clips/folder.py", "qwen/folder.py")
 LEARNED = {VIDEO_NAME: (CLIP_FACTORS, "clips.train"), QWEN_NAME: (QWEN_WEIGHTS, "qwen.train")}  # beside vtp-tiny's
 DIGEST = "digest.json"  # beside the files: name -> hash, so that a damaged cache is noticed
+
+
+def refuse_alike(name: str) -> None:
+    """PruningError for `vtp-tny`, which a hub would be asked for."""
+    if name.startswith("vtp-") and name not in NAMES and not Path(name).exists():
+        raise unknown("embedded model", name, NAMES)
 
 
 def resolve(name: str = NAME, layout: Layout = "llava") -> Path:

@@ -19,8 +19,9 @@ def load(name: str = "vtp-tiny", strategies: Sequence[PruningStrategy] = ()) -> 
     """Model and processor, on CUDA where there is one. PruningError, before weights, for strategies that do not fit."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from vtp_plugin.tiny.checkpoint import NAMES, resolve
+    from vtp_plugin.tiny.checkpoint import NAMES, refuse_alike, resolve
 
+    refuse_alike(name)
     path = str(resolve(name, "hf")) if name in NAMES else name
     refuse_checkpoint(strategies, path)
     cuda = torch.cuda.is_available()

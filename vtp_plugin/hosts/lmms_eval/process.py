@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from vtp_plugin.errors import PruningError
+from vtp_plugin.errors import PruningError, one_line
 from vtp_plugin.hosts.lmms_eval import status
 from vtp_plugin.hosts.lmms_eval.settings import yaml_scalar
 from vtp_plugin.hosts.lmms_eval.status import Reader
@@ -110,7 +110,7 @@ class Host:
             elif line["event"] == status.ANSWERED:
                 listener.answered(cell, line["done"], line["of"])
             elif line["event"] == status.FAILED:
-                self.errors.setdefault(cell.id, line["error"])
+                self.errors.setdefault(cell.id, one_line(line["error"]))
 
     def _begin(self, cell: Spec, listener: Listener) -> None:
         """The host starts a cell (every process of a distributed run says so): the one before it is written."""

@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ def serving(
 
     The server ends with this process, too, however that ends.
     """
+    if find_spec("vllm") is None:
+        raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
     overrides = ["--hf-overrides", json.dumps({KEY: dict(settings)})] if settings else []
     port = free_port()
     command = [*PROGRAM, "--model", model, "--host", "127.0.0.1", "--port", str(port), *overrides, *options]
