@@ -410,6 +410,27 @@ def test_encoders(build: Any, strategy: str) -> None:
         )
 
 
+@pytest.mark.parametrize("build", [clip, siglip])
+@torch.no_grad()
+def test_encoders_show_states_and_attentions_of_unequal_images(build: Any) -> None:
+    """Those of every image are its own, with zeros behind them."""
+    model, values = build(), families.pixels(3, 3, 16, 16, seed=1)
+    values[1] = 0  # one colour
+    model.set_attn_implementation("eager")
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    with vtp.prune(model, "vprune", processor=Processor(), **STRATEGIES["pixels"][0][1]) as pruned:
+        together = model.vision_model(pixel_values=values, **wanted)
+        assert len({count for event in pruned.events for count in event.after}) > 1
+        alone = [model.vision_model(pixel_values=one[None], **wanted) for one in values]
+    for name in ("hidden_states", "attentions"):
+        for layer, found in enumerate(together[name]):
+            for number, answer in enumerate(alone):
+                own = answer[name][layer][0]
+                short = [longest - size for longest, size in zip(found.shape[1:], own.shape, strict=True)]
+                filled = nn.functional.pad(own, [side for count in reversed(short) for side in (0, count)])
+                torch.testing.assert_close(found[number], filled, rtol=1e-4, atol=1e-5)
+
+
 def by_hand(model: nn.Module, values: Tensor, patches: Tensor) -> Tensor:
     """The pooled feature of one image from some of its patches."""
     tower = getattr(model.vision_model, "vision_model", model.vision_model)

@@ -356,8 +356,9 @@ def one_sentence(error: Any) -> None:
 
 
 @pytest.mark.parametrize("option", [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}])
-def test_caches_of_one_length_do_not_fit_fastv(sdpa: Tiny, option: dict[str, Any]):
-    with sdpa.prune("fastv"), pytest.raises(ValueError, match=r"^fastv: ") as error:
+@pytest.mark.parametrize(("name", "fields"), [("fastv", {}), ("pyramiddrop", {"layers": "1 2 3"})])
+def test_caches_of_one_length_do_not_fit(sdpa: Tiny, name: str, fields: dict[str, Any], option: dict[str, Any]):
+    with sdpa.prune(name, **fields), pytest.raises(ValueError, match=rf"^{name}: ") as error:
         sdpa.generate(prompts("single"), **option)
     one_sentence(error)
 

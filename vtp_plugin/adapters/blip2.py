@@ -20,6 +20,7 @@ from vtp_plugin.facts.costs import matrices
 from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.signals import BlockView
 from vtp_plugin.stages import Stage
+from vtp_plugin.surgery.batching import stacked
 from vtp_plugin.surgery.call import Image
 from vtp_plugin.surgery.layout import Block, Layout, class_token_view
 from vtp_plugin.surgery.passes import TowerPass
@@ -101,10 +102,7 @@ class Blip2(Adapter):
             with call.in_tower(batch) as passing:
                 outputs.append(self.encode(pixel_values[batch], *args, **{**kwargs, "return_dict": True}))
             call.waiting |= {number: passing.of_image(number) for number in batch}  # the Q-Former is asked later
-        rows = [image for output in outputs for image in output.last_hidden_state]
-        outputs[0].last_hidden_state = pad_sequence(rows, batch_first=True)
-        outputs[0].pooler_output = torch.cat([output.pooler_output for output in outputs])
-        return outputs[0]
+        return stacked(outputs)
 
     # -- what FLOPs are counted from ------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """CLIP and SigLIP by themselves: `prune(clip_model, "l2")`. There is no prompt and no language model.
 
 Every call of the vision model is one call: its blocks run on the patches that are left, pooled outputs and embeddings
-come from them. Where images keep unequal numbers, `last_hidden_state` and `hidden_states` are filled up with zeros.
+come from them. Where images keep unequal numbers, states and attentions are filled up with zeros.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from vtp_plugin.adapter import Adapter
 from vtp_plugin.adapters.clip import clip_tower
@@ -19,6 +18,7 @@ from vtp_plugin.adapters.rows import flat_tower, pooled_macs
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.transformers.contract import FAMILIES
 from vtp_plugin.stages import Stage
+from vtp_plugin.surgery.batching import stacked
 from vtp_plugin.surgery.call import Image
 from vtp_plugin.surgery.session import Session
 from vtp_plugin.surgery.undo import Undo
@@ -65,20 +65,7 @@ class Encoder(Adapter):
             for start in everything[::size]:
                 with call.in_tower(everything[start : start + size]):
                     outputs.append(self.forward(pixel_values[start : start + size], *args, **kwargs))
-        return outputs[0] if len(outputs) == 1 else _together(outputs)
-
-
-def _together(outputs: Sequence[Any]) -> Any:
-    """One output of several single images, sequences padded with zeros."""
-    if isinstance(outputs[0], Tensor):
-        if outputs[0].ndim < 3:
-            return torch.cat(list(outputs))
-        return pad_sequence([one for output in outputs for one in output], batch_first=True)
-    if isinstance(outputs[0], tuple):
-        return tuple(_together(part) for part in zip(*outputs, strict=True))
-    if outputs[0] is None:
-        return None
-    return type(outputs[0])({name: _together([output[name] for output in outputs]) for name in outputs[0].keys()})  # noqa: SIM118
+        return outputs[0] if len(outputs) == 1 else stacked(outputs)
 
 
 class ClipEncoder(Encoder):

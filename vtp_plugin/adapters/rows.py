@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from vtp_plugin.adapter import Adapter, Tower
 from vtp_plugin.adapters import v5_17
 from vtp_plugin.adapters.clip import clip_tower
 from vtp_plugin.facts.costs import matrices
+from vtp_plugin.surgery.batching import stacked
 from vtp_plugin.surgery.call import Call, Image
 from vtp_plugin.surgery.columns import Rows
 from vtp_plugin.surgery.prompt import PlaceholderCalls
@@ -162,19 +162,8 @@ def together(outputs: Sequence[Any]) -> Any:
     if len(outputs) == 1:
         return outputs[0]
     rows = [rows for output in outputs for rows in output.pooler_output]
-    answers = {name: _together([output[name] for output in outputs]) for name in outputs[0] if name != "pooler_output"}
+    answers = {name: stacked([output[name] for output in outputs]) for name in outputs[0] if name != "pooler_output"}
     return type(outputs[0])(**answers, pooler_output=rows)
-
-
-def _together(parts: Sequence[Any]) -> Any:
-    """Tensors [B, ...] in one, and tuples of these by layer; None where a layer was not asked for."""
-    if parts[0] is None:
-        return None
-    if isinstance(parts[0], tuple):
-        return tuple(_together(layer) for layer in zip(*parts, strict=True))
-    longest = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
-    missing = [[(0, most - size) for size, most in zip(part.shape, longest, strict=True)][:0:-1] for part in parts]
-    return torch.cat([pad(part, sum(more, ())) for part, more in zip(parts, missing, strict=True)])
 
 
 def repeated(samples: Sequence[int], times: int) -> list[int]:

@@ -5,11 +5,12 @@ A device is asked for every operator separately: eight images one by one cost ei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def alike(facts: Sequence[Hashable]) -> list[list[int]]:
@@ -43,3 +44,20 @@ def joined(values: Sequence[Any]) -> Any:
     if len(values) == 1 or values[0] is None:
         return values[0]
     return torch.cat(list(values)) if isinstance(values[0], Tensor) else sum(map(tuple, values), ())
+
+
+def stacked(parts: Sequence[Any]) -> Any:
+    """What a host answers of several images from what it answers of each, shorter ones filled up with zeros.
+
+    Tensors [b, ...], tuples of these by layer, and outputs by name; None where nothing was asked for.
+    """
+    first = parts[0]
+    if first is None:
+        return None
+    if isinstance(first, Mapping):
+        return type(first)({name: stacked([part[name] for part in parts]) for name in first})
+    if isinstance(first, tuple):
+        return tuple(stacked(layer) for layer in zip(*parts, strict=True))
+    longest = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
+    missing = [[(0, most - size) for size, most in zip(part.shape, longest, strict=True)][:0:-1] for part in parts]
+    return torch.cat([pad(part, sum(more, ())) for part, more in zip(parts, missing, strict=True)])

@@ -265,7 +265,7 @@ class DecoderCuts:
 
     @property
     def _names(self) -> str:
-        return "+".join(s.name for group in self.by_layer.values() for s in group)
+        return "+".join(dict.fromkeys(s.name for group in self.by_layer.values() for s in group))
 
     def _check(self, stored: Any) -> None:
         if stored is not None and getattr(stored, "is_compileable", False):
