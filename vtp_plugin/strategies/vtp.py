@@ -2,7 +2,7 @@
 
 Source: this package. x_i are the projected tokens (at=llm: hidden states after the final norm), and their likeness is
 k_ij = exp(-|x_i - x_j|^2 / (scale m)), m the median of |x_i - x_j|^2 over all pairs of the image,
-in steps of 2^-12. Where fewer than a tenth stay, each stands for more, and the scale grows: max(1/2, N / 20 K).
+in steps of 2^-12. The fewer stay, the more each of them stands for, and the scale grows: max(1/4, N / 18 K).
 1. coverage: S grows by argmax_j u_j^focus sum_i max(0, k_ij - max_{s in S} k_is), facility location: every token has
    one like it among those that stay, so rare things stay;
 2. proportion: S grows by argmax_j (|S| + 1) mean_i k_ij - sum_{s in S} k_sj, kernel herding (arXiv 1203.3472): what
@@ -30,7 +30,7 @@ from vtp_plugin.strategy import ComparingStrategy, PlacedStrategy
 from vtp_plugin.tokens import Selection, VisualTokens
 
 FLOOR = 0.1  # importance that every token has
-NARROW, FEW = 0.5, 10  # the scale, while at least one token of so many stays
+NARROW, SHARE = 0.25, 18  # the smallest scale, and N / SHARE K where that is more
 
 
 @dataclass(kw_only=True)
@@ -78,8 +78,8 @@ class VTP(PlacedStrategy, ComparingStrategy):
         return Selection.of(herding(alike, covering, k), n)
 
     def width(self, k: int, n: int) -> float:
-        """The scale for k tokens of n: half a median, more where fewer than a tenth stay."""
-        return max(NARROW, n / (2 * FEW * k)) if self.scale is None else self.scale
+        """The scale for k tokens of n, in medians."""
+        return max(NARROW, n / (SHARE * k)) if self.scale is None else self.scale
 
     def covering(self, k: int, n: int) -> int:
         """How many of k tokens of n are picked to cover, at least one; a share below one token restores nothing."""
