@@ -22,10 +22,19 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system th
 
 @contextmanager
 def folder(path: Path) -> Iterator[None]:
-    """Hold a folder, which is made if it is not there. PruningError if another process works in it."""
+    """Hold a folder, which is made if it is not there, and is gone again if nothing comes of it.
+
+    PruningError if another process works in it.
+    """
+    new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    with _held(path.resolve() / LOCK, f"another process is at work in {path}"):
-        yield
+    try:
+        with _held(path.resolve() / LOCK, f"another process is at work in {path}"):
+            yield
+    finally:
+        if new:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
 
 
 @contextmanager
