@@ -76,7 +76,7 @@ class LlavaHf(Adapter):
             with call.in_tower(range(start, start + len(part))):
                 outputs.append(self.core.get_image_features(part, return_dict=True, **chosen))
             start += len(part)
-        return together(outputs), [Rows(image.index) for image in call.images]
+        return together(outputs), [Rows(image.index, ordered=image.ordered) for image in call.images]
 
     @contextmanager
     def serving(self, features: Any) -> Iterator[None]:

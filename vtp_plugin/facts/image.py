@@ -13,6 +13,7 @@ class Image:
 
     total: int  # tokens that the host makes of it without pruning
     index: Tensor  # [n] raster positions of the tokens that are left, -1 for one that has none
+    ordered: bool = True  # they are tokens of the host's, in its order: nothing was merged
     question: str = ""
     fingerprint: int = 0
     sample: int = 0  # row of the batch

@@ -28,6 +28,7 @@ class Rows:
     source: Tensor  # [K] long: number of the row among those that the host makes, -1 for a row that is none of them
     judged: Tensor | None = None  # [K] bool: False for a row that no strategy may drop (a newline); None: all may be
     fixed: int = 0  # how many are no such rows
+    ordered: bool = False  # they are rows of the host's, ascending, as far as the host knows
 
     def only_judged(self, values: Tensor) -> Tensor:
         """Of values [K, ...] those of rows that a strategy may drop."""
@@ -147,6 +148,8 @@ class Columns:
     def take(self, tensor: Tensor, padding: Any, dim: int = 1) -> Tensor:
         """The columns of a tensor [B, ...] that has the caller's along `dim`, with `padding` where there is none."""
         moved = tensor.movedim(dim, 1)
+        if self.padded is False:
+            return attention.take(moved, self.columns).movedim(1, dim)
         valid = self.valid.view(*self.columns.shape, *[1] * (moved.ndim - 2))
         taken = torch.where(valid, attention.take(moved, self.columns.clamp(min=0)), padding)
         return taken.movedim(1, dim)

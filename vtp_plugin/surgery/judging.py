@@ -32,6 +32,7 @@ class Judgement:
         selection = self.ask(tokens, index, grid, signals, [(number, 0) for number in images], **facts)
         for number, image, left in zip(images, judged, _left(index, selection), strict=True):
             image.index = left
+            image.ordered &= selection.source is None and selection.tokens is None
             self.note(number, tokens.shape[1], left)
         return selection
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -78,10 +80,15 @@ class Read:
         """The last real column of every row."""
         return last_true(self.real).tolist()
 
+    @cached_property
+    def full(self) -> bool:
+        """Whether there is no padding."""
+        return bool(self.real.all())
+
     @property
     def tail(self) -> int:
         """The last columns that are real in every row."""
-        return int(self.real.all(0).flip(0).cumprod(0).sum())
+        return self.real.shape[1] if self.full else int(self.real.all(0).flip(0).cumprod(0).sum())
 
 
 class Prompt:
@@ -132,27 +139,24 @@ class Prompt:
         length, counts, totals = read.ids.shape[1], list(read.lengths), [len(place) for place in places]
         for image, rows in zip(call.images, left, strict=True):
             counts[image.sample] -= image.total - len(rows.source)
-        every, samples = torch.cat(list(places)), torch.tensor([image.sample for image in call.images])
-        flat = every + (samples * length).repeat_interleave(torch.tensor(totals))
-        real = read.real.view(-1)[flat]
-        if not real.all():
+        flat = torch.cat([place + image.sample * length for image, place in zip(call.images, places, strict=True)])
+        if not read.full and not (real := read.real.view(-1)[flat]).all():
             kind = next(image.kind for image, own in zip(call.images, real.split(totals), strict=True) if not own.all())
             raise PruningError(f"a placeholder of one {kind} is padding, as the attention mask says")
-        tail = min(read.tail, length - 1 - int(every.max()))
+        tail = min(read.tail, length - 1 - max(int(place[-1]) for place in places if len(place)))
         (flat,) = moved([flat], mask.device)
-        there = flat.split(totals)
-        sources = [rows.source for rows in left]
-        held = at_once(lambda where, source: where.gather(1, slots(source, where.shape[1])), there, sources)
-        own = at_once(lambda where, source: where.gather(1, source.clamp(min=0)), there, sources)
-        taken, wanted = torch.cat(held), mask.clone()
-        wanted.view(-1).index_fill_(0, flat, False).index_fill_(0, taken, True)
-        shortened = Columns.of(wanted, counts, left=bool(read.real[:, -1].all()), tail=tail)
-        place = shortened.places(wanted).view(-1)[taken]
-        origin = shortened.columns.clone()
-        origin.view(-1).index_copy_(0, place + taken // length * shortened.short, torch.cat(own) % length)
+        held, own = _places_of(left, flat.split(totals))
+        wanted = mask.clone()
+        wanted.view(-1).index_fill_(0, flat, False).index_fill_(0, held, True)
+        shortened = Columns.of(wanted, counts, left=read.full or bool(read.real[:, -1].all()), tail=tail)
+        place = shortened.places(wanted).view(-1)[held]
+        if held is not own:
+            origin = shortened.columns.clone()
+            origin.view(-1).index_copy_(0, place + held // length * shortened.short, own % length)
+            shortened = replace(shortened, origin=origin)
         judged = Rows.every_judged(left, place.split([len(rows.source) for rows in left]))
         call.place(shortened.valid, judged, [image.sample for image in call.images], counts)
-        return replace(shortened, origin=origin)
+        return shortened
 
     def _placeholders(self, call: Call, ids: Tensor) -> list[Tensor]:
         """The columns of every image; sets its sample. The placeholders of a kind are handed out in order."""
@@ -168,11 +172,12 @@ class Prompt:
         wanted = [image.total for image in images]
         if sum(wanted) != len(rows):
             raise PruningError(f"the prompt has {len(rows)} {kind} placeholders, its {kind}s make {sum(wanted)} tokens")
-        ends = torch.tensor(wanted).cumsum(0)
-        first, last = rows[torch.stack([ends - torch.tensor(wanted), ends - 1])].tolist()
-        if first != last:
+        ends = list(accumulate(wanted))
+        starts = [end - count for end, count in zip(ends, wanted, strict=True)]
+        found = rows[starts + [end - 1 for end in ends]].tolist()
+        if found[: len(images)] != found[len(images) :]:
             raise PruningError(f"the placeholders of one {kind} lie in two prompts of the batch")
-        for image, row in zip(images, first, strict=True):
+        for image, row in zip(images, found, strict=False):
             image.sample = row
         return columns.split(wanted)
 
@@ -184,6 +189,15 @@ class Prompt:
         questions = [question_of(self.family.decode(row[mask])) for row, mask in zip(read.ids, text, strict=True)]
         for image in call.images:
             image.question = questions[image.sample]
+
+
+def _places_of(left: Sequence[Rows], placeholders: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of all images, the placeholders that hold what is left, and those whose places in the prompt this has, [n]."""
+    sources = [rows.source for rows in left]
+    own = torch.cat(at_once(lambda at, source: at.gather(1, source.clamp(min=0)), placeholders, sources))
+    if all(rows.ordered for rows in left):
+        return own, own
+    return torch.cat(at_once(lambda at, source: at.gather(1, slots(source, at.shape[1])), placeholders, sources)), own
 
 
 def _spare(images: Sequence[Image], ends: Sequence[int], places: Sequence[Tensor], left: Sequence[Rows]) -> None:

@@ -104,7 +104,7 @@ class RowsLate(Cutting):
         facts = [(len(part.source), len(part.fixed), part.ordered and not len(part.fixed)) for part in parts]
         for numbers in alike(facts):
             if facts[numbers[0]][-1]:
-                found |= {number: (parts[number].features, Rows(parts[number].source)) for number in numbers}
+                found |= {n: (parts[n].features, Rows(parts[n].source, ordered=True)) for n in numbers}
             else:
                 some = [(parts[number], rows[number]) for number in numbers]
                 found |= zip(numbers, self._in_order(some), strict=True)
@@ -122,7 +122,8 @@ class RowsLate(Cutting):
         index = source.gather(1, true_columns(mine, judged)) if fixed else source
         for (part, _), own in zip(some, index, strict=True):
             self.call.images[part.number].index = own
-        return [(one, Rows(own, of, fixed)) for one, own, of in zip(features, source, mine, strict=True)]
+        made = zip(features, source, mine, some, strict=True)
+        return [(one, Rows(own, of, fixed, part.ordered)) for one, own, of, (part, _) in made]
 
 
 def _owned(owner: Tensor, parts: int) -> list[Tensor]:
