@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -250,6 +251,33 @@ def test_one_axis_of_positions_for_several(name: str) -> None:
                 later = model(input_ids=torch.tensor([[41]]), **given)
                 logits.append(torch.cat([output.logits, later.logits], 1))
         torch.testing.assert_close(*logits, **CLOSE)
+
+
+class Standing:
+    """Stands in the place of a forward; nobody can refer to it weakly, and it equals its like."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, model: nn.Module, **kwargs: Any) -> Any:
+        return self.function(**kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Standing)
+
+
+@torch.no_grad()
+def test_a_forward_that_is_no_function() -> None:
+    """Its signature is read, whatever can be done with it."""
+    family, model = FAMILIES["llava_next"], FAMILIES["llava_next"].build("sdpa")
+    inputs = batched(family, prompts_of("llava_next", "batch"))
+    with vtp.prune(model, "stride", keep_ratio=0.4):
+        wanted = model(**inputs).logits
+    model.forward = MethodType(Standing(model.forward), model)
+    with vtp.prune(model, "stride", keep_ratio=0.4):
+        assert model(**inputs).logits.equal(wanted)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vtp_plugin.adapter import Adapter, SharedSpace
 from vtp_plugin.adapters.clip import ClipSpace, clip_tower
-from vtp_plugin.adapters.llava_prompt import PLACEHOLDER, placeholders, spread
+from vtp_plugin.adapters.llava_prompt import PLACEHOLDER, placeholders, plain, show, spread
 from vtp_plugin.errors import PruningError
 from vtp_plugin.hosts.llava import contract, frozen
 from vtp_plugin.signals import reads_question
@@ -25,8 +25,8 @@ from vtp_plugin.stages import Stage
 from vtp_plugin.surgery import answers, asking, cache, lengths, losses, masks, spoken, turns
 from vtp_plugin.surgery.binding import bound
 from vtp_plugin.surgery.call import Call, Image
-from vtp_plugin.surgery.columns import Columns, Rows
-from vtp_plugin.surgery.placeholders import Read, spare
+from vtp_plugin.surgery.columns import Columns
+from vtp_plugin.surgery.placeholders import Read
 from vtp_plugin.surgery.positions import lookup
 from vtp_plugin.surgery.question import question_of
 from vtp_plugin.surgery.session import Session
@@ -189,7 +189,7 @@ class Llava(Adapter):
 
     def _merged(self, call: Call, prompts: Sequence[Tensor], text: Any, images: Any, sizes: Any) -> tuple[Any, ...]:
         """The host's merge of `text` (its first arguments) with pruned features; sets the images."""
-        images = _plain(images)
+        images = plain(images)
         raster = torch.arange(self.tower.grid[0] * self.tower.grid[1], device=images.device)
         owners, questions = self._owners(prompts, len(images)), self._questions(prompts)
         call.images = [Image(total=len(raster), index=raster, sample=row, question=questions[row]) for row in owners]
@@ -248,29 +248,13 @@ class Llava(Adapter):
             positions[row, a:b] += source[: b - a].clamp(min=0)
         columns = [torch.arange(a, b, device=device) for _, a, b in spans]
         call.place(valid, columns, [image.sample for image in call.images], totals)
-        last = [(length if left else total) - 1 for total in totals]
+        last = [length if left else total for total in totals]
+        late = any(strategy.stage is Stage.LLM for strategy in self.pruned.strategies)
         for image, source, (row, _, end) in zip(call.images, sources, spans, strict=True):
-            self._shown(image, len(source), speaks=end - 1 == last[row])
+            show(image, len(source), speaks=late and end == last[row])
         call.dropped = max(wholes) - length
         if self.pruned.positions.prompt == "original":
             self._keep_positions(call, positions, ends)
-
-    def _shown(self, image: Image, left: int, *, speaks: bool) -> None:
-        """Leave an image the columns, of those of the `left` rows of it, that strategies may drop.
-
-        There are fewer where the host truncates its prompt, or shows none; `speaks`: its prompt ends with them.
-        """
-        columns, judged = image.columns, image.judged
-        shown = len(columns)
-        if shown == left:
-            image.columns = Rows(columns, judged, image.fixed).only_judged(columns)
-        else:
-            image.columns = columns if judged is None else columns[judged[:shown]]
-            image.index, image.entered = image.index[: len(image.columns)], shown
-            image.fixed = shown - len(image.columns)
-        late = any(strategy.stage is Stage.LLM for strategy in self.pruned.strategies)
-        if late and speaks and shown and (judged is None or judged[shown - 1]):
-            spare(image)
 
     @property
     def _longest(self) -> int | None:
@@ -306,13 +290,3 @@ def _narrowed(call: Call, logits: Tensor, arguments: dict[str, Any]) -> tuple[Te
     """What the host's loss is asked about where the last layers see less than the merged prompt."""
     whole = Columns.whole(*call.valid.shape, logits.device)
     return logits, losses.narrowed(arguments, answers.seen(call, whole), 0, logits.shape[1])
-
-
-def _plain(images: Any) -> Tensor:
-    """Images [B, 3, H, W] from what the package accepts; crops (LLaVA-1.6) are refused."""
-    if isinstance(images, Tensor) and images.ndim == 4:
-        return images
-    crops = [image if image.ndim == 3 else image[0] for image in images]
-    if any(image.ndim == 4 and len(image) > 1 for image in images):
-        raise PruningError("llava: images cut into several crops (image_aspect_ratio=anyres) cannot be pruned yet")
-    return torch.stack(crops)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from vtp_plugin.surgery import cache
 
-_known: WeakKeyDictionary[Callable, inspect.Signature] = WeakKeyDictionary()  # by function: reading one takes a while
+_known: WeakKeyDictionary[FunctionType, inspect.Signature] = WeakKeyDictionary()  # of methods: reading takes a while
 
 
 def signature_of(function: Callable) -> inspect.Signature:
     """The signature of a function or of a method, without what it is bound to."""
-    own = getattr(function, "__func__", function)
-    if own is function:
+    own = getattr(function, "__func__", None)
+    if not isinstance(own, FunctionType):  # nothing else need be hashable, or unlike what it equals
         return inspect.signature(function)
     if own not in _known:
         _known[own] = inspect.signature(function)
