@@ -274,7 +274,7 @@ REFUSED = {
     "--pruning vprune": "vprune: how much it keeps depends on the pictures: say the share with --kept",
     "--pruning fastv --pruning-args layer=32": "fastv: layer 32 is not in 1 ... 31 of this model",
     "--pruning l2 --rate 0": "--rate must be above 0",
-    "--rate x": "--rate and --cards must be numbers with commas",
+    "--rate x": "--rate must be numbers separated by commas, got 'x'",
     "--device rtx3090 --model llava-1.5-13b": "does not fit on RTX 3090: its weights take",
     "--overhead -1": "--overhead must not be negative",
     "--check nowhere.json": "file not found: nowhere.json",
