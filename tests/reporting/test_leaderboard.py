@@ -79,6 +79,13 @@ def test_the_committed_page_is_of_the_committed_records(tmp_path: Path) -> None:
     assert made == (results / "leaderboard.html").read_text(), "run `make readme`"
 
 
+def test_no_committed_record_names_a_folder_of_a_machine() -> None:
+    records = list((ROOT / "docs" / "results").rglob("*.json"))
+    named = re.compile(r'"command": ".*(?<![\w.])/(?!tmp/)\w+/')
+    assert len(records) > 20
+    assert not [path for path in records if named.search(path.read_text())]
+
+
 def test_a_record_without_a_command_gets_the_one_that_says_the_same() -> None:
     found = leaderboard.entries([ROOT / "docs" / "results" / "demo"])
     atp = next(e for e in found if e.method == "atp" and e.task == leaderboard.MEAN)
