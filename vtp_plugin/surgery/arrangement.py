@@ -192,11 +192,7 @@ class Arrangement:
 
 def _places(wanted: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Where every image's part of `wanted` [n] is True, per image [k]."""
-    found = wanted.nonzero().flatten()
-    ends = torch.tensor(sizes).cumsum(0)
-    starts = (ends - torch.tensor(sizes)).tolist()
-    counts = torch.searchsorted(found, ends).diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
-    return [part - start for part, start in zip(found.split(counts), starts, strict=True)]
+    return [own.nonzero().flatten() for own in wanted.split(sizes)]
 
 
 def _rows_of(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vtp_plugin.errors import PruningError
 from vtp_plugin.surgery import attention
+from vtp_plugin.surgery.batching import alike
 from vtp_plugin.tokens import true_columns
 
 IGNORED = -100  # the label that losses of transformers leave out, unless their ignore_index is another
@@ -38,10 +39,12 @@ class Rows:
     def every_judged(left: Sequence[Rows], values: Sequence[Tensor]) -> list[Tensor]:
         """`only_judged` of several images, alike ones at once: values [K] each."""
         found = dict(enumerate(values))
-        for fixed, k in dict.fromkeys((rows.fixed, len(rows.source)) for rows in left if rows.fixed):
-            numbers = [n for n, rows in enumerate(left) if (rows.fixed, len(rows.source)) == (fixed, k)]
-            columns = true_columns(torch.stack([left[n].judged for n in numbers]), k - fixed)
-            found |= zip(numbers, torch.stack([values[n] for n in numbers]).gather(1, columns), strict=True)
+        for numbers in alike([(rows.fixed, len(rows.source)) for rows in left]):
+            first = left[numbers[0]]
+            if first.fixed:
+                judged = torch.stack([left[n].judged for n in numbers])
+                columns = true_columns(judged, len(first.source) - first.fixed)
+                found |= zip(numbers, torch.stack([values[n] for n in numbers]).gather(1, columns), strict=True)
         return [found[number] for number in range(len(values))]
 
     def to(self, device: torch.device) -> Rows:
